@@ -1,0 +1,229 @@
+"""`sana inspect`: what a config, run, checkpoint, dataset or picture is. Parameter counts first.
+
+It builds models on the meta device, so it needs no encoder, no network and next to no memory. It prints nothing.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sana_cli import checkpoint, draw, files, store
+from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs, parse_config
+from sana_cli.errors import SanaError
+from sana_cli.model import SanaTransformer, build
+from sana_cli.text import TINY_DIM
+from sana_cli.units import human_bytes
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What to look at; `None` is the shipped configs."""
+
+    target: str | None = None
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """Facts in the order they matter, and a table where there is one."""
+
+    kind: str  # configs, config, run, checkpoint, diffusers, dataset or picture
+    title: str
+    facts: Mapping[str, Any]  # plain numbers, strings, lists and dictionaries
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[Any, ...], ...] = ()
+    config: Config | None = None  # where there is one to start from (`--yaml`)
+
+
+def inspect(options: InspectOptions) -> Report:
+    """Find out what the target is, and say it.
+
+    Raises:
+        SanaError: nothing is there, it is none of these, or `verify` found damage.
+    """
+    if options.target is None:
+        return _shipped()
+    path = Path(options.target)
+    if path.is_dir():
+        if store.is_dataset(path) or store.partial_dir(path).is_dir():
+            return _dataset(path, options.verify)
+        if (path / "checkpoints").is_dir() or (path / checkpoint.RECORD).is_file():
+            return _checkpoint(path, options.verify)
+        if (path / "transformer").is_dir() or (path / "config.json").is_file():
+            return _diffusers(path)
+        raise SanaError(f"{path} is neither a run, a checkpoint, a diffusers folder nor a dataset of sana's")
+    if path.suffix.lower() == ".png":
+        return _picture(path)
+    if path.suffix.lower() in (".safetensors", ".pt", ".pth", ".ckpt"):
+        raise SanaError(f"{path} is a bare weights file", "give the folder that has its config.json")
+    if path.parent != Path() and not path.exists():
+        raise SanaError(f"{path} does not exist", "sana inspect alone lists the shipped configs", exit_code=2)
+    return _config(find_config(options.target))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def _module_rows(model: SanaTransformer) -> tuple[tuple[Any, ...], ...]:
+    """(module, parameters, share), blocks taken together and then split into their parts."""
+    counts: Counter[str] = Counter()
+    blocks = model.config.num_layers
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[0] == "transformer_blocks":
+            counts[f"transformer_blocks x {blocks}"] += parameter.numel()
+            counts[f"  {parts[2]}"] += parameter.numel()
+        else:
+            counts[parts[0]] += parameter.numel()
+    total = checkpoint.parameter_count(model.parameters())
+    return tuple((name, count, count / total) for name, count in counts.items())
+
+
+MODULE_COLUMNS = ("module", "parameters", "share")
+
+
+def _model_facts(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "parameters": checkpoint.parameter_count(build(model, seed=None).parameters()),
+        "layers": model.num_layers,
+        "width": f"{model.inner_dim} ({model.num_attention_heads} heads of {model.attention_head_dim})",
+        "cross-attention": f"{model.num_cross_attention_heads} heads of {model.cross_attention_head_dim}",
+        "patch": model.patch_size,
+        "caption channels": model.caption_channels,
+    }
+
+
+def _resolved(config: Config) -> tuple[ModelConfig, str]:
+    """The model of a config, and where its caption width comes from: itself, its dataset, or the built-in encoder."""
+    size, model = max(config.data.size), config.model
+    if model.caption_channels is not None:
+        return model.model_copy(update={"sample_size": size}), "config"
+    if store.is_dataset(config.data.dir):
+        dim, origin = store.Dataset(config.data.dir).index["caption_dim"], str(config.data.dir)
+    elif config.text.encoder == "tiny":
+        dim, origin = TINY_DIM, "the tiny encoder"
+    else:
+        raise SanaError(
+            f"model.caption_channels: null, and there is no dataset in {config.data.dir} to take it from",
+            f"say the width of {config.text.encoder}'s states with --set model.caption_channels=N, or run sana embed",
+        )
+    return model.model_copy(update={"sample_size": size, "caption_channels": dim}), origin
+
+
+# --- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def _shipped() -> Report:
+    rows = []
+    for path in sorted(packaged_configs().glob("*.yaml")):
+        config = load_config(str(path))
+        model, _ = _resolved(config)
+        height, width = config.data.size
+        about = next((line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")), "")
+        count = checkpoint.parameter_count(build(model, seed=None).parameters())
+        sample = f"{model.in_channels} x {height} x {width}"
+        rows.append((path.stem, count, model.num_layers, model.inner_dim, model.patch_size, sample, config.text.encoder, about))
+    columns = ("config", "parameters", "layers", "width", "patch", "sample", "encoder", "what")
+    facts = {"configs": [dict(zip(columns, row, strict=True)) for row in rows]}
+    return Report("configs", "the shipped configs", facts, columns[:-1], tuple(row[:-1] for row in rows))
+
+
+def _config(path: Path) -> Report:
+    config = load_config(str(path))
+    model, origin = _resolved(config)
+    train, (height, width) = config.train, config.data.size
+    batch = train.batch_size * train.accumulate
+    facts = _model_facts(model) | {
+        "sample": f"{model.in_channels} x {height} x {width}, {(height // model.patch_size) * (width // model.patch_size)} tokens",
+        "caption channels from": origin,
+        "encoder": config.text.encoder,
+        "dataset": str(config.data.dir) + ("" if store.is_dataset(config.data.dir) else " (not embedded yet)"),
+        "training": f"{train.steps:,} steps of {batch} ({train.batch_size} x {train.accumulate} accumulated), lr {train.lr:g}",
+        "sampling": f"{config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance_scale:g}",
+    }
+    rows = _module_rows(build(model, seed=None))
+    return Report("config", str(path), facts, MODULE_COLUMNS, rows, config)
+
+
+def _checkpoint(path: Path, verify: bool) -> Report:
+    folder = checkpoint.find_checkpoint(path)
+    checked = list(checkpoint.verify(folder, hashes=verify))
+    record, model = checkpoint.read_record(folder), checkpoint.read_model_config(folder)
+    image, encoder, sample = record["image"], record["encoder"], record["sample"]
+    sizes = {name: sum(f.stat().st_size for f in (folder / name).rglob("*")) for name in ("transformer", "training")}
+    facts: dict[str, Any] = {}
+    is_run = (path / "checkpoints").is_dir()
+    if is_run:
+        facts["checkpoints"] = [step.name for step in checkpoint.steps(path)]
+        facts["checkpoint"] = str(folder)
+    facts |= _model_facts(model) | {
+        "step": record["step"],
+        "sample": f"{image['channels']} x {image['height']} x {image['width']} {image['kind']}",
+        "weights": f"float32, {human_bytes(sizes['transformer'])}; {human_bytes(sizes['training'])} to resume from",
+        "trained in": record["precision"],
+        "encoder": f"{encoder['encoder']} ({encoder['architecture']}, {encoder['dtype']}, {encoder['weights'][:12]})",
+        "captions": "single words" if record["one_word_captions"] else "sentences",
+        "dataset": f"{record['dataset']['images']:,} images, {record['dataset']['sha256'][:12]}",
+        "sampling": f"{sample['solver']}, {sample['steps']} steps, guidance {sample['guidance_scale']:g}",
+        "made by": record["made_by"],
+    }
+    if verify:
+        facts["verified"] = f"{len(checked)} files, every byte"
+    state = folder / checkpoint.STATE
+    run_config = (path if is_run else folder.parent.parent) / "config.yaml"
+    config = None
+    if run_config.is_file():
+        config = parse_config(run_config.read_text(encoding="utf-8"), str(run_config))
+    elif state.is_file():
+        config = Config.model_validate_json(files.json_text(checkpoint.read_json(state)["config"]))
+    rows = _module_rows(build(model, seed=None))
+    return Report("run" if is_run else "checkpoint", str(path), facts, MODULE_COLUMNS, rows, config)
+
+
+def _diffusers(path: Path) -> Report:
+    model = checkpoint.read_model_config(path)
+    weights = checkpoint.transformer_folder(path) / checkpoint.WEIGHTS
+    facts = _model_facts(model)
+    if weights.is_file():
+        tensors = checkpoint.read_tensors(weights)
+        checkpoint.check_tensors(tensors, build(model, seed=None), weights, "its config.json")
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+        facts["weights"] = f"{', '.join(dtypes)}, {human_bytes(weights.stat().st_size)}"
+    else:
+        facts["weights"] = f"no {checkpoint.WEIGHTS}"
+    return Report("diffusers", str(path), facts, MODULE_COLUMNS, _module_rows(build(model, seed=None)))
+
+
+def _dataset(path: Path, verify: bool) -> Report:
+    dataset = store.Dataset(path)
+    index = dataset.index
+    counts, image, encoder = index["counts"], index["image"], index["encoder"]
+    facts = {
+        "images": counts["images"],
+        "captions": counts["captions"],
+        "tokens": counts["tokens"],
+        "image": f"{image['kind']}, {image['channels']} x {image['height']} x {image['width']}",
+        "caption states": f"{index['caption_dim']} wide, bf16",
+        "bytes": dataset.bytes,
+        "in the lesson's layout": human_bytes(counts["images"] * store.LESSON_BYTES_PER_IMAGE),
+        "encoder": f"{encoder['encoder']} ({encoder['architecture']}, {encoder['dtype']}, {encoder['weights'][:12]})",
+        "source": " ".join(f"{key}={str(value)[:12]}" for key, value in index["source"].items()),
+        "examples": [text for text in dataset.texts()[:21] if text],
+        "sha256": index["sha256"],
+    }
+    if verify:
+        facts["verified"] = f"{len(list(dataset.verify()))} files, every byte"
+    rows = tuple((shard["file"], shard["count"], shard["bytes"]) for shard in (*index["captions"], *index["images"]))
+    return Report("dataset", str(path), facts, ("file", "count", "bytes"), rows)
+
+
+def _picture(path: Path) -> Report:
+    if not path.is_file():
+        raise SanaError(f"{path} does not exist")
+    record = draw.read_record(path)
+    images = [image for row in record["images"] for image in row]
+    facts = {key: value for key, value in record.items() if key not in ("images", "settings")} | record["settings"]
+    rows = tuple((image["prompt"], image["seed"]) for image in images)
+    return Report("picture", str(path), facts | {"images": len(images)}, ("prompt", "seed"), rows)

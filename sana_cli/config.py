@@ -1,0 +1,440 @@
+"""Every knob, typed, with its default; and YAML files read into them with all problems reported at once.
+
+The defaults are those of `configs/quickstart.yaml`. A file holds what differs. It knows nothing of torch, so that
+`sana --help` and a wrong config answer at once.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sana_cli.errors import SanaError
+
+MAX_CONFIG_BYTES = 1_000_000
+DEFAULT_CONFIG = "quickstart"
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_path(value: Any) -> Any:
+    if isinstance(value, Path) or (isinstance(value, str) and value):
+        return Path(value)
+    raise ValueError("must be a path")
+
+
+def _is_size(value: Any) -> Any:
+    sides = value if isinstance(value, list | tuple) else [value, value]
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise ValueError("must be a number of pixels, or [height, width]")
+    return _as_tuple(value)
+
+
+def _is_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ValueError("must be auto, cpu, mps, cuda or cuda:N")
+    return value
+
+
+PathField = Annotated[Path, BeforeValidator(_as_path)]
+Interval = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
+Betas = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)
+]
+Prompts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Where images and captions come from, and where the pre-embedded dataset lies."""
+
+    source: Literal["mnist"] = Field("mnist", description="where images and captions come from; mnist is built in")
+    path: PathField | None = Field(None, description="where the source reads; null: the files that come with sana")
+    split: Literal["train", "test"] = Field("train", description="the part of the source to embed")
+    dir: PathField = Field(Path("data/quickstart"), description="the dataset directory that embed writes and train reads")
+    image_size: Annotated[int | tuple[int, int], BeforeValidator(_is_size)] = Field(32, description="pixels: one number, or [height, width]")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+class TextConfig(Section):
+    """The caption encoder, which embed and sample share."""
+
+    encoder: Annotated[str, Field(min_length=1)] = Field(
+        "tiny", description="tiny (built in, offline), or a Hugging Face id or local path: Gemma 2, T5, BERT, ModernBERT, ..."
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: fp32 on a CPU, bf16 elsewhere")
+    max_length: Annotated[int, Field(ge=2)] = Field(300, description="tokens kept of a caption")
+    instruction: str | None = Field(None, description="put before each caption and cut off its states (the paper's complex human instruction)")
+    template: Literal["none", "chat"] = Field("none", description="chat: the tokenizer's chat template around each caption")
+
+
+class ModelConfig(Section):
+    """The transformer, in the names of diffusers' `SanaTransformer2DModel`."""
+
+    in_channels: PositiveInt = Field(1, description="channels of a sample; images are converted to this many")
+    patch_size: PositiveInt = Field(8, description="side of the square patch that becomes one token")
+    sample_size: PositiveInt | None = Field(None, description="side of a sample; null: the dataset's")
+    num_layers: PositiveInt = Field(4, description="transformer blocks")
+    num_attention_heads: PositiveInt = Field(6, description="heads of the linear self-attention")
+    attention_head_dim: PositiveInt = Field(32, description="width of a self-attention head")
+    num_cross_attention_heads: PositiveInt = Field(3, description="heads of the cross-attention over captions")
+    cross_attention_head_dim: PositiveInt = Field(64, description="width of a cross-attention head")
+    caption_channels: PositiveInt | None = Field(None, description="width of a caption state; null: the dataset's")
+    mlp_ratio: Annotated[float, Field(gt=0)] = Field(2.5, description="hidden width of the Mix-FFN over the inner width")
+    attention_bias: bool = Field(False, description="biases in self-attention's query, key and value")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout after each attention")
+    qk_norm: Literal["rms_norm_across_heads"] | None = Field(None, description="norm of queries and keys (SANA-1.5 and Sprint)")
+    guidance_embeds: bool = Field(False, description="the guidance scale is an input of the model (Sprint)")
+    timestep_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="the model is given 1000 * sigma * this")
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    steps: PositiveInt = Field(2000, description="optimizer steps")
+    batch_size: PositiveInt = Field(64, description="images of a micro-batch")
+    accumulate: PositiveInt = Field(1, description="micro-batches of a step, whose gradients are averaged over their images")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the device has it natively, else fp32; weights stay fp32")
+    lr: Annotated[float, Field(gt=0)] = Field(2e-3, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="what follows the warm-up; cosine and linear end at zero")
+    warmup_steps: NonNegativeInt = Field(50, description="steps of linear warm-up")
+    betas: Betas = Field((0.9, 0.99), description="AdamW's")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's, on matrices and convolutions only")
+    grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm of a step; null: no limit")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="of the weights to sample with; warms up as (1 + step) / (10 + step)")
+    caption_dropout: Fraction = Field(0.1, description="share of captions replaced by the null caption, which guidance needs")
+    sigma_density: Literal["logit_normal", "uniform"] = Field("logit_normal", description="how noise levels are drawn")
+    logit_mean: float = Field(0.0, description="of the logit-normal density")
+    logit_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of the logit-normal density")
+    flow_shift: Annotated[float, Field(gt=0)] = Field(1.0, description="s in sigma -> s sigma / (1 + (s - 1) sigma); the paper's 3 is for large latents")
+    seed: NonNegativeInt = Field(0, description="of the initial weights, the order of the data and every draw")
+    log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
+    save_every: PositiveInt = Field(500, description="steps between checkpoints; there is always one at the end")
+    keep: PositiveInt = Field(2, description="checkpoints kept, the newest")
+    sample_every: PositiveInt = Field(500, description="steps between sample grids; there is always one at step 0 and at the end")
+    init_from: PathField | None = Field(None, description="weights to start from: a run, a checkpoint or a diffusers folder")
+
+
+class SampleConfig(Section):
+    """How checkpoints of this run are sampled, unless `sana sample` is told otherwise."""
+
+    steps: PositiveInt = Field(20, description="solver steps")
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(2.0, description="1 is none; above 1 follows the prompt more, with less variety")
+    guidance_interval: Interval = Field((0.0, 1.0), description="the range of sigma in which guidance is used")
+    solver: Literal["dpm++", "euler"] = Field("dpm++", description="dpm++: DPM-Solver++ 2M; euler")
+    flow_shift: Annotated[float, Field(gt=0)] = Field(1.0, description="as train.flow_shift, for the solver's steps")
+    seed: NonNegativeInt = Field(0, description="image i of a grid has seed + i")
+    prompts: Prompts | None = Field(None, description="of the grids drawn while training; null: captions of the dataset")
+
+
+class RunConfig(Section):
+    """Where a run lies and on what it runs."""
+
+    dir: PathField = Field(Path("runs/quickstart"), description="the run directory that train writes")
+    device: Annotated[str, AfterValidator(_is_device)] = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        problems = []
+        model, (height, width) = self.model, self.data.size
+        if height % model.patch_size or width % model.patch_size:
+            problems.append(f"model.patch_size: {model.patch_size} does not divide data.image_size {height}x{width}")
+        if self.text.instruction is not None and self.text.template != "none":
+            problems.append("text.instruction: and text.template exclude each other; keep one")
+        if model.guidance_embeds:
+            problems.append("model.guidance_embeds: is for distilled models that are sampled, and cannot be trained here")
+        if self.train.warmup_steps >= self.train.steps:
+            problems.append(f"train.warmup_steps: {self.train.warmup_steps} leaves none of train.steps {self.train.steps}")
+        low, high = self.sample.guidance_interval
+        if low >= high:
+            problems.append(f"sample.guidance_interval: {low} must be below {high}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole config, resolved, as YAML that loads back to itself."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dictionaries."""
+        return self.model_dump(mode="json")
+
+    def to_commented_yaml(self) -> str:
+        """Every key with what it means, as YAML that loads back to this config: a file to start one's own from."""
+        lines = []
+        for name, section_field in Config.model_fields.items():
+            section = getattr(self, name)
+            lines += ["", f"{name}:  # {(section_field.annotation.__doc__ or '').splitlines()[0].rstrip('.')}"]
+            for key, key_field in type(section).model_fields.items():
+                value = section.model_dump(mode="json")[key]
+                entry = yaml.safe_dump({key: value}, default_flow_style=None, allow_unicode=True, width=10**6).rstrip("\n")
+                first, *rest = entry.split("\n")
+                comment = "" if rest else f"  # {key_field.description}"
+                lines += [f"  {first}{comment}", *(f"  {line}" for line in rest)]
+        return "\n".join(lines[1:]) + "\n"
+
+
+@dataclass
+class _Document:
+    """Plain values of a YAML file, and where each key stands in it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[tuple[str, ...], str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as a string; everybody means a number."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, name: str) -> _Document:
+    """Read YAML into plain values, remembering lines. Anchors, duplicate keys and tags are problems, not features."""
+    document = _Document()
+    loader = _Loader(text)
+    try:
+        events = list(yaml.parse(text, Loader=yaml.SafeLoader))
+        aliases = [event for event in events if isinstance(event, yaml.AliasEvent)]
+        if aliases:
+            document.problems.append(f"{name}:{aliases[0].start_mark.line + 1}: YAML aliases are not used in configs; write it out")
+            return document
+        root = loader.get_single_node()
+        if root is None:
+            return document
+        if not isinstance(root, yaml.MappingNode):
+            document.problems.append(f"{name}:{root.start_mark.line + 1}: expected keys such as `train:`, found {root.id}")
+            return document
+        document.values = _plain(loader, root, (), name, document)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        document.problems.append(f"{name}:{line}: not YAML: {error.problem}")
+    except yaml.YAMLError as error:
+        document.problems.append(f"{name}:1: not YAML: {str(error).splitlines()[0]}")
+    except RecursionError:
+        document.problems.append(f"{name}:1: nested too deeply to be a config")
+    finally:
+        loader.dispose()
+    return document
+
+
+def _plain(loader: _Loader, node: yaml.Node, at: tuple[str, ...], name: str, document: _Document) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                document.problems.append(f"{name}:{line}: a key must be a word")
+                continue
+            key = key_node.value
+            path = (*at, key)
+            if key in values:
+                document.problems.append(f"{name}:{line}: {'.'.join(path)} is given twice; keep one")
+            document.places[path] = f"{name}:{line}"
+            values[key] = _plain(loader, value_node, path, name, document)
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(loader, child, at, name, document) for child in node.value]
+    try:
+        return loader.construct_object(node)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        problem = getattr(error, "problem", None) or str(error)
+        document.problems.append(f"{name}:{node.start_mark.line + 1}: {'.'.join(at)}: {problem}")
+        return None
+
+
+def _known_keys() -> list[str]:
+    sections = Config.model_fields
+    return [f"{s}.{key}" for s, f in sections.items() for key in f.annotation.model_fields]  # type: ignore[union-attr]
+
+
+def _suggest(path: tuple[str, ...]) -> str:
+    """`; did you mean train.lr?`, by likeness of the whole path, then of the last word alone, in any section."""
+    dotted = ".".join(path)
+    if len(path) == 1:
+        close = difflib.get_close_matches(dotted, list(Config.model_fields), n=1)
+        close = close or [key for key in _known_keys() if key.endswith(f".{dotted}")][:1]
+    else:
+        here = [key for key in _known_keys() if key.startswith(f"{path[0]}.")]
+        close = difflib.get_close_matches(dotted, here, n=1, cutoff=0.75)
+        close = close or [key for key in _known_keys() if key.rsplit(".", 1)[1] == path[-1]][:1]
+    return f"; did you mean {close[0]}?" if close else "; `sana inspect CONFIG --yaml` prints every key there is"
+
+
+def _problems(error: ValidationError, document: _Document, name: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(key, message) for each complaint of pydantic's, in the words of a user of the file."""
+    for detail in error.errors():
+        path = tuple(str(part) for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        if not path:  # Config._consistent: each line begins with its key
+            for line in message.splitlines():
+                yield tuple(line.partition(":")[0].split(".")), line
+            continue
+        while path and path not in document.places:  # pydantic adds union members and list indices
+            path = path[:-1]
+        dotted, value = ".".join(path), document.values
+        for part in path:
+            value = value[part]
+        if detail["type"] == "extra_forbidden":
+            yield path, f"unknown key {dotted}{_suggest(path)}"
+        elif detail["type"] == "model_type":
+            yield path, f"{dotted} needs keys below it, not {value!r:.60}"
+        else:
+            message = (message[0].lower() + message[1:]).replace("input should be ", "must be ")
+            yield path, f"{dotted} {message}, not {value!r:.60}"
+
+
+def _place(path: tuple[str, ...], document: _Document, name: str) -> str:
+    while path and path not in document.places:
+        path = path[:-1]
+    return document.places.get(path, name)
+
+
+def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
+    """A config from YAML text; `overrides` are `a.b=value`, later ones win.
+
+    Raises:
+        SanaError: with exit code 2 and every problem found, one a line, each with its file and line.
+    """
+    document = _parse(text, name)
+    for override in overrides:
+        _apply(override, document)
+    document.values = {key: value for key, value in document.values.items() if value is not None}  # an emptied section
+    problems, wrong = list(document.problems), set[tuple[str, ...]]()
+    while True:
+        try:
+            config = Config.model_validate(document.values)
+        except ValidationError as error:
+            found = list(_problems(error, document, name))
+        else:
+            found = []
+        for path, message in found:
+            if path not in wrong and not any(".".join(other) in message for other in wrong):
+                problems.append(f"{_place(path, document, name)}: {message}")
+        dropped = [path for path, _ in found if _drop(document.values, path)]
+        wrong.update(path for path, _ in found)
+        if not dropped:
+            break
+    if problems:
+        raise SanaError(*dict.fromkeys(problems), exit_code=2)
+    return config
+
+
+def _drop(values: dict[str, Any], path: tuple[str, ...]) -> bool:
+    """Take a wrong value out, so that checks across keys can still look at the others; false if it is not there."""
+    for part in path[:-1]:
+        values = values.get(part, {})
+    return isinstance(values, dict) and values.pop(path[-1], path) is not path
+
+
+def _apply(override: str, document: _Document) -> None:
+    key, equals, value = override.partition("=")
+    path = tuple(key.strip().split("."))
+    place = f"--set {override}"
+    if not equals or not all(path):
+        document.problems.append(f"{place}: expected section.key=value, for example --set train.lr=1e-3")
+        return
+    parsed = _parse(f"value: {value}", place)
+    if parsed.problems:
+        document.problems.append(f"{place}: {value!r} is not a YAML value")
+        return
+    target: Any = document.values
+    for depth, part in enumerate(path[:-1]):
+        if not isinstance(target.get(part), dict):
+            target[part] = {}
+        document.places.setdefault(path[: depth + 1], place)
+        target = target[part]
+    target[path[-1]] = parsed.values.get("value")
+    document.places[path] = place
+
+
+def packaged_configs() -> Path:
+    """Where the configs that came with `sana` lie: inside the installed package, or at the top of a source checkout."""
+    here = Path(__file__).parent
+    installed = here / "configs"
+    return installed if installed.is_dir() else here.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """An existing path; else `configs/NAME.yaml` here; else the packaged config of that name.
+
+    Raises:
+        SanaError: exit code 2, with the names there are.
+    """
+    given = Path(name)
+    if given.is_file():
+        return given
+    if given.name == name:
+        for folder in (Path("configs"), packaged_configs()):
+            for candidate in (folder / f"{name}.yaml", folder / name):
+                if candidate.is_file():
+                    return candidate
+    names = sorted({path.stem for folder in (Path("configs"), packaged_configs()) for path in folder.glob("*.yaml")})
+    close = difflib.get_close_matches(given.stem, names, n=1)
+    raise SanaError(
+        f"no config {name!r}" + (f"; did you mean {close[0]}?" if close else ""),
+        f"there are: {', '.join(names)}; or give the path of a YAML file",
+        exit_code=2,
+    )
+
+
+def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
+    """The config of a path or a name (`find_config`), with `--set` overrides; `None` is the default one."""
+    path = find_config(name or DEFAULT_CONFIG)
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise SanaError(f"{path}: is over {MAX_CONFIG_BYTES:,} bytes; a config is a page", exit_code=2)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SanaError(f"{path}: cannot be read as text: {error}", exit_code=2) from error
+    return parse_config(text, str(path), overrides)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) for each value that differs between two nested dictionaries."""
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after

@@ -1,0 +1,61 @@
+"""Devices, precisions and memory: which there are, and which a config means. It knows no model."""
+
+import gc
+import resource
+import sys
+
+import torch
+
+from sana_cli.errors import SanaError
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU; anything else must be there.
+
+    Raises:
+        SanaError: this machine has no such device.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SanaError(f"no device {name!r}", "devices are auto, cpu, mps, cuda and cuda:N", exit_code=2) from error
+    here = {"cpu": True, "cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps}
+    if not here.get(device.type, False):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if mps else [])]
+        raise SanaError(f"this machine has no device {name}", f"it has: {', '.join(there)}; auto takes the best of them")
+    return device
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run in hardware rather than by conversion: then bf16 is the faster choice."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return False
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the device has it natively, else fp32."""
+    return ("bf16" if has_native_bf16(device) else "fp32") if name == "auto" else name
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated on CUDA, resident in this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what freed tensors held, so that the next model finds room."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

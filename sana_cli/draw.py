@@ -1,0 +1,230 @@
+"""From caption states and seeds to pictures: the sampling loop around a transformer, and PNG grids with their record.
+
+`train` and `sample` draw with the same function. It knows neither where captions were encoded nor where weights came from.
+
+Shapes: B images drawn, C H W of a sample, L caption tokens, D caption width.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+from sana_cli import __version__, flow
+from sana_cli.config import SampleConfig
+from sana_cli.errors import SanaError
+from sana_cli.model import SanaTransformer
+from sana_cli.text import pad_states
+
+IMAGES_PER_BATCH = 64
+PNG_KEY = "sana"
+GRID_GAP = 4
+MIN_CELL = 64  # small images are enlarged by a whole factor, so that a person sees them
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DrawStep:
+    """After each solver step of each batch: how far, and the images so far."""
+
+    done: int  # solver steps done, over all batches
+    total: int
+    images: Tensor  # (b, C, H, W) of this batch, at its noise level
+    foreseen: Tensor  # (b, C, H, W), the data this step points at
+    first: int  # index of the batch's first image
+    sigma: float
+
+
+def initial_noise(seed: int, shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise (C, H, W) from a CPU generator of its own: the same on every device, in any batch."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bf16 autocast, or none for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.inference_mode()
+def draw(
+    model: SanaTransformer,
+    captions: Sequence[Tensor],
+    null_caption: Tensor,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    settings: SampleConfig,
+    precision: str,
+) -> Iterator[DrawStep]:
+    """Draw one image for each of `captions`, states (tokens, D), with the seed beside it.
+
+    Where guidance is used, the conditional and the null branch run as one batch, each with its own caption mask. An
+    image depends on its caption, seed and settings, and on nothing else in the call beyond floating-point rounding.
+    """
+    device = next(model.parameters()).device
+    batches = range(0, len(captions), IMAGES_PER_BATCH)
+    sigmas = flow.solver_sigmas(settings.solver, settings.steps, settings.flow_shift)
+    done, total = 0, len(batches) * settings.steps
+    for first in batches:
+        batch = captions[first : first + IMAGES_PER_BATCH]
+        count = len(batch)
+        states, mask = (t.to(device) for t in pad_states([*batch, *[null_caption] * count]))  # (2b, L, D), (2b, L)
+        states = states.float()
+
+        def velocity(x: Tensor, sigma: float, states: Tensor = states, mask: Tensor = mask, count: int = count) -> Tensor:
+            guided = settings.guidance_scale != 1 and flow.in_interval(sigma, settings.guidance_interval)
+            rows = 2 * count if guided else count
+            time = flow.model_timestep(settings.solver, sigma, model.config.timestep_scale)
+            with autocast(device, precision):
+                v = model(
+                    x.repeat(rows // count, 1, 1, 1),
+                    states[:rows],
+                    torch.full((rows,), time, device=device),
+                    encoder_attention_mask=mask[:rows],
+                ).float()
+            return flow.guide(v[:count], v[count:], settings.guidance_scale) if guided else v
+
+        x = torch.stack([initial_noise(seed, shape) for seed in seeds[first : first + count]]).to(device)
+        for step in flow.SOLVERS[settings.solver](velocity, x, sigmas):
+            done += 1
+            yield DrawStep(done, total, step.x, step.x_0, first, step.sigma)
+
+
+def final_images(drawn: Iterable[DrawStep]) -> Tensor:
+    """The images (B, C, H, W) of all batches, in order, from what `draw` yielded."""
+    last = {step.first: step.images for step in drawn}
+    return torch.cat([last[first].cpu() for first in sorted(last)])
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8, (B, C, H, W), on the CPU."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """One (C, H, W) uint8 tensor of one or three channels as a picture."""
+    array = pixels.numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place of a grid: which image, and what was asked for."""
+
+    prompt: str
+    seed: int
+
+
+def prompt_rows(prompts: Sequence[str], one_word: bool) -> list[tuple[str, ...]]:
+    """Rows of a grid. Where captions are single words, each word of a prompt is an image; else each prompt is."""
+    if one_word:
+        return [tuple(prompt.split()) for prompt in prompts]
+    return [(prompt,) for prompt in prompts]
+
+
+def grid_cells(rows: Sequence[Sequence[str]], images_per_prompt: int, seed: int) -> list[list[Cell]]:
+    """The cells of a grid: image i, counted row by row, has seed + i. Rows of one image each are set side by side."""
+    repeated = [[prompt for prompt in row for _ in range(images_per_prompt)] for row in rows]
+    if len(repeated) > 1 and all(len(row) == 1 for row in repeated):
+        column = [row[0] for row in repeated]
+        across = min(8, math.ceil(math.sqrt(len(column))))
+        repeated = [column[at : at + across] for at in range(0, len(column), across)]
+    seeds = itertools.count(seed)
+    return [[Cell(prompt, next(seeds)) for prompt in row] for row in repeated]
+
+
+def grid_record(cells: Sequence[Sequence[Cell]], settings: SampleConfig, name: str, **more: Any) -> dict[str, Any]:
+    """What a grid's PNG says of itself: settings, and each prompt with its seed."""
+    return {
+        "made_by": f"sana {__version__}",
+        "checkpoint": name,
+        "settings": settings.model_dump(mode="json", exclude={"prompts", "seed"}),
+        **more,
+        "images": [[{"prompt": cell.prompt, "seed": cell.seed} for cell in row] for row in cells],
+    }
+
+
+def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]]) -> Image.Image:
+    """A picture of all images (B, C, H, W), row by row, each under its prompt."""
+    height, width = pixels.shape[-2:]
+    factor = max(1, -(-MIN_CELL // min(height, width)))
+    cell_height, cell_width = height * factor, width * factor
+    font = ImageFont.load_default(max(12, min(cell_height // 5, 20)))
+    label_height = sum(font.getmetrics()) + 2
+    columns = max(map(len, rows))
+    size = (
+        columns * (cell_width + GRID_GAP) + GRID_GAP,
+        len(rows) * (cell_height + label_height + GRID_GAP) + GRID_GAP,
+    )
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    images = iter(pixels)
+    for y, row in enumerate(rows):
+        for x, cell in enumerate(row):
+            left = GRID_GAP + x * (cell_width + GRID_GAP)
+            top = GRID_GAP + y * (cell_height + label_height + GRID_GAP)
+            label = _fit(cell.prompt, font, cell_width)
+            pen.text((left + cell_width / 2, top), label, font=font, fill="black", anchor="ma")
+            picture = to_image(next(images)).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left, top + label_height))
+    return sheet
+
+
+def _fit(label: str, font: Any, width: int) -> str:
+    label = " ".join("".join(c if c.isprintable() else " " for c in label[:200]).split())
+    if font.getlength(label) <= width:
+        return label
+    while label and font.getlength(label + "…") > width:
+        label = label[:-1]
+    return label.rstrip() + "…"
+
+
+def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
+    """Write a PNG that says how it was made, in its `sana` text chunk (JSON); `read_record` gives it back."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(record, ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        image.save(partial, format="PNG", pnginfo=info)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """How a PNG of ours was made.
+
+    Raises:
+        SanaError: it is no PNG, or not one of ours.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(PNG_KEY)
+            return dict(json.loads(text)) if text else _not_ours(path)
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SanaError(f"{path} is not a PNG that can be read: {error}") from error
+
+
+def _not_ours(path: Path) -> dict[str, Any]:
+    raise SanaError(f"{path} does not say how it was made", "only PNG files that sana wrote carry their prompts and settings")
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
+    """An animation of the images appearing, its last frame held for two seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durations = [80] * (len(frames) - 1) + [2000]
+    frames[0].save(path, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

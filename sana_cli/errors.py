@@ -1,0 +1,17 @@
+"""The one error that a user can cause. It knows nothing of terminals: `cli.py` turns it into a message and an exit code."""
+
+
+class SanaError(Exception):
+    """A mistake or a mishap that the user can do something about.
+
+    The text says what is wrong, where, and what to do next, one line for each. `exit_code` is 1 where a command could
+    not do its work and 2 where it was asked wrongly (usage or config).
+    """
+
+    def __init__(self, *lines: str, exit_code: int = 1) -> None:
+        super().__init__("\n".join(lines))
+        self.exit_code = exit_code
+
+
+class Interrupted(SanaError):
+    """The user or the system asked the command to stop (SIGINT: 130, SIGTERM: 143)."""

@@ -1,0 +1,146 @@
+"""Files that are whole or not there: synced writes, JSON that knows its own hash, folders that appear at once.
+
+It knows nothing of what the files hold.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from sana_cli.errors import SanaError
+
+_UNSEALED = '"sha256": ""'
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Push a file's or a folder's bytes to the disk, so that a rename after it cannot overtake them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and sync a new text file."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Readable JSON."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write and sync readable JSON."""
+    write_text(path, json_text(content))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write and sync a safetensors file."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(whole, path, metadata=None if metadata is None else dict(metadata))
+    sync(path)
+
+
+def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON whose last field `sha256` is the hash of the file's own text with that field empty."""
+    text = json_text({**content, "sha256": ""})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    head, _, tail = text.rpartition(_UNSEALED)
+    write_text(path, f'{head}"sha256": "{digest}"{tail}')
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """What `write_sealed_json` wrote.
+
+    Raises:
+        SanaError: the file is damaged.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text)
+        digest = content["sha256"]
+        head, found, tail = text.rpartition(f'"sha256": "{digest}"')
+        whole = found and hashlib.sha256(f"{head}{_UNSEALED}{tail}".encode()).hexdigest() == digest
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole, content = False, {}
+    if not whole:
+        raise SanaError(f"{path} is damaged: its content does not match its own sha256")
+    return dict(content)
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Refuse a file that is missing or has not `expected` bytes.
+
+    Raises:
+        SanaError: naming the file.
+    """
+    if not path.is_file():
+        raise SanaError(f"{path} is missing")
+    found = path.stat().st_size
+    if found != expected:
+        raise SanaError(f"{path} is damaged: expected {expected:,} bytes, found {found:,}")
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Refuse a file whose bytes are not those that were written.
+
+    Raises:
+        SanaError: naming the file.
+    """
+    if sha256_file(path) != expected:
+        raise SanaError(f"{path} is damaged: its bytes do not match the sha256 on record")
+
+
+@contextmanager
+def whole_folder(target: Path, partial: Path) -> Iterator[Path]:
+    """An empty folder at `partial` to write into, which becomes `target` at the end, or is removed on an error.
+
+    `partial` must be on the file system of `target`. A killed process leaves it behind, for the next one to replace. A
+    `target` that is there already is put aside only now that the new one is whole, and then deleted.
+    """
+    aside = partial.with_name(partial.name + ".replaced")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
+            sync(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(partial, target)
+        sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def storage_error(error: OSError, doing: str) -> SanaError:
+    """One message for a full disk, a read-only folder and their kin."""
+    where = error.filename or ""
+    if error.errno == errno.ENOSPC:
+        return SanaError(f"the disk is full: {doing}", "free some space and run the command again; what was whole still is")
+    return SanaError(f"{doing}: {error.strerror or error}" + (f": {where}" if where else ""))

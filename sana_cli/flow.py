@@ -1,0 +1,121 @@
+"""Rectified flow: the path from data to noise, its velocity, how noise levels are drawn, guidance and solvers.
+
+It is pure arithmetic on tensors and knows no model: a solver is given a function `velocity(x, sigma)`. The signs, once
+for the whole package (those of diffusers, NVlabs/Sana, SD3 and FLUX):
+
+    x_t = (1 - sigma) x_0 + sigma noise,   velocity = dx_t / dsigma = noise - x_0,   sigma 1 is noise, 0 is data.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TRAIN_TIMESTEPS = 1000  # the transformer is given timestep = 1000 sigma
+
+
+def interpolate(x_0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = (1 - sigma) x_0 + sigma noise, for x_0 and noise (B, ...) and sigma (B,)."""
+    sigma = sigma.view(-1, *[1] * (x_0.ndim - 1))
+    return (1 - sigma) * x_0 + sigma * noise
+
+
+def velocity_target(x_0: Tensor, noise: Tensor) -> Tensor:
+    """noise - x_0, what the transformer learns (arXiv 2209.03003, eq. 1; the straight path's derivative)."""
+    return noise - x_0
+
+
+def logit_normal(z: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """sigma = sigmoid(mean + std z) from standard normal z (SD3, arXiv 2403.03206, section 3.1)."""
+    return torch.sigmoid(mean + std * z)
+
+
+def uniform(z: Tensor) -> Tensor:
+    """sigma = Phi(z), uniform on (0, 1), from standard normal z: so that both densities use the same draw."""
+    return torch.special.ndtr(z)
+
+
+def shift_sigma(sigma: Tensor, flow_shift: float) -> Tensor:
+    """sigma -> s sigma / (1 + (s - 1) sigma): moves noise levels up for large images (SD3, eq. 23)."""
+    return flow_shift * sigma / (1 + (flow_shift - 1) * sigma)
+
+
+def guide(conditional: Tensor, null: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: null + scale (conditional - null) (arXiv 2207.12598). Scale 1 is the conditional."""
+    return null + guidance_scale * (conditional - null)
+
+
+def in_interval(sigma: float, interval: tuple[float, float]) -> bool:
+    """Whether guidance is used at sigma (guidance in a limited interval, arXiv 2404.07724)."""
+    return interval[0] <= sigma <= interval[1]
+
+
+@dataclass(frozen=True)
+class SolverStep:
+    """Where a solver is after its step `index` (from 0): the sample at `sigma`, and the data it foresees."""
+
+    index: int
+    sigma: float
+    x: Tensor
+    x_0: Tensor
+
+
+Velocity = Callable[[Tensor, float], Tensor]
+Solver = Callable[[Velocity, Tensor, Sequence[float]], Iterator[SolverStep]]
+
+
+def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[SolverStep]:
+    """x += (sigma' - sigma) velocity, first order; exact where paths are straight."""
+    for index, (sigma, lower) in enumerate(itertools.pairwise(sigmas)):
+        v = velocity(x, sigma)
+        x_0 = x - sigma * v
+        x = x + (lower - sigma) * v
+        yield SolverStep(index, lower, x, x_0)
+
+
+def dpm_solver_pp_2m(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[SolverStep]:
+    """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2, data prediction, midpoint) on the flow path alpha = 1 - sigma.
+
+    Second order, one evaluation a step. The first step is first order, for want of a predecessor, and so is the last,
+    since log(alpha / sigma) has no end at sigma 0. Sigma must begin below 1 for the same reason.
+    """
+
+    def log_snr(sigma: float) -> float:
+        return math.log((1 - sigma) / sigma)
+
+    previous: tuple[float, Tensor] | None = None
+    for index, (sigma, lower) in enumerate(itertools.pairwise(sigmas)):
+        x_0 = x - sigma * velocity(x, sigma)
+        estimate = x_0
+        if previous is not None and lower > 0:
+            step, last_step = log_snr(lower) - log_snr(sigma), log_snr(sigma) - log_snr(previous[0])
+            estimate = x_0 + step / (2 * last_step) * (x_0 - previous[1])  # D = D_0 + D_1 / 2
+        # (sigma'/sigma) x - alpha' (exp(-h) - 1) D, with exp(-h) = alpha sigma' / (alpha' sigma) kept off the logarithm
+        ratio = lower / sigma
+        x = ratio * x + ((1 - lower) - (1 - sigma) * ratio) * estimate
+        previous = (sigma, x_0)
+        yield SolverStep(index, lower, x, x_0)
+
+
+SOLVERS: dict[str, Solver] = {"dpm++": dpm_solver_pp_2m, "euler": euler}
+
+
+def solver_sigmas(solver: str, steps: int, flow_shift: float = 1.0) -> list[float]:
+    """The noise levels from first to last, `steps` + 1 of them, ending at 0.
+
+    Euler starts at 1. DPM-Solver++ starts at 0.999 before the shift, since its variable is infinite at 1: the levels of
+    diffusers' `DPMSolverMultistepScheduler(use_flow_sigmas=True)` and of the official Flow-DPM-Solver.
+    """
+    start = 1.0 if solver == "euler" else 1 - 1 / TRAIN_TIMESTEPS
+    sigmas = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+    return [float(sigma) for sigma in shift_sigma(sigmas, flow_shift)]
+
+
+def model_timestep(solver: str, sigma: float, timestep_scale: float = 1.0) -> float:
+    """What the transformer is told at `sigma`: 1000 sigma, which DPM-Solver++ truncates to a whole number as everyone's does."""
+    timestep = sigma * TRAIN_TIMESTEPS
+    # the small number undoes the rounding of sigma: 0.999 * 1000 is meant to be 999
+    return (math.floor(timestep + 1e-6) if solver == "dpm++" else timestep) * timestep_scale

@@ -1,0 +1,317 @@
+"""The SANA transformer (arXiv 2410.10629): the published block and nothing else.
+
+A velocity field for images or latents of any size that the patch divides, conditioned on caption states and a timestep.
+It knows neither what the timestep means (`flow.py`), nor where captions come from (`text.py`), nor files
+(`checkpoint.py`). Parameters carry the names and shapes of diffusers' `SanaTransformer2DModel`.
+
+Shapes: B batch, C channels, H W height and width of the sample, p patch, N = (H/p)(W/p) tokens, D = heads * head_dim
+inner width, L caption tokens, h = int(mlp_ratio * D) hidden width of the Mix-FFN.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from sana_cli.config import ModelConfig
+
+TIMESTEP_CHANNELS = 256
+MASKED = -10000.0  # added to the scores of padding; finite, so that a row without any caption token gives no NaN
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 and cast back."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens. No position is added (NoPE): the Mix-FFN's convolution tells tokens apart."""
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D)
+
+
+class TwoLayer(nn.Module):
+    """Linear, activation, Linear: the shape of every embedder here."""
+
+    def __init__(self, in_features: int, dim: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, dim)
+        self.activation = activation
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+def sinusoid(timestep: Tensor, channels: int = TIMESTEP_CHANNELS) -> Tensor:
+    """[cos(t f), sin(t f)] with f = 10000^(-i / (channels/2)), in float32: (B,) -> (B, channels)."""
+    half = channels // 2
+    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angle = timestep.float()[:, None] * torch.exp(-math.log(10000.0) / half * index)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """One level of naming that diffusers has between `time_embed` and its embedder."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.timestep_embedder = TwoLayer(TIMESTEP_CHANNELS, dim, nn.SiLU())
+
+
+class TimeEmbed(nn.Module):
+    """adaLN-single: one projection of the timestep modulates every block, which add their own `scale_shift_table`.
+
+    Returns the six modulations (B, 6, D) and the embedding before them (B, D), which the final norm uses. Models that
+    carry their guidance scale as an input (SANA-Sprint) add its embedding to the timestep's.
+    """
+
+    def __init__(self, dim: int, guidance_embeds: bool) -> None:
+        super().__init__()
+        self.guidance_embedder: TwoLayer | None = None
+        if guidance_embeds:
+            self.timestep_embedder = TwoLayer(TIMESTEP_CHANNELS, dim, nn.SiLU())
+            self.guidance_embedder = TwoLayer(TIMESTEP_CHANNELS, dim, nn.SiLU())
+        else:
+            self.emb = TimestepEmbedder(dim)
+        self.linear = nn.Linear(dim, 6 * dim)
+
+    def forward(self, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.guidance_embedder is None:
+            embedded = self.emb.timestep_embedder(sinusoid(timestep).to(dtype))
+        else:
+            assert guidance is not None
+            embedded = self.timestep_embedder(sinusoid(timestep).to(dtype))
+            embedded = embedded + self.guidance_embedder(sinusoid(guidance).to(dtype))  # (B, D)
+        modulation = rearrange(self.linear(F.silu(embedded)), "b (six d) -> b six d", six=6)
+        return modulation, embedded
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear self-attention (paper section 2.2): relu(q) (relu(k)^T v) / (relu(q) sum relu(k)), sums in float32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.inner_dim
+        self.heads = config.num_attention_heads
+        self.to_q = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.to_k = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.norm_q = RMSNorm(dim, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(config.dropout)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)  # (B, N, D) each
+        with torch.autocast(x.device.type, enabled=False):  # half-precision sums over tokens overflow
+            q, k, v = (rearrange(t.float(), "b n (heads d) -> b heads n d", heads=self.heads) for t in (q, k, v))
+            q, k = F.relu(q), F.relu(k)
+            v = F.pad(v, (0, 1), value=1.0)  # a column of ones makes the denominator the last column
+            out = q @ (k.transpose(-1, -2) @ v)  # (B, heads, N, d + 1)
+            out = out[..., :-1] / (out[..., -1:] + 1e-15)
+        out = rearrange(out, "b heads n d -> b n (heads d)").to(x.dtype)
+        return self.to_out[1](self.to_out[0](out))
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of image tokens over caption tokens. It has no norm and no gate before it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, self.heads = config.inner_dim, config.num_cross_attention_heads
+        inner = self.heads * config.cross_attention_head_dim
+        self.to_q = nn.Linear(dim, inner)
+        self.to_k = nn.Linear(dim, inner)
+        self.to_v = nn.Linear(dim, inner)
+        self.norm_q = RMSNorm(inner, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(inner, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(config.dropout)])
+
+    def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None) -> Tensor:
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(caption)), self.to_v(caption)
+        q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads) for t in (q, k, v))
+        if x.device.type == "cpu":  # few caption tokens: the backward of the CPU's fused kernel costs many times this
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, N, L)
+            out = (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        out = rearrange(out, "b heads n d -> b n (heads d)")
+        return self.to_out[1](self.to_out[0](out))
+
+
+class GLUMBConv(nn.Module):
+    """Mix-FFN: 1x1 convolution, SiLU, 3x3 depthwise convolution, gated linear unit, 1x1 convolution.
+
+    The 1x1 convolutions are stored as convolutions, as everyone does, and computed as the linear layers they are; the
+    depthwise one then sees channels-last memory, its fast form on CPU and GPU alike.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(mlp_ratio * dim)
+        self.conv_inverted = nn.Conv2d(dim, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
+
+    def forward(self, x: Tensor, height: int) -> Tensor:
+        x = F.silu(F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias))  # (B, N, 2h)
+        x = rearrange(x, "b (height width) c -> b c height width", height=height)
+        x = rearrange(self.conv_depth(x), "b c height width -> b (height width) c")
+        x, gate = x.chunk(2, dim=-1)  # (B, N, h) each
+        return F.linear(x * F.silu(gate), self.conv_point.weight.flatten(1))  # (B, N, D)
+
+
+class SanaBlock(nn.Module):
+    """Modulated linear attention, cross-attention, modulated Mix-FFN, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.inner_dim
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn1 = LinearAttention(config)
+        self.attn2 = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ff = GLUMBConv(dim, config.mlp_ratio)
+        self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
+
+    def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None, modulation: Tensor, height: int) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+            self.scale_shift_table[None] + modulation
+        ).chunk(6, dim=1)  # (B, 1, D) each
+        normed = self.norm1(x) * (1 + scale_msa) + shift_msa
+        x = x + gate_msa * self.attn1(normed.to(x.dtype))
+        x = x + self.attn2(x, caption, bias)
+        normed = self.norm2(x) * (1 + scale_mlp) + shift_mlp
+        return x + gate_mlp * self.ff(normed.to(x.dtype), height)  # (B, N, D)
+
+
+class SanaTransformer(nn.Module):
+    """The SANA diffusion transformer. `config` must be resolved: `sample_size` and `caption_channels` are numbers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.caption_channels is not None and config.sample_size is not None, "an unresolved model config"
+        self.config = config
+        dim, patch = config.inner_dim, config.patch_size
+        self.patch_embed = PatchEmbed(config.in_channels, dim, patch)
+        self.time_embed = TimeEmbed(dim, config.guidance_embeds)
+        self.caption_projection = TwoLayer(config.caption_channels, dim, nn.GELU(approximate="tanh"))
+        self.caption_norm = RMSNorm(dim, eps=1e-5)
+        self.transformer_blocks = nn.ModuleList(SanaBlock(config) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
+        self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, patch * patch * config.in_channels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity at `hidden_states`, in diffusers' argument order.
+
+        Args:
+            hidden_states: the noisy sample, (B, C, H, W), H and W multiples of the patch size.
+            encoder_hidden_states: caption states, (B, L, caption_channels).
+            timestep: (B,), 1000 * sigma * timestep_scale.
+            guidance: (B,), only for models with `guidance_embeds`, and needed there.
+            encoder_attention_mask: (B, L), 1 for caption tokens and 0 for padding; None attends to all.
+
+        Raises:
+            ValueError: a shape that does not fit, or `guidance` given to a model that cannot use it.
+        """
+        _, channels, height, width = hidden_states.shape
+        patch = self.config.patch_size
+        if channels != self.config.in_channels:
+            raise ValueError(f"hidden_states has {channels} channels; this model takes {self.config.in_channels}")
+        if height % patch or width % patch:
+            raise ValueError(f"hidden_states is {height}x{width}; the patch size {patch} must divide both")
+        if (guidance is not None) != self.config.guidance_embeds:
+            raise ValueError("guidance is needed by models with guidance_embeds, and by no others")
+
+        x = self.patch_embed(hidden_states)  # (B, N, D)
+        modulation, embedded = self.time_embed(timestep, guidance, x.dtype)  # (B, 6, D), (B, D)
+        caption = self.caption_norm(self.caption_projection(encoder_hidden_states))  # (B, L, D)
+        bias = None
+        if encoder_attention_mask is not None:
+            bias = (1 - encoder_attention_mask.to(x.dtype))[:, None, None, :] * MASKED  # (B, 1, 1, L)
+        for block in self.transformer_blocks:
+            x = block(x, caption, bias, modulation, height // patch)
+        shift, scale = (self.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
+        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, p p C)
+        return rearrange(
+            x, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=height // patch, ph=patch, pw=patch, c=channels
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def initialize(model: SanaTransformer, generator: torch.Generator) -> None:
+    """Draw the official initial weights (NVlabs/Sana `sana_multi_scale.py`, `initialize_weights`).
+
+    Linear layers are Xavier-uniform with zero bias, with the fan of the fused matrices that the official code has (qkv
+    in self-attention, kv in cross-attention); the patch convolution likewise; the embedders are N(0, 0.02); the other
+    convolutions keep PyTorch's default; the tables are N(0, 1/D); the caption norm starts at 0.01, without which
+    captions would enter a hundred times too loud. Nothing is zero-initialised but the guidance embedder's last layer.
+    """
+
+    def uniform(tensor: Tensor, bound: float) -> None:
+        tensor.uniform_(-bound, bound, generator=generator)
+
+    def xavier(weight: Tensor, fused: int = 1) -> None:
+        uniform(weight, math.sqrt(6 / (fused * weight.shape[0] + weight[0].numel())))
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            xavier(module.weight)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.Conv2d):
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            uniform(module.weight, bound)
+            if module.bias is not None:
+                uniform(module.bias, bound)
+        elif isinstance(module, RMSNorm):
+            module.weight.fill_(1.0)
+    for block in model.transformer_blocks:
+        assert isinstance(block, SanaBlock)
+        for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+            xavier(linear.weight, fused=3)
+        for linear in (block.attn2.to_k, block.attn2.to_v):
+            xavier(linear.weight, fused=2)
+    xavier(model.patch_embed.proj.weight)
+    for name, parameter in model.named_parameters():
+        if name.endswith("scale_shift_table"):
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        elif name.startswith(("time_embed.", "caption_projection.")) and name.endswith("weight"):
+            parameter.normal_(std=0.02, generator=generator)
+    if model.time_embed.guidance_embedder is not None:
+        model.time_embed.guidance_embedder.linear_2.weight.zero_()
+    model.caption_norm.weight.fill_(0.01)
+
+
+def build(config: ModelConfig, seed: int | None = 0) -> SanaTransformer:
+    """A new model with the official initial weights of `seed`, float32 on the CPU; `None` gives the meta device (counts only)."""
+    with torch.device("meta"):
+        model = SanaTransformer(config)
+    if seed is not None:
+        model.to_empty(device="cpu")
+        initialize(model, torch.Generator().manual_seed(seed))
+    return model

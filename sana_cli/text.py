@@ -1,0 +1,382 @@
+"""Caption encoders: captions to caption states, the features of their tokens that the transformer attends to.
+
+`tiny` is built in; any other is a Hugging Face model, by id or local path: causal decoders (Gemma 2, the paper's choice),
+T5 encoders, BERT, ModernBERT. `embed` and `sample` encode with the same `CaptionEncoder.encode`. This module knows
+neither where captions come from nor where states go.
+
+Shapes: B captions of a batch, T tokens of the longest, D the encoder's width.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sana_cli.config import TextConfig
+from sana_cli.errors import SanaError
+
+FINGERPRINT_VERSION = 1
+TINY_DIM = 128  # width of the built-in encoder's states
+TOKENS_PER_BATCH = 8192  # padded tokens that go through an encoder at once
+UNGATED_GEMMA = "Efficient-Large-Model/gemma-2-2b-it"
+
+
+# --- fingerprint ------------------------------------------------------------------------------------------------------
+
+
+def encoder_name(encoder: str) -> str:
+    """How an encoder is called in files: an absolute path by its last part only, anything else as it is."""
+    return Path(encoder).name if Path(encoder).is_absolute() else encoder
+
+
+def asked_for(text: TextConfig) -> dict[str, Any]:
+    """What a config alone says of an encoder; the fields of a fingerprint that can be checked without loading it."""
+    settings = {
+        "encoder": encoder_name(text.encoder),
+        "revision": text.revision,
+        "max_length": text.max_length,
+        "instruction": text.instruction,
+        "template": text.template,
+    }
+    return settings if text.dtype == "auto" else settings | {"dtype": text.dtype}
+
+
+def check_same_encoder(recorded: Mapping[str, Any], given: Mapping[str, Any], where: str, *next_steps: str) -> None:
+    """Refuse another encoder or other settings than `recorded`; fields that `given` lacks are not compared.
+
+    Raises:
+        SanaError: naming each field that differs.
+    """
+    fields = [key for key in given if key != "encoder" or "weights" not in given]  # weights tell better than a name
+    wrong = [key for key in fields if recorded.get(key) != given[key]]
+    if wrong:
+        raise SanaError(
+            *(f"text.{key}: {where} has {recorded.get(key)!r:.200}, not {given[key]!r:.200}" for key in wrong), *next_steps
+        )
+
+
+def text_config(fingerprint: Mapping[str, Any], encoder: str | None = None) -> TextConfig:
+    """The settings that a fingerprint records; `encoder` says where its model lies when the name alone does not."""
+    keys = ("revision", "dtype", "max_length", "instruction", "template")
+    return TextConfig(encoder=encoder or fingerprint["encoder"], **{key: fingerprint[key] for key in keys})
+
+
+def _hash_weights(model: nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all weights: the same model in other files hashes the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --- tokenizing -------------------------------------------------------------------------------------------------------
+
+
+class ByteTokenizer:
+    """UTF-8 bytes after a beginning-of-sequence token. Ids: 0 padding, 1 beginning, 2 + byte."""
+
+    pad_id, bos_id, size = 0, 1, 258
+
+    def __call__(self, text: str) -> list[int]:
+        return [self.bos_id, *(2 + byte for byte in text.encode("utf-8", errors="surrogatepass"))]
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face tokenizer's ids with its own special tokens, or its chat template, which brings its own."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self.tokenizer, self.template = tokenizer, template
+        self.pad_id = tokenizer.pad_token_id or 0
+        if template == "chat" and not tokenizer.chat_template:
+            raise SanaError(
+                "text.template: this encoder's tokenizer has no chat template", "use text.template: none", exit_code=2
+            )
+
+    def __call__(self, text: str) -> list[int]:
+        if self.template == "chat" and text:
+            message = [{"role": "user", "content": text}]
+            return list(self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=False))
+        ids = list(self.tokenizer(text)["input_ids"])
+        if not ids:  # a tokenizer without special tokens has nothing for the null caption
+            special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.pad_id]
+            ids = [next(token for token in special if token is not None)]
+        return ids
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CaptionEncoder:
+    """A model, its tokenizer and the settings they run with. `fingerprint` says whether two would give the same states."""
+
+    model: nn.Module
+    tokenizer: ByteTokenizer | HuggingFaceTokenizer
+    text: TextConfig
+    fingerprint: dict[str, Any]
+    device: torch.device
+
+    @property
+    def dim(self) -> int:
+        """Width of a caption state."""
+        config: Any = self.model.config
+        return int(getattr(config, "hidden_size", 0) or config.d_model)
+
+    def to(self, device: torch.device) -> None:
+        """Move the model; its states always come back to the CPU."""
+        self.device = device
+        self.model.to(device)
+
+    def token_ids(self, caption: str) -> tuple[list[int], int]:
+        """Token ids, and how many of them after the first are instruction, whose states are dropped.
+
+        With an instruction this is the paper's select-index rule (NVlabs/Sana and diffusers `pipeline_sana.py`): of the
+        first n + max_length - 2 tokens, where the instruction has n, keep the first and those from n - 1 on. The null
+        caption never has one.
+        """
+        instruction, limit = self.text.instruction, self.text.max_length
+        if instruction is None or not caption:
+            return self.tokenizer(caption)[:limit], 0
+        instruction_tokens = len(self.tokenizer(instruction))
+        return self.tokenizer(instruction + caption)[: instruction_tokens + limit - 2], max(instruction_tokens - 2, 0)
+
+    @torch.inference_mode()
+    def encode(self, captions: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Each distinct caption once, with its states (tokens, D) in bf16 on the CPU, shortest first, padding removed.
+
+        Raises:
+            SanaError: a state is not finite; names the caption.
+        """
+        tokens = {caption: self.token_ids(caption) for caption in dict.fromkeys(captions)}
+        order = sorted(tokens, key=lambda caption: len(tokens[caption][0]))
+        for batch in _batches(order, [len(tokens[caption][0]) for caption in order]):
+            ids = [tokens[caption][0] for caption in batch]
+            longest = max(map(len, ids))
+            padded = torch.tensor([row + [self.tokenizer.pad_id] * (longest - len(row)) for row in ids])  # (B, T)
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])  # right padding
+            states = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+            states = states.to("cpu", torch.bfloat16)  # (B, T, D)
+            for caption, row, all_states in zip(batch, ids, states, strict=True):
+                dropped = tokens[caption][1]
+                kept = torch.cat([all_states[:1], all_states[1 + dropped : len(row)]])
+                if not kept.isfinite().all():
+                    raise SanaError(
+                        f"the encoder {self.fingerprint['encoder']} gave a state that is not finite for caption {caption!r:.200}",
+                        "use text.dtype: fp32, or another encoder",
+                    )
+                yield caption, kept.clone()
+
+
+def _batches(items: Sequence[str], lengths: Sequence[int]) -> Iterator[list[str]]:
+    """Runs of items whose padded tokens fit the budget; lengths do not fall."""
+    start = 0
+    for end in range(1, len(items) + 1):
+        if end == len(items) or lengths[end] * (end + 1 - start) > TOKENS_PER_BATCH:
+            yield list(items[start:end])
+            start = end
+
+
+def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """States of several captions, (tokens_i, D) each, to (B, T, D) and their mask (B, T), padded to the longest."""
+    lengths = torch.tensor([len(state) for state in states])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    return nn.utils.rnn.pad_sequence(list(states), batch_first=True), mask
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
+    """The encoder that `text` names, on `device`.
+
+    Raises:
+        SanaError: it cannot be had (gated, missing, offline, not a text encoder), with the ways out.
+    """
+    name = text.dtype if text.dtype != "auto" else ("fp32" if device.type == "cpu" else "bf16")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    tokenizer: ByteTokenizer | HuggingFaceTokenizer
+    if text.encoder == "tiny":
+        if text.template == "chat":
+            raise SanaError("text.template: the tiny encoder has no chat template", "use text.template: none", exit_code=2)
+        model, tokenizer, vocabulary = _tiny().to(dtype), ByteTokenizer(), "utf-8 bytes"
+    else:
+        model, hf_tokenizer = _from_hugging_face(text.encoder, text.revision, dtype)
+        tokenizer = HuggingFaceTokenizer(hf_tokenizer, text.template)
+        vocabulary = json.dumps([type(hf_tokenizer).__name__, sorted(hf_tokenizer.get_vocab().items())])
+    fingerprint = {
+        "version": FINGERPRINT_VERSION,
+        "encoder": encoder_name(text.encoder),
+        "revision": text.revision,
+        "architecture": type(model).__name__,
+        "weights": _hash_weights(model),
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "dtype": name,
+        "max_length": text.max_length,
+        "instruction": text.instruction,
+        "template": text.template,
+    }
+    model.requires_grad_(False).eval().to(device)
+    return CaptionEncoder(model, tokenizer, text, fingerprint, device)
+
+
+def _tiny() -> nn.Module:
+    """A Gemma 2 of two layers on bytes, whose weights are a fixed function of their names.
+
+    It knows no language, but tells captions apart: its states depend on every byte so far and on their order. The
+    weights are uniform numbers read off SHAKE-256, so neither torch, numpy nor transformers can change them.
+    """
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=ByteTokenizer.size,
+        hidden_size=TINY_DIM,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        hidden_activation="gelu_pytorch_tanh",
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-6,
+        pad_token_id=ByteTokenizer.pad_id,
+        bos_token_id=ByteTokenizer.bos_id,
+        eos_token_id=None,
+        attention_bias=False,
+        query_pre_attn_scalar=32,
+        sliding_window=4096,
+        layer_types=["sliding_attention", "full_attention"],
+        attn_logit_softcapping=50.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    model = Gemma2Model(config)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if "norm" in name:  # Gemma's norms multiply by 1 + weight
+            post = "post_attention" in name or "post_feedforward" in name
+            state[name] = torch.full(tensor.shape, TINY_BRANCH - 1 if post else 0.0)
+        else:
+            sharp = TINY_SHARPNESS if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+            state[name] = sharp * tensor.shape[-1] ** -0.5 * _shake(name, tensor.shape)
+    model.load_state_dict(state)
+    return model
+
+
+TINY_BRANCH = 1.0  # size of what a layer's branch adds, beside an embedding of size 1
+TINY_SHARPNESS = 1.0  # size of queries and keys: more attends more sharply
+
+
+def _shake(name: str, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers of mean 0 and variance 1 that depend on `name` alone."""
+    count = torch.Size(shape).numel()
+    raw = hashlib.shake_256(f"sana tiny encoder {FINGERPRINT_VERSION}: {name}".encode()).digest(2 * count)
+    integers = torch.frombuffer(bytearray(raw), dtype=torch.uint16).to(torch.float32)
+    return ((integers + 0.5) / 32768 - 1).reshape(shape) * 3**0.5
+
+
+def _from_hugging_face(encoder: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    local = Path(encoder).expanduser()
+    is_path = local.exists() or encoder.startswith((".", "/", "~")) or encoder.count("/") > 1
+    if is_path and not local.is_dir():
+        raise SanaError(
+            f"text.encoder: no folder {encoder}", "give a folder with config.json, weights and tokenizer, or a Hugging Face id"
+        )
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
+    source = str(local) if is_path else encoder
+
+    def load(local_files_only: bool) -> tuple[nn.Module, Any]:
+        common: dict[str, Any] = {"revision": revision or "main", "local_files_only": local_files_only}
+        config = AutoConfig.from_pretrained(source, **common)
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        tokenizer.padding_side = "right"
+        loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel  # T5 without its decoder
+        model = loader.from_pretrained(source, config=config, dtype=dtype, **common)
+        if hasattr(model.config, "use_cache"):
+            model.config.use_cache = False
+        return model, tokenizer
+
+    with _quiet():
+        try:
+            return load(local_files_only=True)  # what is cached needs no network
+        except Exception as error:
+            if is_path or _cause(error, "LocalEntryNotFoundError", "OfflineModeIsEnabled") is None:
+                raise _explain(error, encoder, is_path) from error
+        try:
+            return load(local_files_only=bool(os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")))
+        except Exception as error:
+            raise _explain(error, encoder, is_path) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The hub logs each retry, and transformers its weight mapping; one message of ours follows instead."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _cause(error: BaseException | None, *names: str) -> BaseException | None:
+    """The first error of the chain whose class, or a base of it, has one of these names."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if any(base.__name__ in names for base in type(error).__mro__):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _explain(error: Exception, encoder: str, is_path: bool) -> SanaError:
+    """One message with the ways out for whatever transformers and the hub raised."""
+    others = "or another encoder: --set text.encoder=tiny needs no download; T5, BERT and ModernBERT models are not gated"
+    if "gemma-2" in encoder.lower() and encoder != UNGATED_GEMMA:
+        others = f"or the ungated copy: --set text.encoder={UNGATED_GEMMA}\n{others}"
+    if is_path:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return SanaError(
+            f"text.encoder: {encoder} is not a text encoder that transformers can load: {reason}",
+            "it needs config.json, safetensors weights and tokenizer files, as `save_pretrained` writes them",
+        )
+    gated = _cause(error, "GatedRepoError")
+    status = getattr(getattr(gated or _cause(error, "HfHubHTTPError"), "response", None), "status_code", None)
+    if gated is not None:
+        login = (
+            "your token is valid but has no access yet: open the page, accept the licence, and try again"
+            if status == 403
+            else "accept the licence there, then `hf auth login`, or set HF_TOKEN"
+        )
+        return SanaError(f"text.encoder: {encoder} is gated: https://huggingface.co/{encoder}", login, *others.splitlines())
+    if _cause(error, "RevisionNotFoundError") is not None:
+        return SanaError(f"text.revision: {encoder} has no such branch, tag or commit", f"see https://huggingface.co/{encoder}")
+    if _cause(error, "RepositoryNotFoundError", "HFValidationError") is not None or status == 404:
+        return SanaError(
+            f"text.encoder: there is no {encoder} on Hugging Face, or it is private (`hf auth login` or HF_TOKEN), nor a folder here",
+            *others.splitlines(),
+        )
+    if _cause(error, "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError") is not None:
+        return SanaError(
+            f"text.encoder: {encoder} is not in the local cache, and Hugging Face cannot be reached",
+            "connect once (unset HF_HUB_OFFLINE), or give the path of a folder that has the model",
+            *others.splitlines(),
+        )
+    return SanaError(
+        f"text.encoder: {encoder} could not be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        *others.splitlines(),
+    )
