@@ -5,6 +5,7 @@ The defaults are those of `configs/quickstart.yaml`. A file holds what differs. 
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,11 +204,15 @@ class Config(Section):
             lines += ["", f"{name}:  # {(section_field.annotation.__doc__ or '').splitlines()[0].rstrip('.')}"]
             for key, key_field in type(section).model_fields.items():
                 value = section.model_dump(mode="json")[key]
-                entry = yaml.safe_dump({key: value}, default_flow_style=None, allow_unicode=True, width=10**6).rstrip("\n")
-                first, *rest = entry.split("\n")
-                comment = "" if rest else f"  # {key_field.description}"
-                lines += [f"  {first}{comment}", *(f"  {line}" for line in rest)]
+                lines.append(f"  {key}: {_yaml_value(value)}  # {key_field.description}")
         return "\n".join(lines[1:]) + "\n"
+
+
+def _yaml_value(value: Any) -> str:
+    """A value on one line; JSON's quoting is YAML's too."""
+    if isinstance(value, str) and ("\n" in value or not value):
+        return json.dumps(value, ensure_ascii=False)
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
 
 
 @dataclass

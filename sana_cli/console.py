@@ -25,6 +25,8 @@ SECONDS_BETWEEN_LINES = 5.0  # of plain progress
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
+if not out.is_terminal:
+    out.width = 200  # nobody's window: leave no table cell out
 
 
 def note(text: str) -> None:
@@ -133,11 +135,13 @@ def facts(values: Mapping[str, Any]) -> None:
 def table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> None:
     """A table on stdout: whole numbers with thousands, shares in per cent, both to the right."""
     rows, columns = list(rows), list(columns)
-    sheet = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    cells = [[f"{c:.1%}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    sheet = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     for index, name in enumerate(columns):
         number = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        sheet.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        cells = (f"{c:.1%}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else str(c) for c in row)
-        sheet.add_row(*(Text(cell) for cell in cells))
+        last = index == len(columns) - 1  # the only one that may be cut short in a narrow window
+        least = None if last else max(len(name), *(len(row[index]) for row in cells))
+        sheet.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=least)
+    for row in cells:
+        sheet.add_row(*map(Text, row))
     out.print(sheet)
