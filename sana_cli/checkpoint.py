@@ -130,7 +130,7 @@ class Checkpoint:
 
 
 def step_name(step: int) -> str:
-    """step-000500"""
+    """`step-000500` for 500."""
     return f"step-{step:06d}"
 
 

@@ -46,7 +46,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be
 def user_errors() -> Iterator[None]:
     """Every user mistake becomes one message and an exit code; SIGTERM ends a command as cleanly as Ctrl-C."""
 
-    def terminate(number: int, frame: FrameType | None) -> None:
+    def terminate(number: int, _frame: FrameType | None) -> None:
         raise Interrupted("terminated", exit_code=128 + number)
 
     previous = signal.signal(signal.SIGTERM, terminate)
@@ -70,7 +70,7 @@ def stop_on_signals() -> Iterator[Callable[[], int | None]]:
     """A question "were we asked to stop?" for a command that wants to finish what it is at; a second signal is final."""
     asked: list[int] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
         if asked:
             os._exit(128 + number)
         asked.append(number)
@@ -113,9 +113,13 @@ def main(
 def embed(
     config: ConfigOption = None,
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The dataset directory. Default: data.dir of the config.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The dataset directory. Default: data.dir of the config.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Embed the first N images only.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished dataset, once the new one is whole.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished dataset, once the new one is whole.")
+    ] = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -251,7 +255,9 @@ def train(
 
 @app.command()
 def sample(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw, a row of the grid each.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw, a row of the grid each.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="PATH", help="A run or a step folder. Default: the newest checkpoint under runs/.")
     ] = None,
@@ -264,16 +270,23 @@ def sample(
     solver: Annotated[str | None, typer.Option(help="dpm++ or euler.")] = None,
     flow_shift: Annotated[float | None, typer.Option(help="Moves the solver's steps towards noise.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Image i has seed + i; the same seed gives the same images.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to steer away from, in place of the null caption.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to steer away from, in place of the null caption.")
+    ] = None,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 1,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: as trained.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: as trained.")] = None,
-    weights: Annotated[str, typer.Option(metavar="ema|raw", help="The averaged weights, or those that the optimizer moved.")] = "ema",
+    weights: Annotated[
+        str, typer.Option(metavar="ema|raw", help="The averaged weights, or those that the optimizer moved.")
+    ] = "ema",
     device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
     offload: Annotated[
-        str, typer.Option(metavar="auto|model|none", help="model (and auto): encoder and transformer take turns; none: hold both.")
+        str,
+        typer.Option(metavar="auto|model|none", help="model (and auto): encoder and transformer take turns; none: hold both."),
     ] = "auto",
-    encoder: Annotated[str | None, typer.Option(metavar="PATH", help="Where the recorded caption encoder lies, if it has moved.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where the recorded caption encoder lies, if it has moved.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="PNG", help="Where the grid goes. Default: the run directory.")] = None,
     separate: Annotated[Path | None, typer.Option(metavar="DIR", help="A PNG for each image instead of a grid.")] = None,
     trajectory: Annotated[Path | None, typer.Option(metavar="GIF", help="Also the grid from noise to images, animated.")] = None,
@@ -334,10 +347,13 @@ def sample(
 @app.command()
 def inspect(
     target: Annotated[
-        str | None, typer.Argument(help="A config, run, checkpoint, dataset, PNG or diffusers folder. Default: the shipped configs.")
+        str | None,
+        typer.Argument(help="A config, run, checkpoint, dataset, PNG or diffusers folder. Default: the shipped configs."),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte of a dataset or checkpoint.")] = False,
-    yaml: Annotated[bool, typer.Option("--yaml", help="Print the whole config, every key explained, to start one's own from.")] = False,
+    yaml: Annotated[
+        bool, typer.Option("--yaml", help="Print the whole config, every key explained, to start one's own from.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Say what anything is, parameter counts first.
@@ -360,7 +376,10 @@ def _print_report(report: "Report", yaml: bool, json: bool) -> None:
     if json:
         document: dict[str, Any] = {"kind": report.kind, "target": report.title, **report.facts}
         if report.kind not in ("configs",):
-            document["table"] = [dict(zip(report.columns, (str(c).strip() if isinstance(c, str) else c for c in row), strict=True)) for row in report.rows]
+            document["table"] = [
+                dict(zip(report.columns, (str(c).strip() if isinstance(c, str) else c for c in row), strict=True))
+                for row in report.rows
+            ]
         console.print_json(document)
         return
     if report.kind != "configs":

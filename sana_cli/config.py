@@ -42,6 +42,14 @@ def _is_size(value: Any) -> Any:
     return _as_tuple(value)
 
 
+def _is_precision(value: Any) -> Any:
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(
+            "cannot be fp16: it overflows in the sums of linear attention, and in Gemma 2, and ends in NaN; use bf16, fp32 or auto"
+        )
+    return value
+
+
 def _is_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise ValueError("must be auto, cpu, mps, cuda or cuda:N")
@@ -50,13 +58,13 @@ def _is_device(value: str) -> str:
 
 PathField = Annotated[Path, BeforeValidator(_as_path)]
 Interval = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
-Betas = Annotated[
-    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)
-]
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)]
 Prompts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class Section(BaseModel):
+    """Frozen and strict: an unknown key, a wrong type or an infinite number is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
@@ -67,7 +75,9 @@ class DataConfig(Section):
     path: PathField | None = Field(None, description="where the source reads; null: the files that come with sana")
     split: Literal["train", "test"] = Field("train", description="the part of the source to embed")
     dir: PathField = Field(Path("data/quickstart"), description="the dataset directory that embed writes and train reads")
-    image_size: Annotated[int | tuple[int, int], BeforeValidator(_is_size)] = Field(32, description="pixels: one number, or [height, width]")
+    image_size: Annotated[int | tuple[int, int], BeforeValidator(_is_size)] = Field(
+        32, description="pixels: one number, or [height, width]"
+    )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -82,9 +92,13 @@ class TextConfig(Section):
         "tiny", description="tiny (built in, offline), or a Hugging Face id or local path: Gemma 2, T5, BERT, ModernBERT, ..."
     )
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: fp32 on a CPU, bf16 elsewhere")
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_is_precision)] = Field(
+        "auto", description="auto: fp32 on a CPU, bf16 elsewhere"
+    )
     max_length: Annotated[int, Field(ge=2)] = Field(300, description="tokens kept of a caption")
-    instruction: str | None = Field(None, description="put before each caption and cut off its states (the paper's complex human instruction)")
+    instruction: str | None = Field(
+        None, description="put before each caption and cut off its states (the paper's complex human instruction)"
+    )
     template: Literal["none", "chat"] = Field("none", description="chat: the tokenizer's chat template around each caption")
 
 
@@ -119,19 +133,27 @@ class TrainConfig(Section):
     steps: PositiveInt = Field(2000, description="optimizer steps")
     batch_size: PositiveInt = Field(64, description="images of a micro-batch")
     accumulate: PositiveInt = Field(1, description="micro-batches of a step, whose gradients are averaged over their images")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the device has it natively, else fp32; weights stay fp32")
+    precision: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_is_precision)] = Field(
+        "auto", description="auto: bf16 where the device has it natively, else fp32; weights stay fp32"
+    )
     lr: Annotated[float, Field(gt=0)] = Field(2e-3, description="peak learning rate of AdamW")
-    schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="what follows the warm-up; cosine and linear end at zero")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "cosine", description="what follows the warm-up; cosine and linear end at zero"
+    )
     warmup_steps: NonNegativeInt = Field(50, description="steps of linear warm-up")
     betas: Betas = Field((0.9, 0.99), description="AdamW's")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's, on matrices and convolutions only")
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm of a step; null: no limit")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="of the weights to sample with; warms up as (1 + step) / (10 + step)")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="of the weights to sample with; warms up as (1 + step) / (10 + step)"
+    )
     caption_dropout: Fraction = Field(0.1, description="share of captions replaced by the null caption, which guidance needs")
     sigma_density: Literal["logit_normal", "uniform"] = Field("logit_normal", description="how noise levels are drawn")
     logit_mean: float = Field(0.0, description="of the logit-normal density")
     logit_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of the logit-normal density")
-    flow_shift: Annotated[float, Field(gt=0)] = Field(1.0, description="s in sigma -> s sigma / (1 + (s - 1) sigma); the paper's 3 is for large latents")
+    flow_shift: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="s in sigma -> s sigma / (1 + (s - 1) sigma); the paper's 3 is for large latents"
+    )
     seed: NonNegativeInt = Field(0, description="of the initial weights, the order of the data and every draw")
     log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
     save_every: PositiveInt = Field(500, description="steps between checkpoints; there is always one at the end")
@@ -144,7 +166,9 @@ class SampleConfig(Section):
     """How checkpoints of this run are sampled, unless `sana sample` is told otherwise."""
 
     steps: PositiveInt = Field(20, description="solver steps")
-    guidance_scale: Annotated[float, Field(ge=0)] = Field(2.0, description="1 is none; above 1 follows the prompt more, with less variety")
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(
+        2.0, description="1 is none; above 1 follows the prompt more, with less variety"
+    )
     guidance_interval: Interval = Field((0.0, 1.0), description="the range of sigma in which guidance is used")
     solver: Literal["dpm++", "euler"] = Field("dpm++", description="dpm++: DPM-Solver++ 2M; euler")
     flow_shift: Annotated[float, Field(gt=0)] = Field(1.0, description="as train.flow_shift, for the solver's steps")
@@ -242,13 +266,16 @@ def _parse(text: str, name: str) -> _Document:
         events = list(yaml.parse(text, Loader=yaml.SafeLoader))
         aliases = [event for event in events if isinstance(event, yaml.AliasEvent)]
         if aliases:
-            document.problems.append(f"{name}:{aliases[0].start_mark.line + 1}: YAML aliases are not used in configs; write it out")
+            line = aliases[0].start_mark.line + 1 if aliases[0].start_mark else 1
+            document.problems.append(f"{name}:{line}: YAML aliases are not used in configs; write it out")
             return document
         root = loader.get_single_node()
         if root is None:
             return document
         if not isinstance(root, yaml.MappingNode):
-            document.problems.append(f"{name}:{root.start_mark.line + 1}: expected keys such as `train:`, found {root.id}")
+            document.problems.append(
+                f"{name}:{root.start_mark.line + 1}: expected keys such as `train:`, found a {'list' if isinstance(root, yaml.SequenceNode) else 'value'}"
+            )
             return document
         document.values = _plain(loader, root, (), name, document)
     except yaml.MarkedYAMLError as error:
@@ -306,7 +333,7 @@ def _suggest(path: tuple[str, ...]) -> str:
     return f"; did you mean {close[0]}?" if close else "; `sana inspect CONFIG --yaml` prints every key there is"
 
 
-def _problems(error: ValidationError, document: _Document, name: str) -> Iterator[tuple[tuple[str, ...], str]]:
+def _problems(error: ValidationError, document: _Document) -> Iterator[tuple[tuple[str, ...], str]]:
     """(key, message) for each complaint of pydantic's, in the words of a user of the file."""
     for detail in error.errors():
         path = tuple(str(part) for part in detail["loc"])
@@ -326,7 +353,7 @@ def _problems(error: ValidationError, document: _Document, name: str) -> Iterato
             yield path, f"{dotted} needs keys below it, not {value!r:.60}"
         else:
             message = (message[0].lower() + message[1:]).replace("input should be ", "must be ")
-            yield path, f"{dotted} {message}, not {value!r:.60}"
+            yield path, f"{dotted} {message}" + ("" if "cannot be" in message else f", not {value!r:.60}")
 
 
 def _place(path: tuple[str, ...], document: _Document, name: str) -> str:
@@ -350,7 +377,7 @@ def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
         try:
             config = Config.model_validate(document.values)
         except ValidationError as error:
-            found = list(_problems(error, document, name))
+            found = list(_problems(error, document))
         else:
             found = []
         for path, message in found:

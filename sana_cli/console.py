@@ -83,8 +83,8 @@ def watch(steps: Iterable[Any], describe: Callable[[Any], Line | None], quiet: b
     """Show progress while a generator works, and return the last thing it yields. `describe` gives None for that one."""
     last = None
     if quiet:
-        for last in steps:
-            pass
+        for step in steps:
+            last = step
     elif err.is_terminal:
         columns = (
             TextColumn("{task.description}"),

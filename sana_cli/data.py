@@ -112,6 +112,7 @@ class MNIST:
             yield Sample(f"{self.split}-{index:05d}", Image.fromarray(image), captions, label)
 
     def fingerprint(self) -> dict[str, Any]:
+        """The source, its split and the hash of its images."""
         return {"source": "mnist", "split": self.split, "sha256": MNIST_SHA256[f"{self.stem}-images-idx3-ubyte"]}
 
 

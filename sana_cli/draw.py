@@ -162,7 +162,7 @@ def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]]) -> Image.Image:
     factor = max(1, -(-MIN_CELL // min(height, width)))
     cell_height, cell_width = height * factor, width * factor
     font = ImageFont.load_default(max(12, min(cell_height // 5, 20)))
-    label_height = sum(font.getmetrics()) + 2
+    label_height = int(font.getbbox("Aygj")[3]) + 4
     columns = max(map(len, rows))
     size = (
         columns * (cell_width + GRID_GAP) + GRID_GAP,

@@ -13,5 +13,5 @@ class SanaError(Exception):
         self.exit_code = exit_code
 
 
-class Interrupted(SanaError):
+class Interrupted(SanaError):  # noqa: N818 (it is no error)
     """The user or the system asked the command to stop (SIGINT: 130, SIGTERM: 143)."""

@@ -129,8 +129,8 @@ def whole_folder(target: Path, partial: Path) -> Iterator[Path]:
             sync(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
-            os.rename(target, aside)
-        os.rename(partial, target)
+            target.rename(aside)
+        partial.rename(target)
         sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:

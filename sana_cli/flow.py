@@ -24,22 +24,22 @@ def interpolate(x_0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(x_0: Tensor, noise: Tensor) -> Tensor:
-    """noise - x_0, what the transformer learns (arXiv 2209.03003, eq. 1; the straight path's derivative)."""
+    """Noise - x_0, what the transformer learns (arXiv 2209.03003, eq. 1; the straight path's derivative)."""
     return noise - x_0
 
 
 def logit_normal(z: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """sigma = sigmoid(mean + std z) from standard normal z (SD3, arXiv 2403.03206, section 3.1)."""
+    """Sigma = sigmoid(mean + std z) from standard normal z (SD3, arXiv 2403.03206, section 3.1)."""
     return torch.sigmoid(mean + std * z)
 
 
 def uniform(z: Tensor) -> Tensor:
-    """sigma = Phi(z), uniform on (0, 1), from standard normal z: so that both densities use the same draw."""
+    """Sigma = Phi(z), uniform on (0, 1), from standard normal z: so that both densities use the same draw."""
     return torch.special.ndtr(z)
 
 
 def shift_sigma(sigma: Tensor, flow_shift: float) -> Tensor:
-    """sigma -> s sigma / (1 + (s - 1) sigma): moves noise levels up for large images (SD3, eq. 23)."""
+    """Sigma -> s sigma / (1 + (s - 1) sigma): moves noise levels up for large images (SD3, eq. 23)."""
     return flow_shift * sigma / (1 + (flow_shift - 1) * sigma)
 
 
@@ -68,7 +68,7 @@ Solver = Callable[[Velocity, Tensor, Sequence[float]], Iterator[SolverStep]]
 
 
 def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[SolverStep]:
-    """x += (sigma' - sigma) velocity, first order; exact where paths are straight."""
+    """X += (sigma' - sigma) velocity, first order; exact where paths are straight."""
     for index, (sigma, lower) in enumerate(itertools.pairwise(sigmas)):
         v = velocity(x, sigma)
         x_0 = x - sigma * v

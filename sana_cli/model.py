@@ -191,9 +191,9 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None, modulation: Tensor, height: int) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
-            self.scale_shift_table[None] + modulation
-        ).chunk(6, dim=1)  # (B, 1, D) each
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table[None] + modulation).chunk(
+            6, dim=1
+        )  # (B, 1, D) each
         normed = self.norm1(x) * (1 + scale_msa) + shift_msa
         x = x + gate_msa * self.attn1(normed.to(x.dtype))
         x = x + self.attn2(x, caption, bias)
@@ -206,7 +206,8 @@ class SanaTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.caption_channels is not None and config.sample_size is not None, "an unresolved model config"
+        assert config.caption_channels is not None, "an unresolved model config"
+        assert config.sample_size is not None, "an unresolved model config"
         self.config = config
         dim, patch = config.inner_dim, config.patch_size
         self.patch_embed = PatchEmbed(config.in_channels, dim, patch)

@@ -13,7 +13,7 @@ Shapes: n rows of a shard, k captions of an image at most, C H W of an image, D 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def _pack_texts(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 def _unpack_texts(joined: Tensor, offsets: Tensor) -> list[str]:
     raw, ends = joined.numpy().tobytes(), offsets.tolist()
-    return [raw[a:b].decode("utf-8", errors="surrogatepass") for a, b in zip(ends, ends[1:], strict=False)]
+    return [raw[a:b].decode("utf-8", errors="surrogatepass") for a, b in pairwise(ends)]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -215,9 +215,7 @@ class Dataset:
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:
         """The ids of each image's captions."""
         numbers = np.searchsorted(self._image_starts, rows, side="right") - 1
-        ids = [
-            self._images[n]["caption_ids"][int(row - self._image_starts[n])] for n, row in zip(numbers, rows, strict=True)
-        ]
+        ids = [self._images[n]["caption_ids"][int(row - self._image_starts[n])] for n, row in zip(numbers, rows, strict=True)]
         return [[caption for caption in row.tolist() if caption >= 0] for row in ids]
 
     def labels(self) -> Tensor | None:

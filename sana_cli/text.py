@@ -87,6 +87,7 @@ class ByteTokenizer:
     pad_id, bos_id, size = 0, 1, 258
 
     def __call__(self, text: str) -> list[int]:
+        """Token ids of a caption."""
         return [self.bos_id, *(2 + byte for byte in text.encode("utf-8", errors="surrogatepass"))]
 
 
@@ -102,6 +103,7 @@ class HuggingFaceTokenizer:
             )
 
     def __call__(self, text: str) -> list[int]:
+        """Token ids of a caption, special tokens once."""
         if self.template == "chat" and text:
             message = [{"role": "user", "content": text}]
             return list(self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=False))
@@ -272,7 +274,7 @@ def _tiny() -> nn.Module:
     return model
 
 
-TINY_BRANCH = 1.0  # size of what a layer's branch adds, beside an embedding of size 1
+TINY_BRANCH = 0.4  # size of what a layer's branch adds, beside an embedding of size 1
 TINY_SHARPNESS = 1.0  # size of queries and keys: more attends more sharply
 
 

@@ -119,7 +119,9 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
         return
     if directory.exists() and not store.is_dataset(directory) and any(directory.iterdir()):
         raise SanaError(
-            f"{directory} is not empty and no dataset of sana's", "give another place with --out or --set data.dir=DIR", exit_code=2
+            f"{directory} is not empty and no dataset of sana's",
+            "give another place with --out or --set data.dir=DIR",
+            exit_code=2,
         )
     encoder = load_encoder(config.text, device)
     try:
@@ -137,9 +139,7 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
     yield _summary(store.Dataset(directory), start, peak_memory(device), was_there=False)
 
 
-def _write_window(
-    writer: store.DatasetWriter, window: list[Sample], encoder: CaptionEncoder, config: Config
-) -> Iterator[int]:
+def _write_window(writer: store.DatasetWriter, window: list[Sample], encoder: CaptionEncoder, config: Config) -> Iterator[int]:
     """One shard of images, and one of the captions that it is the first to bring. Yields how many images are ready."""
     first = [] if writer.caption_ids else [""]  # the null caption leads
     captions = (caption for sample in window for caption in sample.captions)

@@ -144,7 +144,10 @@ def _load_encoder(options: SampleOptions, folder: Path, record: dict[str, Any], 
             str(error), f"prompts are encoded by what {folder.name} was trained with; --encoder PATH says where that lies"
         ) from error
     check_same_encoder(
-        record["encoder"], encoder.fingerprint, str(folder), "--encoder PATH must be the model that the checkpoint was trained with"
+        record["encoder"],
+        encoder.fingerprint,
+        str(folder),
+        "--encoder PATH must be the model that the checkpoint was trained with",
     )
     return encoder
 
@@ -165,9 +168,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     record = checkpoint.read_record(folder)
     settings, prompts = _settings(options, record), _prompts(options, record)
     shape = _shape(options, record, checkpoint.read_model_config(folder).patch_size)
-    cells = draw.grid_cells(
-        draw.prompt_rows(prompts, record["one_word_captions"]), options.images_per_prompt, settings.seed
-    )
+    cells = draw.grid_cells(draw.prompt_rows(prompts, record["one_word_captions"]), options.images_per_prompt, settings.seed)
     flat = [cell for row in cells for cell in row]
     device = resolve_device(options.device)
 
@@ -187,7 +188,13 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
         null_caption = checkpoint.read_tensors(folder / checkpoint.NULL_CAPTION)["states"]
     model = checkpoint.load_transformer(folder, options.weights, device)
     drawn = draw.draw(
-        model, [states[cell.prompt] for cell in flat], null_caption, [cell.seed for cell in flat], shape, settings, record["precision"]
+        model,
+        [states[cell.prompt] for cell in flat],
+        null_caption,
+        [cell.seed for cell in flat],
+        shape,
+        settings,
+        record["precision"],
     )
     last: dict[int, draw.DrawStep] = {}
     frames: dict[int, dict[int, Tensor]] = {}  # by solver step, by first image of the batch

@@ -110,9 +110,7 @@ def _check_dataset(config: Config, dataset: Dataset) -> ModelConfig:
         raise SanaError(
             f"model.caption_channels: {where} has {dataset.index['caption_dim']}, not {config.model.caption_channels}", way_out
         )
-    return config.model.model_copy(
-        update={"sample_size": max(height, width), "caption_channels": dataset.index["caption_dim"]}
-    )
+    return config.model.model_copy(update={"sample_size": max(height, width), "caption_channels": dataset.index["caption_dim"]})
 
 
 def plan(options: TrainOptions) -> TrainPlan:
@@ -221,7 +219,8 @@ class _Run:
         self.null_caption = dataset.states([dataset.index["null_caption"]])[0]
         self.step = 0
         self.model = build(self.model_config, config.train.seed).to(self.device)
-        decayed, plain = [], []
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
             matrix = parameter.ndim >= 2 and not name.endswith("scale_shift_table")
             (decayed if matrix else plain).append(parameter)
@@ -347,7 +346,7 @@ class _Run:
             "parameters": parameters,
             "encoder": self.dataset.index["encoder"],
             "one_word_captions": self.dataset.index["one_word_captions"],
-            "example_captions": [text for text in self.dataset.texts()[:GRID_CAPTIONS + 1] if text],
+            "example_captions": [text for text in self.dataset.texts()[: GRID_CAPTIONS + 1] if text],
             "image": self.dataset.index["image"],
             "autoencoder": None,
             "precision": self.precision,

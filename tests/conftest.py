@@ -1,0 +1,115 @@
+"""What tests share: a tiny dataset, small configs, a random Gemma 2, and the command line as a process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed
+from sana_cli.config import Config, parse_config
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+REPOSITORY = Path(__file__).parent.parent
+
+SMALL = """
+data: {image_size: 16}
+model: {patch_size: 8, num_layers: 1, num_attention_heads: 2, attention_head_dim: 8, num_cross_attention_heads: 2,
+        cross_attention_head_dim: 8}
+train: {steps: 4, batch_size: 4, warmup_steps: 1, save_every: 2, sample_every: 4, log_every: 1, precision: fp32}
+sample: {steps: 2, prompts: ["4 two"]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Bitwise comparisons need a fixed thread count, and tests of this size no more than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_config(folder: Path, *overrides: str) -> Config:
+    """A config whose dataset and run lie in `folder`."""
+    places = (f"data.dir={folder / 'data'}", f"run.dir={folder / 'run'}", "run.device=cpu")
+    return parse_config(SMALL, "small.yaml", (*places, *overrides))
+
+
+def embedded(config: Config, limit: int = 40) -> EmbedSummary:
+    """Embed the first images of MNIST for a config."""
+    *_, summary = embed(EmbedOptions(config, limit=limit))
+    assert isinstance(summary, EmbedSummary)
+    return summary
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A small config with its dataset embedded."""
+    made = small_config(tmp_path)
+    embedded(made)
+    return made
+
+
+# no socket may be opened: whatever the command line does in tests, it does offline
+NO_NETWORK = "import socket\ndef refuse(*a, **k): raise RuntimeError('a socket was opened')\nsocket.socket.connect = refuse\nsocket.getaddrinfo = refuse\n"
+
+
+@pytest.fixture
+def sana(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `sana ...` as a process of its own in `tmp_path`, with the network refused."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK)
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "sana_cli", *arguments],
+            cwd=tmp_path,
+            env=process_environment(tmp_path) | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+def process_environment(folder: Path) -> dict[str, str]:
+    """For a `sana` process: offline, one thread, no colours, 80 columns."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(REPOSITORY)]),
+        "OMP_NUM_THREADS": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "80",
+        "TERM": "dumb",
+    }
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Gemma 2 of two layers with a byte-level tokenizer of its own, saved as Hugging Face saves them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "random-gemma-2"
+    special = ["<pad>", "<eos>", "<bos>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate([*special, *letters])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    fast.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, initializer_range=0.2,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

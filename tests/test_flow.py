@@ -1,0 +1,138 @@
+"""The flow against closed forms: exact fields, measured orders, densities, and diffusers' scheduler."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sana_cli import flow
+
+
+def run(solver: str, velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: list[float]) -> Tensor:
+    *_, last = flow.SOLVERS[solver](velocity, x, sigmas)
+    return last.x
+
+
+def test_path_and_target() -> None:
+    x_0, noise = torch.randn(2, 3, 1, 4, 4).unbind()
+    assert torch.equal(flow.interpolate(x_0, noise, torch.zeros(3)), x_0)
+    assert torch.equal(flow.interpolate(x_0, noise, torch.ones(3)), noise)
+    low, high = (flow.interpolate(x_0, noise, torch.full((3,), s)) for s in (0.3, 0.4))
+    assert torch.allclose((high - low) / 0.1, flow.velocity_target(x_0, noise), atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", flow.SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+@pytest.mark.parametrize("flow_shift", [1.0, 3.0])
+def test_a_straight_path_is_integrated_exactly(solver: str, steps: int, flow_shift: float) -> None:
+    """Where every path leads to one point, velocity = (x - x_0) / sigma, any solver must arrive there."""
+    x_0, noise = torch.randn(2, 5, dtype=torch.float64).unbind()
+    sigmas = flow.solver_sigmas(solver, steps, flow_shift)
+    start = (1 - sigmas[0]) * x_0 + sigmas[0] * noise
+    end = run(solver, lambda x, sigma: (x - x_0) / sigma, start, sigmas)
+    assert torch.allclose(end, x_0, atol=1e-12)
+
+
+def gaussian_velocity(std: float) -> Callable[[Tensor, float], Tensor]:
+    """E[noise - x_0 | x_t] for data N(0, std^2)."""
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        variance = (1 - sigma) ** 2 * std**2 + sigma**2
+        return x * (sigma - (1 - sigma) * std**2) / variance
+
+    return velocity
+
+
+def gaussian_flow(x: Tensor, std: float, start: float, end: float) -> Tensor:
+    """The exact solution: the standard deviation of the marginal is carried along."""
+
+    def deviation(sigma: float) -> float:
+        return math.sqrt((1 - sigma) ** 2 * std**2 + sigma**2)
+
+    return x * deviation(end) / deviation(start)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm++", 2)])
+def test_order_of_each_solver(solver: str, order: int) -> None:
+    """Halving the step divides the error by 2^order. Measured where log-SNR is finite, between sigma 0.9 and 0.1."""
+    x, velocity = torch.ones(1, dtype=torch.float64), gaussian_velocity(0.5)
+    exact = gaussian_flow(x, 0.5, 0.9, 0.1)
+
+    def error(steps: int) -> float:
+        sigmas = torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64).tolist()
+        return float((run(solver, velocity, x, sigmas) - exact).abs())
+
+    measured = math.log2(error(64) / error(128))
+    assert measured == pytest.approx(order, abs=0.15)
+
+
+def test_solvers_agree_on_the_gaussian_from_noise_to_data() -> None:
+    x = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for solver in flow.SOLVERS:
+        end = run(solver, gaussian_velocity(0.5), x, flow.solver_sigmas(solver, 200))
+        assert float(end.std() / x.std()) == pytest.approx(0.5, rel=0.01)
+
+
+def test_dpm_is_diffusers_scheduler_step_by_step() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    for steps, flow_shift in ((4, 1.0), (20, 1.0), (20, 3.0)):
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=flow_shift, num_train_timesteps=1000
+        )
+        scheduler.set_timesteps(steps)
+        sigmas = flow.solver_sigmas("dpm++", steps, flow_shift)
+        assert torch.allclose(torch.tensor(sigmas), scheduler.sigmas.float(), atol=1e-6)
+        told = [flow.model_timestep("dpm++", sigma) for sigma in sigmas[:-1]]
+        assert told == scheduler.timesteps.tolist()
+
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(6, 6, generator=generator) / 3
+        x = start = torch.randn(2, 6, generator=generator)
+
+        def velocity(x: Tensor, sigma: float, weight: Tensor = weight) -> Tensor:
+            return torch.tanh(x @ weight) * (1 + sigma)
+
+        for step, timestep in zip(flow.SOLVERS["dpm++"](velocity, start, sigmas), scheduler.timesteps, strict=True):
+            x = scheduler.step(velocity(x, sigmas[step.index]), timestep, x).prev_sample
+            assert torch.allclose(step.x, x, atol=2e-5)
+
+
+def test_densities() -> None:
+    z = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    even = flow.uniform(z)
+    assert float(even.mean()) == pytest.approx(0.5, abs=0.005)
+    assert float(even.var()) == pytest.approx(1 / 12, rel=0.01)
+    normal = flow.logit_normal(z, mean=-0.5, std=1.5)
+    assert float(normal.median()) == pytest.approx(1 / (1 + math.exp(0.5)), abs=0.005)
+    assert float(torch.logit(normal.double()).std()) == pytest.approx(1.5, rel=0.01)
+
+
+def test_shift() -> None:
+    sigma = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.equal(flow.shift_sigma(sigma, 1.0), sigma)
+    shifted = flow.shift_sigma(sigma, 3.0)
+    assert shifted[5] == pytest.approx(0.75)
+    assert torch.allclose(flow.shift_sigma(shifted, 1 / 3), sigma)
+    assert (shifted[1:-1] > sigma[1:-1]).all()
+
+
+def test_guidance() -> None:
+    conditional, null = torch.tensor([3.0]), torch.tensor([1.0])
+    assert flow.guide(conditional, null, 1.0) == conditional
+    assert flow.guide(conditional, null, 0.0) == null
+    assert flow.guide(conditional, null, 2.0) == 5.0
+    assert flow.in_interval(0.5, (0.2, 0.5))
+    assert not flow.in_interval(0.6, (0.2, 0.5))
+
+
+@pytest.mark.parametrize("solver", flow.SOLVERS)
+def test_foreseen_data_and_levels(solver: str) -> None:
+    sigmas = flow.solver_sigmas(solver, 5)
+    assert len(sigmas) == 6
+    assert sigmas[-1] == 0
+    assert sigmas == sorted(sigmas, reverse=True)
+    x_0 = torch.tensor([2.0], dtype=torch.float64)
+    for step in flow.SOLVERS[solver](lambda x, sigma: (x - x_0) / sigma, torch.ones(1, dtype=torch.float64), sigmas):
+        assert torch.allclose(step.x_0, x_0)

@@ -1,0 +1,244 @@
+"""Caption encoders against transformers itself: what is stored is what the model computes for that caption alone."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sana_cli import text
+from sana_cli.config import TextConfig
+from sana_cli.errors import SanaError
+
+CPU = torch.device("cpu")
+CAPTIONS = ["4", "two", "a much longer caption, with commas", "", "été 🎈"]
+
+
+def encode(encoder: text.CaptionEncoder, captions: list[str]) -> dict[str, Tensor]:
+    return dict(encoder.encode(captions))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, gemma: Path) -> dict[str, Path]:
+    """Random models of each family, with Gemma's tokenizer files."""
+    from transformers import (
+        AutoTokenizer,
+        BertConfig,
+        BertModel,
+        ModernBertConfig,
+        ModernBertModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(gemma)
+    words, folder = len(tokenizer), tmp_path_factory.mktemp("families")
+    torch.manual_seed(0)
+    made = {
+        "t5": T5ForConditionalGeneration(
+            T5Config(vocab_size=words, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        ),
+        "bert": BertModel(BertConfig(vocab_size=words, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)),
+        "modernbert": ModernBertModel(
+            ModernBertConfig(
+                vocab_size=words, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                pad_token_id=0, bos_token_id=2, eos_token_id=1, cls_token_id=2, sep_token_id=1,
+            )
+        ),
+    }  # fmt: skip
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: folder / name for name in made} | {"gemma": gemma}
+
+
+@pytest.mark.parametrize("family", ["gemma", "t5", "bert", "modernbert"])
+def test_states_are_those_of_transformers_for_each_caption_alone(models: dict[str, Path], family: str) -> None:
+    from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
+    encoder = text.load_encoder(TextConfig(encoder=str(models[family])), CPU)
+    found = encode(encoder, CAPTIONS)
+    loader: Any = AutoModelForTextEncoding if family == "t5" else AutoModel
+    reference = loader.from_pretrained(models[family]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models[family])
+    assert list(found) == sorted(CAPTIONS, key=lambda caption: len(tokenizer(caption)["input_ids"]))
+    for caption in CAPTIONS:
+        with torch.no_grad():
+            expected = reference(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0]
+        assert found[caption].dtype == torch.bfloat16
+        assert found[caption].shape == expected.shape
+        # one rounding to bf16 (8 bits), and float32's own between a batch and one alone
+        assert torch.allclose(found[caption].float(), expected, rtol=2**-8, atol=1e-4), caption
+    assert encoder.dim == 32
+
+
+def test_each_distinct_caption_goes_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = text.load_encoder(TextConfig(), CPU)
+    rows = 0
+    forward = encoder.model.forward
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal rows
+        rows += len(named["input_ids"])
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(encoder.model, "forward", counted)
+    assert len(encode(encoder, ["4", "two", "4", "4", "two"])) == 2
+    assert rows == 2
+
+
+def test_batches_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = text.load_encoder(TextConfig(), CPU)
+    captions = ["x" * n for n in (1, 30, 2, 9, 17, 3)]
+    together = encode(encoder, captions)
+    monkeypatch.setattr(text, "TOKENS_PER_BATCH", 20)
+    apart = encode(encoder, captions)
+    for caption in captions:
+        assert torch.allclose(together[caption].float(), apart[caption].float(), atol=0.02)
+
+
+def test_tiny_is_the_same_everywhere() -> None:
+    encoder = text.load_encoder(TextConfig(), CPU)
+    assert encoder.fingerprint["weights"] == text.load_encoder(TextConfig(), CPU).fingerprint["weights"]
+    raw = hashlib.shake_256(b"sana tiny encoder 1: norm").digest(4)
+    first = ((int.from_bytes(raw[:2], "little") + 0.5) / 32768 - 1) * 3**0.5
+    assert float(text._shake("norm", (2,))[0]) == pytest.approx(first, rel=1e-6)
+    draws = text._shake("many", (100_000,))
+    assert float(draws.mean()) == pytest.approx(0, abs=0.01)
+    assert float(draws.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_tiny_tells_captions_apart() -> None:
+    captions = ["4", "four", "ruof", "forty", "four ", "six", "seven", "a red cup on a blue table", "a blue cup on a red table"]
+    states = encode(text.load_encoder(TextConfig(), CPU), captions)
+    last = torch.stack([torch.nn.functional.normalize(states[caption][-1].float(), dim=0) for caption in captions])
+    likeness = last @ last.T - torch.eye(len(captions))
+    assert float(likeness.max()) < 0.97
+    assert [len(states[caption]) for caption in captions] == [1 + len(caption) for caption in captions]
+
+
+def test_instruction_follows_the_select_index_rule(gemma: Path) -> None:
+    """Of `instruction + caption`, cut to n + max_length - 2 tokens, the first state and the last max_length - 1 stay."""
+    from transformers import AutoModel, AutoTokenizer
+
+    instruction, caption, limit = "Write well.\nUser Prompt: ", "a red cup and a very long tail of words", 12
+    encoder = text.load_encoder(TextConfig(encoder=str(gemma), instruction=instruction, max_length=limit), CPU)
+    tokenizer, model = AutoTokenizer.from_pretrained(gemma), AutoModel.from_pretrained(gemma).eval()
+    instruction_tokens = len(tokenizer.encode(instruction))
+    for words in (caption, "cat"):
+        padded = tokenizer(
+            instruction + words,
+            padding="max_length",
+            max_length=instruction_tokens + limit - 2,
+            truncation=True,
+            return_tensors="pt",
+        )
+        assert tokenizer.padding_side == "right"
+        with torch.no_grad():
+            states = model(**padded).last_hidden_state[0]
+        select = [0, *range(-limit + 1, 0)]
+        expected = states[select][padded["attention_mask"][0][select].bool()]
+        found = encode(encoder, [words])[words]
+        assert found.shape == expected.shape
+        assert torch.allclose(found.float(), expected, rtol=2**-8, atol=1e-4)
+    assert len(encode(encoder, [""])[""]) == 1  # the null caption has no instruction
+
+
+def test_chat_template_has_one_beginning(gemma: Path) -> None:
+    encoder = text.load_encoder(TextConfig(encoder=str(gemma), template="chat"), CPU)
+    ids, dropped = encoder.token_ids("cat")
+    assert (ids.count(2), dropped) == (1, 0)
+    assert len(ids) == 1 + len("<user>cat")
+    with pytest.raises(SanaError, match="tiny encoder has no chat template"):
+        text.load_encoder(TextConfig(template="chat"), CPU)
+
+
+def test_captions_are_cut_at_max_length(gemma: Path) -> None:
+    encoder = text.load_encoder(TextConfig(encoder=str(gemma), max_length=5), CPU)
+    long = encode(encoder, ["abcdefghij"])["abcdefghij"]
+    assert torch.equal(long, encode(encoder, ["abcd"])["abcd"])
+
+
+def test_states_that_are_not_finite_name_the_caption(gemma: Path) -> None:
+    encoder = text.load_encoder(TextConfig(encoder=str(gemma)), CPU)
+    with torch.no_grad():
+        encoder.model.norm.weight[0] = float("nan")
+    with pytest.raises(SanaError, match=r"not finite for caption 'cat'\nuse text.dtype: fp32"):
+        encode(encoder, ["cat"])
+
+
+def test_fingerprint_is_of_the_weights_not_of_the_path(gemma: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(gemma, tmp_path / "elsewhere")
+    first, second = (
+        text.load_encoder(TextConfig(encoder=str(path)), CPU).fingerprint for path in (gemma, tmp_path / "elsewhere")
+    )
+    text.check_same_encoder(first, second, "there")
+    assert str(gemma) not in str(first)
+    tiny = text.load_encoder(TextConfig(), CPU).fingerprint
+    with pytest.raises(SanaError, match="text.weights: there has"):
+        text.check_same_encoder(first, tiny, "there")
+    shorter = text.load_encoder(TextConfig(encoder=str(gemma), max_length=7), CPU).fingerprint
+    with pytest.raises(SanaError, match=r"^text\.max_length: there has 300, not 7$"):
+        text.check_same_encoder(first, shorter, "there")
+
+
+# --- what cannot be had -----------------------------------------------------------------------------------------------
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The hub answers with `error`, wrapped as transformers wraps it; nothing is cached."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from transformers import AutoConfig
+
+    def refuse(*_: object, local_files_only: bool = False, **__: object) -> None:
+        cause = LocalEntryNotFoundError("not cached") if local_files_only else error
+        raise OSError("We couldn't load it") from cause
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+def response(status: int) -> Any:
+    import httpx2
+
+    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co/x"))
+
+
+def test_gated_models_name_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import GatedRepoError
+
+    failing(monkeypatch, GatedRepoError("gated", response=response(401)))
+    with pytest.raises(SanaError) as caught:
+        text.load_encoder(TextConfig(encoder="google/gemma-2-2b-it"), CPU)
+    assert str(caught.value).splitlines() == [
+        "text.encoder: google/gemma-2-2b-it is gated: https://huggingface.co/google/gemma-2-2b-it",
+        "accept the licence there, then `hf auth login`, or set HF_TOKEN",
+        "or the ungated copy: --set text.encoder=Efficient-Large-Model/gemma-2-2b-it",
+        "or another encoder: --set text.encoder=tiny needs no download; T5, BERT and ModernBERT models are not gated",
+    ]
+    failing(monkeypatch, GatedRepoError("gated", response=response(403)))
+    with pytest.raises(SanaError, match="your token is valid but has no access yet"):
+        text.load_encoder(TextConfig(encoder="google/gemma-2-2b-it"), CPU)
+
+
+def test_missing_and_offline_models_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    failing(monkeypatch, RepositoryNotFoundError("none", response=response(404)))
+    with pytest.raises(SanaError, match="there is no no/such on Hugging Face, or it is private"):
+        text.load_encoder(TextConfig(encoder="no/such"), CPU)
+    failing(monkeypatch, RevisionNotFoundError("none", response=response(404)))
+    with pytest.raises(SanaError, match="text.revision: no/such has no such branch, tag or commit"):
+        text.load_encoder(TextConfig(encoder="no/such", revision="x"), CPU)
+    failing(monkeypatch, LocalEntryNotFoundError("no connection"))
+    with pytest.raises(SanaError, match="not in the local cache, and Hugging Face cannot be reached"):
+        text.load_encoder(TextConfig(encoder="no/such"), CPU)
+    with pytest.raises(SanaError, match=r"text.encoder: no folder \./nowhere"):
+        text.load_encoder(TextConfig(encoder="./nowhere"), CPU)
+    monkeypatch.undo()
+    with pytest.raises(SanaError, match="is not a text encoder that transformers can load"):
+        text.load_encoder(TextConfig(encoder=str(tmp_path)), CPU)
