@@ -143,12 +143,12 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for name, tensor in (*checkpoint.weights.items(), *checkpoint.raw_weights.items()):
         if not tensor.isfinite().all():
             raise SanaError(f"step {checkpoint.step}: {name} is not finite, so no checkpoint was written")
-    target = run / "checkpoints" / step_name(checkpoint.step)
+    target, partial = run / "checkpoints" / step_name(checkpoint.step), run / "checkpoints.partial"
     doing = f"writing {target}"
     try:
-        with files.whole_folder(target, run / "checkpoints.partial" / target.name) as folder:
+        with files.whole_folder(target, partial / target.name) as folder:
             _write(folder, checkpoint)
-        (run / "checkpoints.partial").rmdir()
+        shutil.rmtree(partial)  # with what a killed process may have left there
     except OSError as error:
         raise files.storage_error(error, doing) from error
     earlier = [folder for folder in steps(run) if step_of(folder) <= checkpoint.step]

@@ -261,8 +261,9 @@ _Loader.add_implicit_resolver(
 def _parse(text: str, name: str) -> _Document:
     """Read YAML into plain values, remembering lines. Anchors, duplicate keys and tags are problems, not features."""
     document = _Document()
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         events = list(yaml.parse(text, Loader=yaml.SafeLoader))
         aliases = [event for event in events if isinstance(event, yaml.AliasEvent)]
         if aliases:
@@ -286,11 +287,15 @@ def _parse(text: str, name: str) -> _Document:
     except RecursionError:
         document.problems.append(f"{name}:1: nested too deeply to be a config")
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return document
 
 
 def _plain(loader: _Loader, node: yaml.Node, at: tuple[str, ...], name: str, document: _Document) -> Any:
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        document.problems.append(f"{name}:{node.start_mark.line + 1}: the tag {node.tag} is not used in configs")
+        return None
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,15 +108,15 @@ def solver_sigmas(solver: str, steps: int, flow_shift: float = 1.0) -> list[floa
     """The noise levels from first to last, `steps` + 1 of them, ending at 0.
 
     Euler starts at 1. DPM-Solver++ starts at 0.999 before the shift, since its variable is infinite at 1: the levels of
-    diffusers' `DPMSolverMultistepScheduler(use_flow_sigmas=True)` and of the official Flow-DPM-Solver.
+    diffusers' `DPMSolverMultistepScheduler(use_flow_sigmas=True)` and of the official Flow-DPM-Solver, in float64 and in
+    their order of operations, so that `model_timestep` truncates to the same whole numbers.
     """
-    start = 1.0 if solver == "euler" else 1 - 1 / TRAIN_TIMESTEPS
-    sigmas = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
-    return [float(sigma) for sigma in shift_sigma(sigmas, flow_shift)]
+    signal = np.linspace(1.0, 0.0 if solver == "euler" else 1 / TRAIN_TIMESTEPS, steps + 1)
+    sigmas = 1.0 - signal
+    return [float(sigma) for sigma in np.flip(flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas))]
 
 
 def model_timestep(solver: str, sigma: float, timestep_scale: float = 1.0) -> float:
     """What the transformer is told at `sigma`: 1000 sigma, which DPM-Solver++ truncates to a whole number as everyone's does."""
     timestep = sigma * TRAIN_TIMESTEPS
-    # the small number undoes the rounding of sigma: 0.999 * 1000 is meant to be 999
-    return (math.floor(timestep + 1e-6) if solver == "dpm++" else timestep) * timestep_scale
+    return (math.floor(timestep) if solver == "dpm++" else timestep) * timestep_scale

@@ -167,7 +167,7 @@ def test_sigkill_in_the_middle_of_a_save_leaves_the_earlier_checkpoint(sana: San
         files = ("training/raw.safetensors", "transformer/config.json", "training/state.json", "sana.json")
         wait_for(lambda file=files[attempt]: any(run.glob(f"checkpoints.partial/step-*/{file}")), process)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         inside += any(run.glob("checkpoints.partial/step-*"))
         folder, skipped = checkpoint.newest_step(run, hashes=True)
         assert folder is not None

@@ -86,7 +86,7 @@ def test_what_is_stored_comes_back(config: Config) -> None:
     assert images.dtype == torch.float32
     for at, row in enumerate(rows):
         pixels = data.fit_image(source[row].image, (16, 16), 1)
-        assert torch.equal(images[at], torch.from_numpy(pixels).float() / 127.5 - 1)
+        assert torch.equal(images[at], torch.from_numpy(pixels.copy()).float() / 127.5 - 1)
         texts = [dataset.texts()[i] for i in dataset.caption_ids(rows)[at]]
         assert tuple(texts) == source[row].captions
     assert dataset.sample_ids(rows) == ["train-00039", "train-00000", "train-00007"]

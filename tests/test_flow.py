@@ -77,7 +77,7 @@ def test_solvers_agree_on_the_gaussian_from_noise_to_data() -> None:
 
 def test_dpm_is_diffusers_scheduler_step_by_step() -> None:
     diffusers = pytest.importorskip("diffusers")
-    for steps, flow_shift in ((4, 1.0), (20, 1.0), (20, 3.0)):
+    for steps, flow_shift in [(steps, shift) for steps in (1, 2, 3, 4, 6, 7, 18, 20, 30, 50) for shift in (1.0, 3.0, 4.0)]:
         scheduler = diffusers.DPMSolverMultistepScheduler(
             use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=flow_shift, num_train_timesteps=1000
         )

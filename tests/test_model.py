@@ -26,7 +26,7 @@ def perturbed(config: ModelConfig, seed: int = 0) -> SanaTransformer:
 def small(**fields: object) -> ModelConfig:
     """A resolved config of a model that runs in milliseconds."""
     defaults = {
-        "sample_size": 8, "patch_size": 2, "num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 8,
+        "sample_size": 8, "patch_size": 2, "num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 16,
         "num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "caption_channels": 10,
     }  # fmt: skip
     return ModelConfig.model_validate(defaults | fields)
@@ -66,8 +66,8 @@ def test_equals_diffusers(
     diffusers = pytest.importorskip("diffusers")
     config = small(
         patch_size=patch, in_channels=channels, qk_norm=qk_norm, guidance_embeds=guidance_embeds,
-        attention_bias=attention_bias, num_layers=layers,
-    )  # fmt: skip
+        attention_bias=attention_bias, num_layers=layers, num_attention_heads=2, attention_head_dim=32,
+    )  # heads of 32, as published: in narrower ones relu(q) relu(k) may be next to nothing, and gradients noise  # fmt: skip
     ours = perturbed(config)
     theirs = diffusers.SanaTransformer2DModel.from_config(diffusers_config(config)).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -77,13 +77,15 @@ def test_equals_diffusers(
     found = ours(x, captions, timestep, guidance, mask)
     scale = max(1.0, float(expected.abs().max()))
     assert float((found - expected).abs().max()) < 1e-5 * scale
-    expected.square().sum().backward()
-    found.square().sum().backward()
+    # the third row sees padding only: there the fused kernel's backward goes through a log-sum-exp near -10000, whose last
+    # float32 digit is 0.001, so gradients are compared on the other two
+    expected[:2].square().sum().backward()
+    found[:2].square().sum().backward()
+    largest = max(float(parameter.grad.abs().max()) for parameter in theirs.parameters() if parameter.grad is not None)
     for (name, parameter), reference in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert parameter.grad is not None, name
         assert reference.grad is not None, name
-        size = max(1.0, float(reference.grad.abs().max()))
-        assert float((parameter.grad - reference.grad).abs().max()) < 1e-4 * size, name
+        assert float((parameter.grad - reference.grad).abs().max()) < 1e-5 * largest, name
 
 
 def test_bf16_equals_diffusers_within_its_rounding() -> None:
