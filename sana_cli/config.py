@@ -109,9 +109,9 @@ class ModelConfig(Section):
     patch_size: PositiveInt = Field(8, description="side of the square patch that becomes one token")
     sample_size: PositiveInt | None = Field(None, description="side of a sample; null: the dataset's")
     num_layers: PositiveInt = Field(4, description="transformer blocks")
-    num_attention_heads: PositiveInt = Field(6, description="heads of the linear self-attention")
+    num_attention_heads: PositiveInt = Field(4, description="heads of the linear self-attention")
     attention_head_dim: PositiveInt = Field(32, description="width of a self-attention head")
-    num_cross_attention_heads: PositiveInt = Field(3, description="heads of the cross-attention over captions")
+    num_cross_attention_heads: PositiveInt = Field(2, description="heads of the cross-attention over captions")
     cross_attention_head_dim: PositiveInt = Field(64, description="width of a cross-attention head")
     caption_channels: PositiveInt | None = Field(None, description="width of a caption state; null: the dataset's")
     mlp_ratio: Annotated[float, Field(gt=0)] = Field(2.5, description="hidden width of the Mix-FFN over the inner width")
@@ -130,22 +130,22 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    steps: PositiveInt = Field(2000, description="optimizer steps")
+    steps: PositiveInt = Field(2600, description="optimizer steps")
     batch_size: PositiveInt = Field(64, description="images of a micro-batch")
     accumulate: PositiveInt = Field(1, description="micro-batches of a step, whose gradients are averaged over their images")
     precision: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_is_precision)] = Field(
         "auto", description="auto: bf16 where the device has it natively, else fp32; weights stay fp32"
     )
-    lr: Annotated[float, Field(gt=0)] = Field(2e-3, description="peak learning rate of AdamW")
+    lr: Annotated[float, Field(gt=0)] = Field(8e-3, description="peak learning rate of AdamW")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "cosine", description="what follows the warm-up; cosine and linear end at zero"
     )
     warmup_steps: NonNegativeInt = Field(50, description="steps of linear warm-up")
-    betas: Betas = Field((0.9, 0.99), description="AdamW's")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's, on matrices and convolutions only")
+    betas: Betas = Field((0.9, 0.98), description="AdamW's")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="AdamW's, on matrices and convolutions only")
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm of a step; null: no limit")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="of the weights to sample with; warms up as (1 + step) / (10 + step)"
+        0.995, description="of the weights to sample with; warms up as (1 + step) / (10 + step)"
     )
     caption_dropout: Fraction = Field(0.1, description="share of captions replaced by the null caption, which guidance needs")
     sigma_density: Literal["logit_normal", "uniform"] = Field("logit_normal", description="how noise levels are drawn")
@@ -167,7 +167,7 @@ class SampleConfig(Section):
 
     steps: PositiveInt = Field(20, description="solver steps")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
-        2.0, description="1 is none; above 1 follows the prompt more, with less variety"
+        3.0, description="1 is none; above 1 follows the prompt more, with less variety"
     )
     guidance_interval: Interval = Field((0.0, 1.0), description="the range of sigma in which guidance is used")
     solver: Literal["dpm++", "euler"] = Field("dpm++", description="dpm++: DPM-Solver++ 2M; euler")

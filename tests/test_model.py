@@ -76,9 +76,10 @@ def test_equals_diffusers(
     expected = theirs(x, captions, timestep, guidance=guidance, encoder_attention_mask=mask).sample
     found = ours(x, captions, timestep, guidance, mask)
     scale = max(1.0, float(expected.detach().abs().max()))
-    assert float((found - expected).detach().abs().max()) < 1e-5 * scale
-    # the third row sees padding only: there the fused kernel's backward goes through a log-sum-exp near -10000, whose last
-    # float32 digit is 0.001, so gradients are compared on the other two
+    error = (found - expected).detach().abs()
+    # the third row sees padding only: its scores lie near -10000, where the last digit of float32 is 0.001
+    assert float(error[:2].max()) < 1e-5 * scale
+    assert float(error[2].max()) < 1e-3 * scale
     expected[:2].square().sum().backward()
     found[:2].square().sum().backward()
     largest = max(float(parameter.grad.abs().max()) for parameter in theirs.parameters() if parameter.grad is not None)
@@ -97,6 +98,8 @@ def test_bf16_equals_diffusers_within_its_rounding() -> None:
     theirs = diffusers.SanaTransformer2DModel.from_config(diffusers_config(config)).eval()
     theirs.load_state_dict(ours.state_dict())
     x, captions, timestep, mask = inputs(config, 8, 6)
+    ours.requires_grad_(False)
+    theirs.requires_grad_(False)
     exact = ours(x, captions, timestep, None, mask)
     with torch.autocast("cpu", torch.bfloat16):
         found = ours(x, captions, timestep, None, mask).float()
@@ -140,7 +143,7 @@ def test_nope_knows_positions_only_by_its_convolution() -> None:
 
 def test_linear_attention_sums_in_float32_under_autocast() -> None:
     config = small(patch_size=1, num_layers=1)
-    attention = perturbed(config).transformer_blocks[0].attn1
+    attention = perturbed(config).transformer_blocks[0].attn1.requires_grad_(False)
     x = 300 * torch.randn(1, 4096, config.inner_dim, generator=torch.Generator().manual_seed(0))
     exact = attention(x)
     with torch.autocast("cpu", torch.bfloat16):

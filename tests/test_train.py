@@ -161,7 +161,7 @@ def test_resume_rules(config: Config) -> None:
     with pytest.raises(SanaError) as caught:
         run(again(config, "train.lr=0.5", "model.num_layers=2"), resume="auto")
     assert "model.num_layers: the run has 1, not 2" in str(caught.value)
-    assert "train.lr: the run has 0.002, not 0.5" in str(caught.value)
+    assert "train.lr: the run has 0.008, not 0.5" in str(caught.value)
     last = run(again(config, "train.save_every=1", "train.log_every=3", "sample.steps=1"), resume="auto")
     assert (last.first_step, last.steps) == (2, 4)
     assert run(config, resume="auto").first_step == 4  # finished: says so
