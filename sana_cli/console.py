@@ -21,7 +21,7 @@ from rich.text import Text
 from sana_cli.errors import SanaError
 from sana_cli.units import human_bytes
 
-SECONDS_BETWEEN_LINES = 5.0  # of plain progress
+SECONDS_BETWEEN_LINES = 10.0  # of plain progress
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)

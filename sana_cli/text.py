@@ -25,6 +25,7 @@ from sana_cli.errors import SanaError
 
 FINGERPRINT_VERSION = 1
 TINY_DIM = 128  # width of the built-in encoder's states
+TINY_BRANCH = 0.4  # what each of its branches adds, beside an embedding of size 1: enough to tell orders of letters apart
 TOKENS_PER_BATCH = 8192  # padded tokens that go through an encoder at once
 UNGATED_GEMMA = "Efficient-Large-Model/gemma-2-2b-it"
 
@@ -268,14 +269,9 @@ def _tiny() -> nn.Module:
             post = "post_attention" in name or "post_feedforward" in name
             state[name] = torch.full(tensor.shape, TINY_BRANCH - 1 if post else 0.0)
         else:
-            sharp = TINY_SHARPNESS if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
-            state[name] = sharp * tensor.shape[-1] ** -0.5 * _shake(name, tensor.shape)
+            state[name] = tensor.shape[-1] ** -0.5 * _shake(name, tensor.shape)
     model.load_state_dict(state)
     return model
-
-
-TINY_BRANCH = 0.4  # size of what a layer's branch adds, beside an embedding of size 1
-TINY_SHARPNESS = 1.0  # size of queries and keys: more attends more sharply
 
 
 def _shake(name: str, shape: Sequence[int]) -> Tensor:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_cli import checkpoint, draw, files, store
-from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs, parse_config
+from sana_cli import checkpoint, draw, store
+from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer, build
-from sana_cli.text import TINY_DIM
+from sana_cli.text import TINY_DIM, text_config
 from sana_cli.units import human_bytes
 
 
@@ -171,13 +171,15 @@ def _checkpoint(path: Path, verify: bool) -> Report:
     }
     if verify:
         facts["verified"] = f"{len(checked)} files, every byte"
-    state = folder / checkpoint.STATE
-    run_config = (path if is_run else folder.parent.parent) / "config.yaml"
+    run_config, state = path / "config.yaml", folder / checkpoint.STATE
     config = None
     if run_config.is_file():
-        config = parse_config(run_config.read_text(encoding="utf-8"), str(run_config))
-    elif state.is_file():
-        config = Config.model_validate_json(files.json_text(checkpoint.read_json(state)["config"]))
+        config = load_config(str(run_config))
+    elif state.is_file():  # a step folder alone knows no paths
+        known = checkpoint.read_json(state)["config"]
+        known["text"] = text_config(encoder).model_dump()
+        known["data"] = {"image_size": [image["height"], image["width"]]}
+        config = Config.model_validate(known)
     rows = _module_rows(build(model, seed=None))
     return Report("run" if is_run else "checkpoint", str(path), facts, MODULE_COLUMNS, rows, config)
 

@@ -123,7 +123,7 @@ def _encoder_path(options: SampleOptions, folder: Path, record: dict[str, Any]) 
     name = str(record["encoder"]["encoder"])
     if options.encoder is not None:
         return options.encoder
-    config = folder.parent.parent / "config.yaml"
+    config = folder.resolve().parents[1] / "config.yaml"
     if name != "tiny" and config.is_file():
         try:
             content = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -223,8 +223,7 @@ def _write(
     options: SampleOptions, folder: Path, settings: SampleConfig, cells: list[list[draw.Cell]], pixels: Tensor
 ) -> tuple[tuple[Path, ...], tuple[dict[str, Any], ...]]:
     """The grid, or a file for each image; returns the files, and what each image is."""
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
-    name = f"{run.name}/{folder.name}" if run else folder.name
+    place, name = _beside(folder)
     more = {"weights": options.weights, "size": list(pixels.shape[1:])}
     if options.negative_prompt:
         more["negative_prompt"] = options.negative_prompt
@@ -239,9 +238,18 @@ def _write(
         return tuple(paths), tuple(
             {"prompt": cell.prompt, "seed": cell.seed, "file": str(path)} for cell, path in zip(flat, paths, strict=True)
         )
-    path = options.out or _free_name((run or folder.resolve().parent) / f"sample-{folder.name}.png")
+    path = options.out or _free_name(place / f"sample-{folder.resolve().name}.png")
     draw.save_png(draw.grid(pixels, cells), path, draw.grid_record(cells, settings, name, **more))
     return (path,), tuple({"prompt": cell.prompt, "seed": cell.seed} for cell in flat)
+
+
+def _beside(folder: Path) -> tuple[Path, str]:
+    """Where pictures of a checkpoint go, and its name in their record: the run that it lies in, or the folder around it."""
+    whole = folder.resolve()
+    in_run = whole.parent.name == "checkpoints"
+    place = whole.parents[1] if in_run else whole.parent
+    name = f"{place.name}/{whole.name}" if in_run else whole.name
+    return (place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place), name
 
 
 def _free_name(path: Path) -> Path:

@@ -216,6 +216,7 @@ class _Run:
         self.device = resolve_device(config.run.device)
         self.precision = resolve_precision(config.train.precision, self.device)
         self.model_config = _check_dataset(config, dataset)
+        self.texts = dataset.texts()
         self.null_caption = dataset.states([dataset.index["null_caption"]])[0]
         self.step = 0
         self.model = build(self.model_config, config.train.seed).to(self.device)
@@ -293,7 +294,7 @@ class _Run:
 
     def encode_prompts(self) -> tuple[list[list[draw.Cell]], list[Tensor]]:
         """The grid that is drawn again and again, and its caption states. The encoder, where needed, is freed at once."""
-        texts = {text: caption_id for caption_id, text in enumerate(self.dataset.texts())}
+        texts = {text: caption_id for caption_id, text in enumerate(self.texts)}
         sample, one_word = self.config.sample, bool(self.dataset.index["one_word_captions"])
         if sample.prompts is not None:
             rows = draw.prompt_rows(sample.prompts, one_word)
@@ -337,6 +338,7 @@ class _Run:
         }
         config, train = self.config.to_dict(), self.config.train
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        del config["train"]["init_from"]  # a path, which means nothing elsewhere
         parameters = checkpoint.parameter_count(raw.values())
         dataset = {"sha256": self.dataset.index["sha256"], "images": len(self.dataset)}
         record = {
@@ -346,7 +348,7 @@ class _Run:
             "parameters": parameters,
             "encoder": self.dataset.index["encoder"],
             "one_word_captions": self.dataset.index["one_word_captions"],
-            "example_captions": [text for text in self.dataset.texts()[: GRID_CAPTIONS + 1] if text],
+            "example_captions": [text for text in self.texts[: GRID_CAPTIONS + 1] if text],
             "image": self.dataset.index["image"],
             "autoencoder": None,
             "precision": self.precision,
