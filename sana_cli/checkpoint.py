@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sana_cli import __version__, files
@@ -285,19 +284,6 @@ def _known_runs() -> list[str]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, memory-mapped.
-
-    Raises:
-        SanaError: it is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise SanaError(f"{path} cannot be read as safetensors: {error}") from error
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -383,7 +369,7 @@ def load_transformer(
             raise SanaError(f"{folder} has no raw weights ({RAW_WEIGHTS})", "leave out --weights raw")
     else:
         file = transformer_folder(folder) / WEIGHTS
-    tensors = read_tensors(file)
+    tensors = files.read_tensors(file)
     model = build(config, seed=None)
     check_tensors(tensors, model, file, str(transformer_folder(folder) / "config.json"))
     model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}, assign=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sana_cli.errors import SanaError
@@ -60,6 +61,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(whole, path, metadata=None if metadata is None else dict(metadata))
     sync(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped.
+
+    Raises:
+        SanaError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise SanaError(f"{path} is damaged or missing: {error}") from error
 
 
 def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sana_cli import files
@@ -158,11 +157,7 @@ class Dataset:
     def _open(self, shard: Mapping[str, Any]) -> dict[str, Tensor]:
         path = self.directory / shard["file"]
         files.check_size(path, shard["bytes"])
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
-            raise SanaError(f"{path} is damaged: {error}") from error
+        return files.read_tensors(path)
 
     def __len__(self) -> int:
         return int(self.index["counts"]["images"])
@@ -192,9 +187,7 @@ class Dataset:
     def states(self, caption_ids: Iterable[int]) -> list[Tensor]:
         """The states (tokens, D) of each caption."""
         found = []
-        for caption_id in caption_ids:
-            number = int(np.searchsorted(self._caption_starts, caption_id, side="right")) - 1
-            shard, row = self._captions[number], caption_id - int(self._caption_starts[number])
+        for shard, row in _locate(self._captions, self._caption_starts, list(caption_ids)):
             start, end = shard["offsets"][row : row + 2].tolist()
             found.append(shard["states"][start:end])
         return found
@@ -203,20 +196,16 @@ class Dataset:
         """All captions, by id."""
         return [text for shard in self._captions for text in _unpack_texts(shard["text"], shard["text_offsets"])]
 
-    def _gather(self, name: str, rows: np.ndarray) -> Tensor:
-        numbers = np.searchsorted(self._image_starts, rows, side="right") - 1
-        parts = [self._images[n][name][int(row - self._image_starts[n])] for n, row in zip(numbers, rows, strict=True)]
-        return torch.stack(parts)
+    def _rows(self, rows: np.ndarray) -> Iterator[tuple[dict[str, Tensor], int]]:
+        return _locate(self._images, self._image_starts, rows)
 
     def images(self, rows: np.ndarray) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], float32."""
-        return self._gather("images", rows).float() / 127.5 - 1
+        return torch.stack([shard["images"][row] for shard, row in self._rows(rows)]).float() / 127.5 - 1
 
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:
         """The ids of each image's captions."""
-        numbers = np.searchsorted(self._image_starts, rows, side="right") - 1
-        ids = [self._images[n]["caption_ids"][int(row - self._image_starts[n])] for n, row in zip(numbers, rows, strict=True)]
-        return [[caption for caption in row.tolist() if caption >= 0] for row in ids]
+        return [[i for i in shard["caption_ids"][row].tolist() if i >= 0] for shard, row in self._rows(rows)]
 
     def labels(self) -> Tensor | None:
         """All labels (n,), where the source had them."""
@@ -226,13 +215,20 @@ class Dataset:
 
     def sample_ids(self, rows: np.ndarray) -> list[str]:
         """The source's name of each image."""
-        numbers = np.searchsorted(self._image_starts, rows, side="right") - 1
         names = []
-        for n, row in zip(numbers, rows, strict=True):
-            shard, at = self._images[n], int(row - self._image_starts[n])
-            start, end = shard["sample_id_offsets"][at : at + 2].tolist()
+        for shard, row in self._rows(rows):
+            start, end = shard["sample_id_offsets"][row : row + 2].tolist()
             names.append(shard["sample_ids"][start:end].numpy().tobytes().decode("utf-8", errors="surrogatepass"))
         return names
+
+
+def _locate(
+    shards: Sequence[dict[str, Tensor]], starts: np.ndarray, rows: Sequence[int] | np.ndarray
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """The shard that each row of the whole lies in, and its place there; `starts` is where each shard begins."""
+    numbers = np.searchsorted(starts, rows, side="right") - 1
+    for number, row in zip(numbers, rows, strict=True):
+        yield shards[number], int(row - starts[number])
 
 
 def sample_rows(first: int, count: int, length: int, seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from conftest import embedded, small_config
 from PIL import Image
 
-from sana_cli import checkpoint, draw
+from sana_cli import checkpoint, draw, files
 from sana_cli.commands import sample as sampling
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.commands.train import TrainOptions, train
@@ -27,7 +27,6 @@ def perturb(folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    from sana_cli import files
 
     path = folder / "transformer" / checkpoint.WEIGHTS
     files.write_tensors(path, model.state_dict(), {"format": "pt"})
@@ -133,7 +132,7 @@ def test_an_image_depends_on_prompt_and_seed_alone(step: Path) -> None:
 def test_guidance_is_the_formula(step: Path) -> None:
     """One Euler step from sigma 1: x_0 = noise - guided velocity, with the null caption's own states and mask."""
     model, record = checkpoint.load_transformer(step), checkpoint.read_record(step)
-    null = checkpoint.read_tensors(step / checkpoint.NULL_CAPTION)["states"]
+    null = files.read_tensors(step / checkpoint.NULL_CAPTION)["states"]
     from sana_cli.text import load_encoder, text_config
 
     states = dict(load_encoder(text_config(record["encoder"]), torch.device("cpu")).encode(["seven", ""]))
@@ -290,7 +289,6 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     weights["proj_out.bias"] = torch.zeros(3)
     weights["extra.weight"] = torch.zeros(1)
     del weights["scale_shift_table"]
-    from sana_cli import files
 
     files.write_tensors(tmp_path / checkpoint.WEIGHTS, weights)
     files.write_json(tmp_path / "config.json", checkpoint.diffusers_config(config))

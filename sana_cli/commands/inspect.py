@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_cli import checkpoint, draw, store
+from sana_cli import checkpoint, draw, files, store
 from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer, build
@@ -189,7 +189,7 @@ def _diffusers(path: Path) -> Report:
     weights = checkpoint.transformer_folder(path) / checkpoint.WEIGHTS
     facts = _model_facts(model)
     if weights.is_file():
-        tensors = checkpoint.read_tensors(weights)
+        tensors = files.read_tensors(weights)
         checkpoint.check_tensors(tensors, build(model, seed=None), weights, "its config.json")
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
         facts["weights"] = f"{', '.join(dtypes)}, {human_bytes(weights.stat().st_size)}"

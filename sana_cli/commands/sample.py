@@ -185,7 +185,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     if options.negative_prompt:
         null_caption = states[options.negative_prompt]
     else:
-        null_caption = checkpoint.read_tensors(folder / checkpoint.NULL_CAPTION)["states"]
+        null_caption = files.read_tensors(folder / checkpoint.NULL_CAPTION)["states"]
     model = checkpoint.load_transformer(folder, options.weights, device)
     drawn = draw.draw(
         model,

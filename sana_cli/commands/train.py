@@ -398,13 +398,13 @@ class _Run:
         if wrong:
             raise SanaError(f"{folder} cannot be resumed with this config:", *wrong, "start another run with --set run.dir=DIR")
         names = dict(self.model.named_parameters())
-        weights = checkpoint.read_tensors(folder / checkpoint.RAW_WEIGHTS)
+        weights = files.read_tensors(folder / checkpoint.RAW_WEIGHTS)
         checkpoint.check_tensors(weights, self.model, folder / checkpoint.RAW_WEIGHTS, "this config")
         self.model.load_state_dict(weights)
         self.start()
-        self.ema_model.load_state_dict(checkpoint.read_tensors(folder / "transformer" / checkpoint.WEIGHTS))
+        self.ema_model.load_state_dict(files.read_tensors(folder / "transformer" / checkpoint.WEIGHTS))
         self.step = int(state["step"])
-        for key, tensor in checkpoint.read_tensors(folder / checkpoint.OPTIMIZER).items():
+        for key, tensor in files.read_tensors(folder / checkpoint.OPTIMIZER).items():
             kind, _, name = key.partition(".")
             slot = self.optimizer.state[names[name]]
             slot[kind] = tensor.to(self.device, copy=True)
