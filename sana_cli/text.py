@@ -26,6 +26,7 @@ from sana_cli.errors import SanaError
 FINGERPRINT_VERSION = 1
 TINY_DIM = 128  # width of the built-in encoder's states
 TINY_BRANCH = 0.4  # what each of its branches adds, beside an embedding of size 1: enough to tell orders of letters apart
+MAX_INSTRUCTION = 4096  # tokens of an instruction
 TOKENS_PER_BATCH = 8192  # padded tokens that go through an encoder at once
 UNGATED_GEMMA = "Efficient-Large-Model/gemma-2-2b-it"
 
@@ -87,9 +88,9 @@ class ByteTokenizer:
 
     pad_id, bos_id, size = 0, 1, 258
 
-    def __call__(self, text: str) -> list[int]:
-        """Token ids of a caption."""
-        return [self.bos_id, *(2 + byte for byte in text.encode("utf-8", errors="surrogatepass"))]
+    def __call__(self, text: str, max_length: int) -> list[int]:
+        """Token ids of a caption, the first `max_length`."""
+        return [self.bos_id, *(2 + byte for byte in text.encode("utf-8", errors="surrogatepass")[: max_length - 1])]
 
 
 class HuggingFaceTokenizer:
@@ -103,12 +104,12 @@ class HuggingFaceTokenizer:
                 "text.template: this encoder's tokenizer has no chat template", "use text.template: none", exit_code=2
             )
 
-    def __call__(self, text: str) -> list[int]:
-        """Token ids of a caption, special tokens once."""
+    def __call__(self, text: str, max_length: int) -> list[int]:
+        """Token ids of a caption, special tokens once; what is cut is text, not the special token at the end."""
         if self.template == "chat" and text:
             message = [{"role": "user", "content": text}]
-            return list(self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=False))
-        ids = list(self.tokenizer(text)["input_ids"])
+            return list(self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=False))[:max_length]
+        ids = list(self.tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
         if not ids:  # a tokenizer without special tokens has nothing for the null caption
             special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.pad_id]
             ids = [next(token for token in special if token is not None)]
@@ -134,11 +135,6 @@ class CaptionEncoder:
         config: Any = self.model.config
         return int(getattr(config, "hidden_size", 0) or config.d_model)
 
-    def to(self, device: torch.device) -> None:
-        """Move the model; its states always come back to the CPU."""
-        self.device = device
-        self.model.to(device)
-
     def token_ids(self, caption: str) -> tuple[list[int], int]:
         """Token ids, and how many of them after the first are instruction, whose states are dropped.
 
@@ -148,9 +144,9 @@ class CaptionEncoder:
         """
         instruction, limit = self.text.instruction, self.text.max_length
         if instruction is None or not caption:
-            return self.tokenizer(caption)[:limit], 0
-        instruction_tokens = len(self.tokenizer(instruction))
-        return self.tokenizer(instruction + caption)[: instruction_tokens + limit - 2], max(instruction_tokens - 2, 0)
+            return self.tokenizer(caption, limit), 0
+        tokens = len(self.tokenizer(instruction, MAX_INSTRUCTION))
+        return self.tokenizer(instruction + caption, tokens + limit - 2), max(tokens - 2, 0)
 
     @torch.inference_mode()
     def encode(self, captions: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

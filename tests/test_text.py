@@ -161,6 +161,23 @@ def test_captions_are_cut_at_max_length(gemma: Path) -> None:
     assert torch.equal(long, encode(encoder, ["abcd"])["abcd"])
 
 
+def test_cutting_keeps_the_special_token_at_the_end(models: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    shutil.copytree(models["bert"], tmp_path / "bert")
+    tokenizer = AutoTokenizer.from_pretrained(models["bert"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    tokenizer.save_pretrained(tmp_path / "bert")
+    encoder = text.load_encoder(TextConfig(encoder=str(tmp_path / "bert"), max_length=5), CPU)
+    ids, _ = encoder.token_ids("abcdefghij")
+    assert ids == [2, *tokenizer.convert_tokens_to_ids(["a", "b", "c"]), 1]
+
+
 def test_states_that_are_not_finite_name_the_caption(gemma: Path) -> None:
     encoder = text.load_encoder(TextConfig(encoder=str(gemma)), CPU)
     with torch.no_grad():
