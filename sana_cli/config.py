@@ -130,7 +130,7 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    steps: PositiveInt = Field(2600, description="optimizer steps")
+    steps: PositiveInt = Field(2400, description="optimizer steps")
     batch_size: PositiveInt = Field(64, description="images of a micro-batch")
     accumulate: PositiveInt = Field(1, description="micro-batches of a step, whose gradients are averaged over their images")
     precision: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_is_precision)] = Field(
