@@ -375,7 +375,7 @@ def _print_report(report: "Report", yaml: bool, json: bool) -> None:
         return
     if json:
         document: dict[str, Any] = {"kind": report.kind, "target": report.title, **report.facts}
-        if report.kind not in ("configs",):
+        if report.kind != "configs":
             document["table"] = [
                 dict(zip(report.columns, (str(c).strip() if isinstance(c, str) else c for c in row), strict=True))
                 for row in report.rows

@@ -25,22 +25,22 @@ def interpolate(x_0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(x_0: Tensor, noise: Tensor) -> Tensor:
-    """Noise - x_0, what the transformer learns (arXiv 2209.03003, eq. 1; the straight path's derivative)."""
+    """noise - x_0, what the transformer learns (arXiv 2209.03003, eq. 1; the straight path's derivative)."""
     return noise - x_0
 
 
 def logit_normal(z: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Sigma = sigmoid(mean + std z) from standard normal z (SD3, arXiv 2403.03206, section 3.1)."""
+    """sigma = sigmoid(mean + std z) from standard normal z (SD3, arXiv 2403.03206, section 3.1)."""
     return torch.sigmoid(mean + std * z)
 
 
 def uniform(z: Tensor) -> Tensor:
-    """Sigma = Phi(z), uniform on (0, 1), from standard normal z: so that both densities use the same draw."""
+    """sigma = Phi(z), uniform on (0, 1), from standard normal z: so that both densities use the same draw."""
     return torch.special.ndtr(z)
 
 
 def shift_sigma(sigma: Tensor, flow_shift: float) -> Tensor:
-    """Sigma -> s sigma / (1 + (s - 1) sigma): moves noise levels up for large images (SD3, eq. 23)."""
+    """sigma -> s sigma / (1 + (s - 1) sigma): moves noise levels up for large images (SD3, eq. 23)."""
     return flow_shift * sigma / (1 + (flow_shift - 1) * sigma)
 
 
@@ -69,7 +69,7 @@ Solver = Callable[[Velocity, Tensor, Sequence[float]], Iterator[SolverStep]]
 
 
 def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[SolverStep]:
-    """X += (sigma' - sigma) velocity, first order; exact where paths are straight."""
+    """x += (sigma' - sigma) velocity, first order; exact where paths are straight."""
     for index, (sigma, lower) in enumerate(itertools.pairwise(sigmas)):
         v = velocity(x, sigma)
         x_0 = x - sigma * v
@@ -112,8 +112,7 @@ def solver_sigmas(solver: str, steps: int, flow_shift: float = 1.0) -> list[floa
     their order of operations, so that `model_timestep` truncates to the same whole numbers.
     """
     signal = np.linspace(1.0, 0.0 if solver == "euler" else 1 / TRAIN_TIMESTEPS, steps + 1)
-    sigmas = 1.0 - signal
-    return [float(sigma) for sigma in np.flip(flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas))]
+    return shift_sigma(torch.from_numpy(1.0 - signal), flow_shift).flip(0).tolist()
 
 
 def model_timestep(solver: str, sigma: float, timestep_scale: float = 1.0) -> float:

@@ -191,9 +191,8 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None, modulation: Tensor, height: int) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table[None] + modulation).chunk(
-            6, dim=1
-        )  # (B, 1, D) each
+        modulation = self.scale_shift_table[None] + modulation  # (B, 6, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, 1, D) each
         normed = self.norm1(x) * (1 + scale_msa) + shift_msa
         x = x + gate_msa * self.attn1(normed.to(x.dtype))
         x = x + self.attn2(x, caption, bias)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
 from sana_cli import checkpoint, draw, files
-from sana_cli.config import SampleConfig
+from sana_cli.config import SampleConfig, load_config
 from sana_cli.device import peak_memory, release_memory, resolve_device
 from sana_cli.errors import SanaError
 from sana_cli.text import CaptionEncoder, check_same_encoder, load_encoder, text_config
@@ -126,9 +125,8 @@ def _encoder_path(options: SampleOptions, folder: Path, record: dict[str, Any]) 
     config = folder.resolve().parents[1] / "config.yaml"
     if name != "tiny" and config.is_file():
         try:
-            content = yaml.safe_load(config.read_text(encoding="utf-8"))
-            there = str(content["text"]["encoder"])
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            there = load_config(str(config)).text.encoder
+        except SanaError:  # not a config of ours, so it says nothing
             return name
         if Path(there).is_absolute() and Path(there).name == name and Path(there).is_dir():
             return there
