@@ -259,7 +259,12 @@ def sample(
         list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw, a row of the grid each.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A run or a step folder. Default: the newest checkpoint under runs/.")
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="A run, a step folder, a diffusers pipeline or transformer, or a file of weights: diffusers', official or the "
+            "lesson's. Default: the newest checkpoint under runs/.",
+        ),
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
@@ -267,7 +272,7 @@ def sample(
     guidance_interval: Annotated[
         tuple[float, float] | None, typer.Option(metavar="LO HI", help="Guide only while sigma is between these.")
     ] = None,
-    solver: Annotated[str | None, typer.Option(help="dpm++ or euler.")] = None,
+    solver: Annotated[str | None, typer.Option(help="dpm++, euler, heun or scm.")] = None,
     flow_shift: Annotated[float | None, typer.Option(help="Moves the solver's steps towards noise.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Image i has seed + i; the same seed gives the same images.")] = None,
     negative_prompt: Annotated[
@@ -282,17 +287,25 @@ def sample(
     device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
     offload: Annotated[
         str,
-        typer.Option(metavar="auto|model|none", help="model (and auto): encoder and transformer take turns; none: hold both."),
+        typer.Option(
+            metavar="auto|model|none", help="model (and auto): encoder, transformer and decoder take turns; none: hold all."
+        ),
     ] = "auto",
     encoder: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Where the recorded caption encoder lies, if it has moved.")
+        str | None, typer.Option(metavar="PATH", help="Where the caption encoder lies: a folder, a Hugging Face id, or tiny.")
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Put before each prompt, in place of the family's; '' for none.")
+    ] = None,
+    autoencoder: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The DC-AE that decodes latents: a folder or a Hugging Face id.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="PNG", help="Where the grid goes. Default: the run directory.")] = None,
     separate: Annotated[Path | None, typer.Option(metavar="DIR", help="A PNG for each image instead of a grid.")] = None,
     trajectory: Annotated[Path | None, typer.Option(metavar="GIF", help="Also the grid from noise to images, animated.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Draw images for prompts with a trained checkpoint.
+    """Draw images for prompts with a checkpoint: trained here, by diffusers, by NVlabs/Sana or by the lesson.
 
     Where it was trained on single words, each word of a prompt is an image: '4 two 4 six' is a row of four.
 
@@ -320,6 +333,8 @@ def sample(
             device=device,
             offload=offload,
             encoder=encoder,
+            instruction=instruction,
+            autoencoder=autoencoder,
             out=out,
             separate=separate,
             trajectory=trajectory,
@@ -348,7 +363,9 @@ def sample(
 def inspect(
     target: Annotated[
         str | None,
-        typer.Argument(help="A config, run, checkpoint, dataset, PNG or diffusers folder. Default: the shipped configs."),
+        typer.Argument(
+            help="A config, run, checkpoint, dataset, PNG, diffusers folder, or a file of weights. Default: the shipped configs."
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte of a dataset or checkpoint.")] = False,
     yaml: Annotated[

@@ -78,6 +78,9 @@ class DataConfig(Section):
     image_size: Annotated[int | tuple[int, int], BeforeValidator(_is_size)] = Field(
         32, description="pixels: one number, or [height, width]"
     )
+    autoencoder: str | None = Field(
+        None, description="a DC-AE, by id or local path, whose latents are trained on; null: pixels (needs the latent extra)"
+    )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,6 +103,7 @@ class TextConfig(Section):
         None, description="put before each caption and cut off its states (the paper's complex human instruction)"
     )
     template: Literal["none", "chat"] = Field("none", description="chat: the tokenizer's chat template around each caption")
+    lowercase: bool = Field(False, description="lower-case and strip captions first, as diffusers' SanaPipeline does")
 
 
 class ModelConfig(Section):
@@ -119,7 +123,11 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout after each attention")
     qk_norm: Literal["rms_norm_across_heads"] | None = Field(None, description="norm of queries and keys (SANA-1.5 and Sprint)")
     guidance_embeds: bool = Field(False, description="the guidance scale is an input of the model (Sprint)")
+    guidance_embeds_scale: Annotated[float, Field(gt=0)] = Field(0.1, description="the model is given guidance_scale * this")
     timestep_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="the model is given 1000 * sigma * this")
+    interpolation_scale: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="fixed sine-cosine positions, this much apart from one another (2K models 1, 4K models 2); null: none"
+    )
 
     @property
     def inner_dim(self) -> int:
@@ -159,7 +167,9 @@ class TrainConfig(Section):
     save_every: PositiveInt = Field(500, description="steps between checkpoints; there is always one at the end")
     keep: PositiveInt = Field(2, description="checkpoints kept, the newest")
     sample_every: PositiveInt = Field(500, description="steps between sample grids; there is always one at step 0 and at the end")
-    init_from: PathField | None = Field(None, description="weights to start from: a run, a checkpoint or a diffusers folder")
+    init_from: PathField | None = Field(
+        None, description="weights to start from: a run, a checkpoint, a diffusers folder or file, an official or lesson file"
+    )
 
 
 class SampleConfig(Section):
@@ -170,8 +180,12 @@ class SampleConfig(Section):
         3.0, description="1 is none; above 1 follows the prompt more, with less variety"
     )
     guidance_interval: Interval = Field((0.0, 1.0), description="the range of sigma in which guidance is used")
-    solver: Literal["dpm++", "euler"] = Field("dpm++", description="dpm++: DPM-Solver++ 2M; euler")
-    flow_shift: Annotated[float, Field(gt=0)] = Field(1.0, description="as train.flow_shift, for the solver's steps")
+    solver: Literal["dpm++", "euler", "heun", "scm"] = Field(
+        "dpm++", description="dpm++: DPM-Solver++ 2M; euler; heun; scm: the consistency sampler of Sprint models"
+    )
+    flow_shift: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="as train.flow_shift, for the solver's steps; euler and heun apply it twice, as diffusers' do"
+    )
     seed: NonNegativeInt = Field(0, description="image i of a grid has seed + i")
     prompts: Prompts | None = Field(None, description="of the grids drawn while training; null: captions of the dataset")
 
@@ -199,6 +213,8 @@ class Config(Section):
         model, (height, width) = self.model, self.data.size
         if height % model.patch_size or width % model.patch_size:
             problems.append(f"model.patch_size: {model.patch_size} does not divide data.image_size {height}x{width}")
+        if model.interpolation_scale is not None and model.inner_dim % 4:
+            problems.append(f"model.interpolation_scale: positions need an inner width that 4 divides, not {model.inner_dim}")
         if self.text.instruction is not None and self.text.template != "none":
             problems.append("text.instruction: and text.template exclude each other; keep one")
         if model.guidance_embeds:

@@ -3,6 +3,9 @@
 import gc
 import resource
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
@@ -50,6 +53,38 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+T = TypeVar("T")
+
+
+class Stage:
+    """The models of one command on one device: one at a time (`offload`), or each kept once it is there.
+
+    A model is loaded straight on to the device when it is first needed and dropped when its turn is over; nobody needs it
+    a second time. `report` is told of each coming and going.
+    """
+
+    def __init__(
+        self, device: torch.device, offload: bool, report: Callable[[str, str], None] = lambda _what, _name: None
+    ) -> None:
+        self.device, self.offload, self.report = device, offload, report
+        self.kept: dict[str, Any] = {}
+
+    @contextmanager
+    def hold(self, name: str, load: Callable[[], T]) -> Iterator[T]:
+        """What `load` gives, for as long as the block lasts. The block must keep no other reference to it."""
+        model = load()
+        self.report("load", name)
+        try:
+            yield model
+        finally:
+            if not self.offload:
+                self.kept[name] = model
+            del model
+            if self.offload:
+                release_memory(self.device)
+                self.report("free", name)
 
 
 def release_memory(device: torch.device) -> None:

@@ -45,9 +45,20 @@ class DrawStep:
     sigma: float
 
 
-def initial_noise(seed: int, shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal noise (C, H, W) from a CPU generator of its own: the same on every device, in any batch."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+class Noise:
+    """Standard normal noise for images of `seeds`, (b, C, H, W) at each call.
+
+    Every image has a CPU generator of its own, so that it gets the same numbers on every device and in any batch.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
+        self.generators, self.shape = [torch.Generator().manual_seed(seed) for seed in seeds], shape
+        self.device = device
+
+    def __call__(self) -> Tensor:
+        """The next noise of every image."""
+        drawn = [torch.randn(self.shape, generator=generator) for generator in self.generators]
+        return torch.stack(drawn).to(self.device)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -59,16 +70,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def draw(
     model: SanaTransformer,
     captions: Sequence[Tensor],
-    null_caption: Tensor,
+    null_captions: Sequence[Tensor],
     seeds: Sequence[int],
     shape: tuple[int, int, int],
     settings: SampleConfig,
     precision: str,
 ) -> Iterator[DrawStep]:
-    """Draw one image for each of `captions`, states (tokens, D), with the seed beside it.
+    """Draw one image for each of `captions`, states (tokens, D), with the null caption and the seed beside it.
 
-    Where guidance is used, the conditional and the null branch run as one batch, each with its own caption mask. An
-    image depends on its caption, seed and settings, and on nothing else in the call beyond floating-point rounding.
+    Where guidance is used, the conditional and the null branch run as one batch, each with its own caption mask. A model
+    with `guidance_embeds` is told the scale instead and has no null branch. An image depends on its caption, seed and
+    settings, and on nothing else in the call beyond floating-point rounding.
     """
     device = next(model.parameters()).device
     batches = range(0, len(captions), IMAGES_PER_BATCH)
@@ -77,24 +89,29 @@ def draw(
     for first in batches:
         batch = captions[first : first + IMAGES_PER_BATCH]
         count = len(batch)
-        states, mask = (t.to(device) for t in pad_states([*batch, *[null_caption] * count]))  # (2b, L, D), (2b, L)
+        nulls = null_captions[first : first + IMAGES_PER_BATCH]
+        states, mask = (t.to(device) for t in pad_states([*batch, *nulls]))  # (2b, L, D), (2b, L)
         states = states.float()
 
         def velocity(x: Tensor, sigma: float, states: Tensor = states, mask: Tensor = mask, count: int = count) -> Tensor:
-            guided = settings.guidance_scale != 1 and flow.in_interval(sigma, settings.guidance_interval)
+            scale, embeds = settings.guidance_scale, model.config.guidance_embeds
+            guided = not embeds and scale != 1 and flow.in_interval(sigma, settings.guidance_interval)
             rows = 2 * count if guided else count
             time = flow.model_timestep(settings.solver, sigma, model.config.timestep_scale)
+            told = torch.full((rows,), scale * model.config.guidance_embeds_scale, device=device) if embeds else None
             with autocast(device, precision):
                 v = model(
                     x.repeat(rows // count, 1, 1, 1),
                     states[:rows],
                     torch.full((rows,), time, device=device),
+                    guidance=told,
                     encoder_attention_mask=mask[:rows],
                 ).float()
-            return flow.guide(v[:count], v[count:], settings.guidance_scale) if guided else v
+            return flow.guide(v[:count], v[count:], scale) if guided else v
 
-        x = torch.stack([initial_noise(seed, shape) for seed in seeds[first : first + count]]).to(device)
-        for step in flow.SOLVERS[settings.solver](velocity, x, sigmas):
+        noise = Noise(seeds[first : first + count], shape, device)
+        x = noise()
+        for step in flow.SOLVERS[settings.solver](velocity, x, sigmas, noise):
             done += 1
             yield DrawStep(done, total, step.x, step.x_0, first, step.sigma)
 

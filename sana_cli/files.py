@@ -76,6 +76,47 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise SanaError(f"{path} is damaged or missing: {error}") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself.
+
+    Raises:
+        SanaError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise SanaError(f"{path} is damaged or missing: {error}") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: the length of a JSON header, and that header.
+
+    Raises:
+        SanaError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise SanaError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        SanaError: it is missing or not JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SanaError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SanaError(f"{path} holds no JSON object")
+    return content
+
+
 def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
     """JSON whose last field `sha256` is the hash of the file's own text with that field empty."""
     text = json_text({**content, "sha256": ""})

@@ -65,10 +65,11 @@ class SolverStep:
 
 
 Velocity = Callable[[Tensor, float], Tensor]
-Solver = Callable[[Velocity, Tensor, Sequence[float]], Iterator[SolverStep]]
+Noise = Callable[[], Tensor]  # fresh standard normal noise of x's shape, for solvers that add some
+Solver = Callable[[Velocity, Tensor, Sequence[float], Noise], Iterator[SolverStep]]
 
 
-def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[SolverStep]:
+def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], _noise: Noise) -> Iterator[SolverStep]:
     """x += (sigma' - sigma) velocity, first order; exact where paths are straight."""
     for index, (sigma, lower) in enumerate(itertools.pairwise(sigmas)):
         v = velocity(x, sigma)
@@ -77,7 +78,32 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[So
         yield SolverStep(index, lower, x, x_0)
 
 
-def dpm_solver_pp_2m(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[SolverStep]:
+def heun(velocity: Velocity, x: Tensor, sigmas: Sequence[float], _noise: Noise) -> Iterator[SolverStep]:
+    """The trapezoidal rule (EDM, arXiv 2206.00364, algorithm 1 without churn): second order, two evaluations a step.
+
+    The last step, to sigma 0, is Euler's, as everyone's is.
+    """
+    for index, (sigma, lower) in enumerate(itertools.pairwise(sigmas)):
+        v = velocity(x, sigma)
+        x_0 = x - sigma * v
+        ahead = x + (lower - sigma) * v
+        x = ahead if lower == 0 else x + (lower - sigma) * (v + velocity(ahead, lower)) / 2
+        yield SolverStep(index, lower, x, x_0)
+
+
+def scm(velocity: Velocity, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[SolverStep]:
+    """Multistep consistency sampling (sCM, arXiv 2410.11081): jump to the data foreseen, add fresh noise, repeat.
+
+    SANA-Sprint (arXiv 2503.09641) states it in TrigFlow's variables: with sigma = sin t / (cos t + sin t) its input
+    scaling, its output transform and the step of diffusers' `SCMScheduler` reduce to these two lines.
+    """
+    for index, (sigma, lower) in enumerate(itertools.pairwise(sigmas)):
+        x_0 = x - sigma * velocity(x, sigma)
+        x = interpolate(x_0, noise(), x.new_tensor([lower]))
+        yield SolverStep(index, lower, x, x_0)
+
+
+def dpm_solver_pp_2m(velocity: Velocity, x: Tensor, sigmas: Sequence[float], _noise: Noise) -> Iterator[SolverStep]:
     """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2, data prediction, midpoint) on the flow path alpha = 1 - sigma.
 
     Second order, one evaluation a step. The first step is first order, for want of a predecessor, and so is the last,
@@ -101,21 +127,39 @@ def dpm_solver_pp_2m(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> 
         yield SolverStep(index, lower, x, x_0)
 
 
-SOLVERS: dict[str, Solver] = {"dpm++": dpm_solver_pp_2m, "euler": euler}
+SOLVERS: dict[str, Solver] = {"dpm++": dpm_solver_pp_2m, "euler": euler, "heun": heun, "scm": scm}
+
+TRIGFLOW_START = 1.57080  # of SANA-Sprint, a hair above pi / 2
+TRIGFLOW_MIDDLE = 1.3  # where its second of two steps begins
 
 
 def solver_sigmas(solver: str, steps: int, flow_shift: float = 1.0) -> list[float]:
-    """The noise levels from first to last, `steps` + 1 of them, ending at 0.
+    """The noise levels from first to last, `steps` + 1 of them, ending at 0: those of diffusers, to the last bit that matters.
 
-    Euler starts at 1. DPM-Solver++ starts at 0.999 before the shift, since its variable is infinite at 1: the levels of
-    diffusers' `DPMSolverMultistepScheduler(use_flow_sigmas=True)` and of the official Flow-DPM-Solver, in float64 and in
-    their order of operations, so that `model_timestep` truncates to the same whole numbers.
+    - dpm++: from 0.999 before the shift, since its variable is infinite at 1 (`DPMSolverMultistepScheduler` with
+      `use_flow_sigmas`, and the official Flow-DPM-Solver), in their order of operations, so that `model_timestep`
+      truncates to the same whole numbers.
+    - euler, heun: `FlowMatchEulerDiscreteScheduler` and `FlowMatchHeunDiscreteScheduler`, which the official Flow-Euler
+      wraps. Even steps from 1 to the shifted 0.001, shifted again: with flow_shift other than 1 they shift twice.
+    - scm: TrigFlow times from pi / 2 to 0 (`SCMScheduler`), as sigmas; they know no shift.
     """
-    signal = np.linspace(1.0, 0.0 if solver == "euler" else 1 / TRAIN_TIMESTEPS, steps + 1)
-    return shift_sigma(torch.from_numpy(1.0 - signal), flow_shift).flip(0).tolist()
+    if solver == "scm":
+        times = torch.linspace(TRIGFLOW_START, 0, steps + 1) if steps != 2 else torch.tensor([TRIGFLOW_START, TRIGFLOW_MIDDLE, 0])
+        return (times.sin() / (times.cos() + times.sin())).tolist()
+    if solver == "dpm++":
+        signal = np.linspace(1.0, 1 / TRAIN_TIMESTEPS, steps + 1)
+        return shift_sigma(torch.from_numpy(1.0 - signal), flow_shift).flip(0).tolist()
+    lowest = shift_sigma(torch.tensor(1 / TRAIN_TIMESTEPS), flow_shift).item()
+    return [*shift_sigma(torch.from_numpy(np.linspace(1.0, lowest, steps)), flow_shift).tolist(), 0.0]
 
 
 def model_timestep(solver: str, sigma: float, timestep_scale: float = 1.0) -> float:
-    """What the transformer is told at `sigma`: 1000 sigma, which DPM-Solver++ truncates to a whole number as everyone's does."""
+    """What the transformer is told at `sigma`.
+
+    It is 1000 sigma timestep_scale; DPM-Solver++ truncates 1000 sigma to a whole number, as everyone's does, and SCM
+    tells sigma itself.
+    """
+    if solver == "scm":
+        return sigma
     timestep = sigma * TRAIN_TIMESTEPS
     return (math.floor(timestep) if solver == "dpm++" else timestep) * timestep_scale

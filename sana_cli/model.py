@@ -9,6 +9,7 @@ inner width, L caption tokens, h = int(mlp_ratio * D) hidden width of the Mix-FF
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +36,43 @@ class RMSNorm(nn.Module):
         return (normed * self.weight).to(x.dtype)
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens. No position is added (NoPE): the Mix-FFN's convolution tells tokens apart."""
+@lru_cache(maxsize=4)
+def positions(height: int, width: int, base: int, interpolation_scale: float, dim: int) -> Tensor:
+    """Sine-cosine positions of a grid of tokens, (height * width, dim): half for the column, half for the row.
 
-    def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
+    Rows and columns are counted in steps of the trained grid of `base` x `base` tokens, whatever size this one has, and
+    divided by `interpolation_scale` (NVlabs/Sana `get_2d_sincos_pos_embed`, diffusers `embeddings.py`). Float64 inside.
+    """
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    row, column = (torch.arange(count, dtype=torch.float32) / (count / base) / interpolation_scale for count in (height, width))
+    angles = [
+        column.double()[None, :, None].expand(height, -1, 1) * frequency,
+        row.double()[:, None, None].expand(-1, width, 1) * frequency,
+    ]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1).float().flatten(0, 1)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens.
+
+    No position is added (NoPE): the Mix-FFN's convolution tells tokens apart. Only the published 2K and 4K models, which
+    have an `interpolation_scale`, add fixed ones.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.config = config
+        self.proj = nn.Conv2d(config.in_channels, config.inner_dim, config.patch_size, stride=config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D)
+        x = self.proj(x)  # (B, D, H/p, W/p)
+        height, width = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        scale = self.config.interpolation_scale
+        if scale is None:
+            return x
+        base = (self.config.sample_size or 1) // self.config.patch_size
+        return (x + positions(height, width, base, scale, x.shape[-1]).to(x.device)).to(x.dtype)
 
 
 class TwoLayer(nn.Module):
@@ -209,7 +238,7 @@ class SanaTransformer(nn.Module):
         assert config.sample_size is not None, "an unresolved model config"
         self.config = config
         dim, patch = config.inner_dim, config.patch_size
-        self.patch_embed = PatchEmbed(config.in_channels, dim, patch)
+        self.patch_embed = PatchEmbed(config)
         self.time_embed = TimeEmbed(dim, config.guidance_embeds)
         self.caption_projection = TwoLayer(config.caption_channels, dim, nn.GELU(approximate="tanh"))
         self.caption_norm = RMSNorm(dim, eps=1e-5)
@@ -232,7 +261,7 @@ class SanaTransformer(nn.Module):
             hidden_states: the noisy sample, (B, C, H, W), H and W multiples of the patch size.
             encoder_hidden_states: caption states, (B, L, caption_channels).
             timestep: (B,), 1000 * sigma * timestep_scale.
-            guidance: (B,), only for models with `guidance_embeds`, and needed there.
+            guidance: (B,), guidance_scale * guidance_embeds_scale, only for models with `guidance_embeds`, and needed there.
             encoder_attention_mask: (B, L), 1 for caption tokens and 0 for padding; None attends to all.
 
         Raises:

@@ -7,11 +7,8 @@ neither where captions come from nor where states go.
 Shapes: B captions of a batch, T tokens of the longest, D the encoder's width.
 """
 
-import contextlib
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sana_cli import hub
 from sana_cli.config import TextConfig
 from sana_cli.errors import SanaError
 
@@ -47,8 +45,12 @@ def asked_for(text: TextConfig) -> dict[str, Any]:
         "max_length": text.max_length,
         "instruction": text.instruction,
         "template": text.template,
+        "lowercase": text.lowercase,
     }
     return settings if text.dtype == "auto" else settings | {"dtype": text.dtype}
+
+
+_FORMERLY = {"lowercase": False}  # what fingerprints from before a setting was there mean
 
 
 def check_same_encoder(recorded: Mapping[str, Any], given: Mapping[str, Any], where: str, *next_steps: str) -> None:
@@ -58,7 +60,7 @@ def check_same_encoder(recorded: Mapping[str, Any], given: Mapping[str, Any], wh
         SanaError: naming each field that differs.
     """
     fields = [key for key in given if key != "encoder" or "weights" not in given]  # weights tell better than a name
-    wrong = [key for key in fields if recorded.get(key) != given[key]]
+    wrong = [key for key in fields if recorded.get(key, _FORMERLY.get(key)) != given[key]]
     if wrong:
         raise SanaError(
             *(f"text.{key}: {where} has {recorded.get(key)!r:.200}, not {given[key]!r:.200}" for key in wrong), *next_steps
@@ -67,8 +69,9 @@ def check_same_encoder(recorded: Mapping[str, Any], given: Mapping[str, Any], wh
 
 def text_config(fingerprint: Mapping[str, Any], encoder: str | None = None) -> TextConfig:
     """The settings that a fingerprint records; `encoder` says where its model lies when the name alone does not."""
-    keys = ("revision", "dtype", "max_length", "instruction", "template")
-    return TextConfig(encoder=encoder or fingerprint["encoder"], **{key: fingerprint[key] for key in keys})
+    keys = ("revision", "dtype", "max_length", "instruction", "template", "lowercase")
+    settings = _FORMERLY | dict(fingerprint)
+    return TextConfig(encoder=encoder or settings["encoder"], **{key: settings[key] for key in keys})
 
 
 def _hash_weights(model: nn.Module) -> str:
@@ -143,14 +146,18 @@ class CaptionEncoder:
         caption never has one.
         """
         instruction, limit = self.text.instruction, self.text.max_length
+        if self.text.lowercase:
+            caption = caption.lower().strip()
         if instruction is None or not caption:
             return self.tokenizer(caption, limit), 0
         tokens = len(self.tokenizer(instruction, MAX_INSTRUCTION))
         return self.tokenizer(instruction + caption, tokens + limit - 2), max(tokens - 2, 0)
 
     @torch.inference_mode()
-    def encode(self, captions: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Each distinct caption once, with its states (tokens, D) in bf16 on the CPU, shortest first, padding removed.
+    def encode(self, captions: Iterable[str], dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
+        """Each distinct caption once, with its states (tokens, D) on the CPU, shortest first, padding removed.
+
+        They are bf16 wherever datasets are concerned, so also where a model trained on one is sampled.
 
         Raises:
             SanaError: a state is not finite; names the caption.
@@ -163,7 +170,7 @@ class CaptionEncoder:
             padded = torch.tensor([row + [self.tokenizer.pad_id] * (longest - len(row)) for row in ids])  # (B, T)
             mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])  # right padding
             states = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
-            states = states.to("cpu", torch.bfloat16)  # (B, T, D)
+            states = states.to("cpu", dtype)  # (B, T, D)
             for caption, row, all_states in zip(batch, ids, states, strict=True):
                 dropped = tokens[caption][1]
                 kept = torch.cat([all_states[:1], all_states[1 + dropped : len(row)]])
@@ -222,6 +229,7 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
         "max_length": text.max_length,
         "instruction": text.instruction,
         "template": text.template,
+        "lowercase": text.lowercase,
     }
     model.requires_grad_(False).eval().to(device)
     return CaptionEncoder(model, tokenizer, text, fingerprint, device)
@@ -279,98 +287,26 @@ def _shake(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def _from_hugging_face(encoder: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    local = Path(encoder).expanduser()
-    is_path = local.exists() or encoder.startswith((".", "/", "~")) or encoder.count("/") > 1
-    if is_path and not local.is_dir():
-        raise SanaError(
-            f"text.encoder: no folder {encoder}", "give a folder with config.json, weights and tokenizer, or a Hugging Face id"
-        )
+    """Model and tokenizer by id or from a folder: of their own, or the two sub-folders of a diffusers pipeline."""
+    folder = hub.local_folder(encoder, "text.encoder")
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
-    source = str(local) if is_path else encoder
+    model_place = tokenizer_place = encoder if folder is None else str(folder)
+    if folder is not None and (folder / "text_encoder").is_dir():
+        model_place, tokenizer_place = str(folder / "text_encoder"), str(folder / "tokenizer")
 
     def load(local_files_only: bool) -> tuple[nn.Module, Any]:
         common: dict[str, Any] = {"revision": revision or "main", "local_files_only": local_files_only}
-        config = AutoConfig.from_pretrained(source, **common)
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        config = AutoConfig.from_pretrained(model_place, **common)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place, **common)
         tokenizer.padding_side = "right"
         loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel  # T5 without its decoder
-        model = loader.from_pretrained(source, config=config, dtype=dtype, **common)
+        model = loader.from_pretrained(model_place, config=config, dtype=dtype, **common)
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False
         return model, tokenizer
 
-    with _quiet():
-        try:
-            return load(local_files_only=True)  # what is cached needs no network
-        except Exception as error:
-            if is_path or _cause(error, "LocalEntryNotFoundError", "OfflineModeIsEnabled") is None:
-                raise _explain(error, encoder, is_path) from error
-        try:
-            return load(local_files_only=bool(os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")))
-        except Exception as error:
-            raise _explain(error, encoder, is_path) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The hub logs each retry, and transformers its weight mapping; one message of ours follows instead."""
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _cause(error: BaseException | None, *names: str) -> BaseException | None:
-    """The first error of the chain whose class, or a base of it, has one of these names."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if any(base.__name__ in names for base in type(error).__mro__):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _explain(error: Exception, encoder: str, is_path: bool) -> SanaError:
-    """One message with the ways out for whatever transformers and the hub raised."""
-    others = "or another encoder: --set text.encoder=tiny needs no download; T5, BERT and ModernBERT models are not gated"
+    others = ["or another encoder: --set text.encoder=tiny needs no download; T5, BERT and ModernBERT models are not gated"]
     if "gemma-2" in encoder.lower() and encoder != UNGATED_GEMMA:
-        others = f"or the ungated copy: --set text.encoder={UNGATED_GEMMA}\n{others}"
-    if is_path:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return SanaError(
-            f"text.encoder: {encoder} is not a text encoder that transformers can load: {reason}",
-            "it needs config.json, safetensors weights and tokenizer files, as `save_pretrained` writes them",
-        )
-    gated = _cause(error, "GatedRepoError")
-    status = getattr(getattr(gated or _cause(error, "HfHubHTTPError"), "response", None), "status_code", None)
-    if gated is not None:
-        login = (
-            "your token is valid but has no access yet: open the page, accept the licence, and try again"
-            if status == 403
-            else "accept the licence there, then `hf auth login`, or set HF_TOKEN"
-        )
-        return SanaError(f"text.encoder: {encoder} is gated: https://huggingface.co/{encoder}", login, *others.splitlines())
-    if _cause(error, "RevisionNotFoundError") is not None:
-        return SanaError(f"text.revision: {encoder} has no such branch, tag or commit", f"see https://huggingface.co/{encoder}")
-    if _cause(error, "RepositoryNotFoundError", "HFValidationError") is not None or status == 404:
-        return SanaError(
-            f"text.encoder: there is no {encoder} on Hugging Face, or it is private (`hf auth login` or HF_TOKEN), nor a folder here",
-            *others.splitlines(),
-        )
-    if _cause(error, "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError") is not None:
-        return SanaError(
-            f"text.encoder: {encoder} is not in the local cache, and Hugging Face cannot be reached",
-            "connect once (unset HF_HUB_OFFLINE), or give the path of a folder that has the model",
-            *others.splitlines(),
-        )
-    return SanaError(
-        f"text.encoder: {encoder} could not be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        *others.splitlines(),
-    )
+        others = [f"or the ungated copy: --set text.encoder={UNGATED_GEMMA}", *others]
+    return hub.load("text.encoder", encoder, load, folder is not None, "text encoder", "text.revision", others)

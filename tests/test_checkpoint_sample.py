@@ -11,7 +11,7 @@ import torch
 from conftest import embedded, small_config
 from PIL import Image
 
-from sana_cli import checkpoint, draw, files
+from sana_cli import checkpoint, draw, files, formats
 from sana_cli.commands import sample as sampling
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.commands.train import TrainOptions, train
@@ -28,10 +28,10 @@ def perturb(folder: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
-    path = folder / "transformer" / checkpoint.WEIGHTS
+    path = folder / "transformer" / formats.WEIGHTS
     files.write_tensors(path, model.state_dict(), {"format": "pt"})
     listing = files.read_sealed_json(folder / "manifest.json")["files"]
-    listing[f"transformer/{checkpoint.WEIGHTS}"] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    listing[f"transformer/{formats.WEIGHTS}"] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
     files.write_sealed_json(folder / "manifest.json", {"files": listing})
 
 
@@ -75,7 +75,7 @@ def test_what_diffusers_saves_loads_here(tmp_path: Path) -> None:
         sample_size=8, patch_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
         cross_attention_head_dim=8, caption_channels=10,
     )  # fmt: skip
-    theirs = diffusers.SanaTransformer2DModel.from_config(checkpoint.diffusers_config(config)).eval()
+    theirs = diffusers.SanaTransformer2DModel.from_config(formats.diffusers_config(config)).eval()
     theirs.save_pretrained(tmp_path / "saved")
     ours = checkpoint.load_transformer(tmp_path / "saved")
     assert ours.config == config
@@ -137,7 +137,7 @@ def test_guidance_is_the_formula(step: Path) -> None:
 
     states = dict(load_encoder(text_config(record["encoder"]), torch.device("cpu")).encode(["seven", ""]))
     assert torch.equal(states[""], null)
-    noise = draw.initial_noise(9, (1, 16, 16))
+    noise = draw.Noise([9], (1, 16, 16))()[0]
     time = torch.tensor([1000.0])
     with torch.no_grad():
         conditional = model(noise[None], states["seven"][None].float(), time)
@@ -145,7 +145,7 @@ def test_guidance_is_the_formula(step: Path) -> None:
 
     def one(**settings: Any) -> torch.Tensor:
         chosen = SampleConfig(steps=1, solver="euler").model_copy(update=settings)
-        return draw.final_images(draw.draw(model, [states["seven"]], null, [9], (1, 16, 16), chosen, "fp32"))
+        return draw.final_images(draw.draw(model, [states["seven"]], [null], [9], (1, 16, 16), chosen, "fp32"))
 
     guided = noise - (unconditional + 3.0 * (conditional - unconditional))
     assert torch.allclose(one(guidance_scale=3.0), guided, atol=1e-5)
@@ -256,7 +256,7 @@ def test_what_is_missing_is_said(step: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SanaError, match="nothing to draw: give prompts(.|\n)*captions such as '5' 'five'"):
         drawn(step)
     for options, message in (
-        ({"solver": "heun"}, "--solver: input should be 'dpm\\+\\+' or 'euler'"),
+        ({"solver": "ddim"}, "--solver: input should be 'dpm\\+\\+', 'euler', 'heun' or 'scm'"),
         ({"guidance_scale": -1.0}, "--guidance-scale: input should be greater than or equal to 0"),
         ({"guidance_interval": (0.9, 0.1)}, "--guidance-interval: 0.9 must be below 0.1"),
         ({"weights": "best"}, "--weights: 'best' is not one of ema, raw"),
@@ -290,8 +290,8 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     weights["extra.weight"] = torch.zeros(1)
     del weights["scale_shift_table"]
 
-    files.write_tensors(tmp_path / checkpoint.WEIGHTS, weights)
-    files.write_json(tmp_path / "config.json", checkpoint.diffusers_config(config))
+    files.write_tensors(tmp_path / formats.WEIGHTS, weights)
+    files.write_json(tmp_path / "config.json", formats.diffusers_config(config))
     with pytest.raises(SanaError) as caught:
         checkpoint.load_transformer(tmp_path)
     lines = str(caught.value).splitlines()
@@ -301,8 +301,8 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         "  unexpected: extra.weight (1,)",
         "  proj_out.bias is (3,), not (64,)",
     ]
-    files.write_json(tmp_path / "config.json", checkpoint.diffusers_config(config) | {"interpolation_scale": 2.0})
-    with pytest.raises(SanaError, match=r"interpolation_scale = 2.0 is not supported"):
+    files.write_json(tmp_path / "config.json", formats.diffusers_config(config) | {"norm_eps": 1e-5})
+    with pytest.raises(SanaError, match=r"norm_eps = 1e-05 is not supported"):
         checkpoint.load_transformer(tmp_path)
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sana_cli.checkpoint import diffusers_config, parameter_count
+from sana_cli.checkpoint import parameter_count
 from sana_cli.config import ModelConfig, load_config
+from sana_cli.formats import diffusers_config
 from sana_cli.model import SanaTransformer, build, sinusoid
 
 

@@ -270,7 +270,7 @@ def test_init_from_starts_with_the_weights_of_another_run(config: Config) -> Non
     )
     *_, summary = train(TrainOptions(second))
     assert isinstance(summary, TrainSummary)
-    old = load_file(first.checkpoint / "transformer" / checkpoint.WEIGHTS)
+    old = load_file(first.checkpoint / "transformer" / formats.WEIGHTS)
     new = load_file(summary.checkpoint / "training" / "raw.safetensors")
     assert all(torch.allclose(old[name], new[name], atol=1e-9) for name in old)
     with pytest.raises(SanaError, match=r"does not fit this config:\n  missing: transformer_blocks\.1"):

@@ -1,4 +1,4 @@
-"""`sana inspect`: what a config, run, checkpoint, dataset or picture is. Parameter counts first.
+"""`sana inspect`: what a config, run, checkpoint, dataset, picture or file of weights is. Parameter counts first.
 
 It builds models on the meta device, so it needs no encoder, no network and next to no memory. It prints nothing.
 """
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_cli import checkpoint, draw, files, store
+from sana_cli import checkpoint, draw, files, formats, store
 from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer, build
+from sana_cli.pipeline import INDEX, Pipeline, open_pipeline
 from sana_cli.text import TINY_DIM, text_config
 from sana_cli.units import human_bytes
 
@@ -29,7 +30,7 @@ class InspectOptions:
 class Report:
     """Facts in the order they matter, and a table where there is one."""
 
-    kind: str  # configs, config, run, checkpoint, diffusers, dataset or picture
+    kind: str  # configs, config, run, checkpoint, pipeline, transformer, dataset or picture
     title: str
     facts: Mapping[str, Any]  # plain numbers, strings, lists and dictionaries
     columns: tuple[str, ...] = ()
@@ -52,12 +53,12 @@ def inspect(options: InspectOptions) -> Report:
         if (path / "checkpoints").is_dir() or (path / checkpoint.RECORD).is_file():
             return _checkpoint(path, options.verify)
         if (path / "transformer").is_dir() or (path / "config.json").is_file():
-            return _diffusers(path)
+            return _transformer(path)
         raise SanaError(f"{path} is neither a run, a checkpoint, a diffusers folder nor a dataset of sana's")
     if path.suffix.lower() == ".png":
         return _picture(path)
-    if path.suffix.lower() in (".safetensors", ".pt", ".pth", ".ckpt"):
-        raise SanaError(f"{path} is a bare weights file", "give the folder that has its config.json")
+    if path.suffix.lower() in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"):
+        return _transformer(path)
     if path.parent != Path() and not path.exists():
         raise SanaError(f"{path} does not exist", "sana inspect alone lists the shipped configs", exit_code=2)
     return _config(find_config(options.target))
@@ -85,19 +86,26 @@ MODULE_COLUMNS = ("module", "parameters", "share")
 
 
 def _model_facts(model: ModelConfig) -> dict[str, Any]:
-    return {
+    positions = f"sine-cosine, scale {model.interpolation_scale:g}" if model.interpolation_scale is not None else "none (NoPE)"
+    facts = {
         "parameters": checkpoint.parameter_count(build(model, seed=None).parameters()),
+        "family": formats.family(model),
         "layers": model.num_layers,
         "width": f"{model.inner_dim} ({model.num_attention_heads} heads of {model.attention_head_dim})",
         "cross-attention": f"{model.num_cross_attention_heads} heads of {model.cross_attention_head_dim}",
+        "norm of q and k": model.qk_norm,
+        "guidance": "an input of the model" if model.guidance_embeds else None,
         "patch": model.patch_size,
+        "positions": positions,
         "caption channels": model.caption_channels,
     }
+    return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def _resolved(config: Config) -> tuple[ModelConfig, str]:
     """The model of a config, and where its caption width comes from: itself, its dataset, or the built-in encoder."""
-    size, model = max(config.data.size), config.model
+    model = config.model
+    size = model.sample_size or max(config.data.size)
     if model.caption_channels is not None:
         return model.model_copy(update={"sample_size": size}), "config"
     if store.is_dataset(config.data.dir):
@@ -150,7 +158,7 @@ def _config(path: Path) -> Report:
 def _checkpoint(path: Path, verify: bool) -> Report:
     folder = checkpoint.find_checkpoint(path)
     checked = list(checkpoint.verify(folder, hashes=verify))
-    record, model = checkpoint.read_record(folder), checkpoint.read_model_config(folder)
+    record, model = checkpoint.read_record(folder), open_pipeline(folder).model
     image, encoder, sample = record["image"], record["encoder"], record["sample"]
     sizes = {name: sum(f.stat().st_size for f in (folder / name).rglob("*")) for name in ("transformer", "training")}
     facts: dict[str, Any] = {}
@@ -176,7 +184,7 @@ def _checkpoint(path: Path, verify: bool) -> Report:
     if run_config.is_file():
         config = load_config(str(run_config))
     elif state.is_file():  # a step folder alone knows no paths
-        known = checkpoint.read_json(state)["config"]
+        known = files.read_json(state)["config"]
         known["text"] = text_config(encoder).model_dump()
         known["data"] = {"image_size": [image["height"], image["width"]]}
         config = Config.model_validate(known)
@@ -184,18 +192,53 @@ def _checkpoint(path: Path, verify: bool) -> Report:
     return Report("run" if is_run else "checkpoint", str(path), facts, MODULE_COLUMNS, rows, config)
 
 
-def _diffusers(path: Path) -> Report:
-    model = checkpoint.read_model_config(path)
-    weights = checkpoint.transformer_folder(path) / checkpoint.WEIGHTS
-    facts = _model_facts(model)
-    if weights.is_file():
-        tensors = files.read_tensors(weights)
-        checkpoint.check_tensors(tensors, build(model, seed=None), weights, "its config.json")
-        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-        facts["weights"] = f"{', '.join(dtypes)}, {human_bytes(weights.stat().st_size)}"
-    else:
-        facts["weights"] = f"no {checkpoint.WEIGHTS}"
-    return Report("diffusers", str(path), facts, MODULE_COLUMNS, _module_rows(build(model, seed=None)))
+ORIGINS = {"diffusers": "diffusers", "official": "NVlabs/Sana", "lesson": "the lesson"}
+
+
+def _transformer(path: Path) -> Report:
+    """A diffusers pipeline, a transformer folder, or a file of weights."""
+    weights = formats.read_weights(checkpoint.transformer_path(path))
+    pipeline = open_pipeline(path)
+    empty = build(weights.model, seed=None)
+    formats.check_tensors(weights.tensors, empty, weights.path, weights.compared_to)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values())
+    facts = _model_facts(weights.model)
+    facts["format"] = f"{ORIGINS[weights.origin]}, {', '.join(weights.dtypes)}, {human_bytes(size)}"
+    if weights.left_out:
+        facts["also holds"] = ", ".join(weights.left_out)
+    facts |= _surroundings(path, pipeline)
+    return Report(pipeline.kind, str(path), facts, MODULE_COLUMNS, _module_rows(empty))
+
+
+def _surroundings(path: Path, pipeline: Pipeline) -> dict[str, Any]:
+    """What sampling would take around a transformer, and how to give something else."""
+    text, sample, inside = pipeline.text, pipeline.sample, (path / INDEX).is_file()
+    channels, height, width = pipeline.sample_shape
+
+    def shown(source: str | None) -> str:
+        return "not on record" if source is None else "its own" if Path(source).is_absolute() else source
+
+    facts = {
+        "sample": f"{channels} x {height} x {width} {'latents' if pipeline.latents else 'pixels'}",
+        "encoder": shown(text.encoder if text else None),
+    }
+    if text is not None:
+        facts["captions"] = ", ".join(
+            (
+                f"after {text.instruction[:32]!r}..." if text.instruction else f"template {text.template}",
+                *(["lower-cased"] if text.lowercase else []),
+                f"at most {text.max_length} tokens",
+            )
+        )
+    if pipeline.latents:
+        facts["autoencoder"] = shown(pipeline.autoencoder)
+    facts["sampling"] = (
+        f"{sample.solver}, {sample.steps} steps, guidance {sample.guidance_scale:g}, flow shift {sample.flow_shift:g}"
+    )
+    if not inside:
+        options = ["--encoder", "--instruction", *(["--autoencoder"] if pipeline.latents else [])]
+        facts["to sample"] = f"sana sample --checkpoint {path} PROMPT, with other {', '.join(options)} if need be"
+    return facts
 
 
 def _dataset(path: Path, verify: bool) -> Report:

@@ -1,11 +1,11 @@
-"""`sana sample`: prompts to pictures with a trained checkpoint. Encoder and transformer take turns on the device.
+"""`sana sample`: prompts to pictures with any SANA. Encoder, transformer and decoder take turns on the device.
 
-It prints nothing and knows nothing of training: a step folder holds all it needs.
+It prints nothing and knows nothing of training: `pipeline.py` says what stands around a transformer.
 """
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sana_cli import checkpoint, draw, files
-from sana_cli.config import SampleConfig, load_config
-from sana_cli.device import peak_memory, release_memory, resolve_device
+from sana_cli.autoencoder import Autoencoder, AutoencoderInfo, read_info
+from sana_cli.config import SampleConfig
+from sana_cli.device import Stage, peak_memory, resolve_device, resolve_precision
 from sana_cli.errors import SanaError
-from sana_cli.text import CaptionEncoder, check_same_encoder, load_encoder, text_config
+from sana_cli.pipeline import Pipeline, open_pipeline
+from sana_cli.text import CaptionEncoder, check_same_encoder, encoder_name, load_encoder
 
 OFFLOADS = ("auto", "model", "none")
 WEIGHTS = ("ema", "raw")
@@ -44,15 +46,18 @@ class SampleOptions:
     weights: str = "ema"
     device: str = "auto"
     offload: str = "auto"
-    encoder: str | None = None  # where the recorded encoder lies, if its name does not tell
+    encoder: str | None = None  # where the caption encoder lies, if it is not where its name tells
+    instruction: str | None = None  # in place of the family's
+    autoencoder: str | None = None  # in place of the family's or the recorded one
     out: Path | None = None
     separate: Path | None = None
     trajectory: Path | None = None
+    report: Callable[[str, str], None] = lambda _what, _name: None  # told of each model that comes to the device or goes
 
 
 @dataclass(frozen=True)
 class SampleStep:
-    """Progress: "encode", then solver steps over all batches."""
+    """Progress: "encode", solver steps over all batches ("draw"), and images out of latents ("decode")."""
 
     stage: str
     done: int
@@ -72,25 +77,34 @@ class SampleSummary:
     peak_memory: int
 
 
-def _settings(options: SampleOptions, record: dict[str, Any]) -> SampleConfig:
-    """The recorded sampling defaults with what the options say instead."""
+def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
+    """The pipeline's sampling defaults with what the options say instead."""
     given = {
         key: getattr(options, key)
         for key in ("steps", "guidance_scale", "guidance_interval", "solver", "flow_shift", "seed")
         if getattr(options, key) is not None
     }
     try:
-        settings = SampleConfig.model_validate({**record["sample"], **given})
+        settings = SampleConfig.model_validate({**pipeline.sample.model_dump(), **given})
     except ValidationError as error:
         lines = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
         raise SanaError(*lines, exit_code=2) from error
     low, high = settings.guidance_interval
     if low >= high:
         raise SanaError(f"--guidance-interval: {low} must be below {high}", exit_code=2)
+    if settings.solver == "scm" and settings.flow_shift != 1:
+        if options.flow_shift is not None:
+            raise SanaError("--flow-shift: the scm solver has noise levels of its own, which know no shift", exit_code=2)
+        settings = settings.model_copy(update={"flow_shift": 1.0})
+    if pipeline.model.guidance_embeds:
+        for name in ("negative_prompt", "guidance_interval"):
+            if getattr(options, name) is not None:
+                option = name.replace("_", "-")
+                raise SanaError(f"--{option}: this model has its guidance built in, and no null branch to steer by", exit_code=2)
     return settings
 
 
-def _prompts(options: SampleOptions, record: dict[str, Any]) -> tuple[str, ...]:
+def _prompts(options: SampleOptions, pipeline: Pipeline) -> tuple[str, ...]:
     lines: list[str] = []
     if options.prompts_file is not None:
         try:
@@ -99,7 +113,7 @@ def _prompts(options: SampleOptions, record: dict[str, Any]) -> tuple[str, ...]:
             raise SanaError(f"--prompts-file: {options.prompts_file} cannot be read as text: {error}", exit_code=2) from error
     prompts = tuple(prompt for prompt in (*options.prompts, *lines) if prompt.strip())
     if not prompts:
-        known = " ".join(repr(caption) for caption in record["example_captions"][:4])
+        known = " ".join(repr(caption) for caption in pipeline.example_captions[:4])
         raise SanaError(
             "nothing to draw: give prompts, or --prompts-file with one a line",
             f"this checkpoint was trained on captions such as {known}",
@@ -108,121 +122,169 @@ def _prompts(options: SampleOptions, record: dict[str, Any]) -> tuple[str, ...]:
     return prompts
 
 
-def _shape(options: SampleOptions, record: dict[str, Any], patch: int) -> tuple[int, int, int]:
-    image = record["image"]
-    height, width = options.height or image["height"], options.width or image["width"]
-    for name, side in (("height", height), ("width", width)):
-        if side < 1 or side % patch:
-            raise SanaError(f"--{name}: {side} is not a multiple of the patch size {patch}", exit_code=2)
-    return image["channels"], height, width
-
-
-def _encoder_path(options: SampleOptions, folder: Path, record: dict[str, Any]) -> str:
-    """Where the encoder lies: as told, as the run's config beside the checkpoint says, or as it is called."""
-    name = str(record["encoder"]["encoder"])
-    if options.encoder is not None:
-        return options.encoder
-    config = folder.resolve().parents[1] / "config.yaml"
-    if name != "tiny" and config.is_file():
-        try:
-            there = load_config(str(config)).text.encoder
-        except SanaError:  # not a config of ours, so it says nothing
-            return name
-        if Path(there).is_absolute() and Path(there).name == name and Path(there).is_dir():
-            return there
-    return name
-
-
-def _load_encoder(options: SampleOptions, folder: Path, record: dict[str, Any], device: torch.device) -> CaptionEncoder:
-    path = _encoder_path(options, folder, record)
-    try:
-        encoder = load_encoder(text_config(record["encoder"], path), device)
-    except SanaError as error:
+def _autoencoder(pipeline: Pipeline) -> AutoencoderInfo | None:
+    """What decodes the samples, checked before anything long begins."""
+    if not pipeline.latents:
+        return None
+    channels = pipeline.sample_shape[0]
+    if pipeline.autoencoder is None:
         raise SanaError(
-            str(error), f"prompts are encoded by what {folder.name} was trained with; --encoder PATH says where that lies"
+            f"{pipeline.place} draws latents of {channels} channels, and which autoencoder they are of is not on record",
+            "give it with --autoencoder PATH (or a Hugging Face id)",
+        )
+    info = read_info(pipeline.autoencoder)
+    if info.latent_channels != channels:
+        raise SanaError(
+            f"--autoencoder: {info.source} has latents of {info.latent_channels} channels; {pipeline.place} draws {channels}"
+        )
+    return info
+
+
+def _shape(options: SampleOptions, pipeline: Pipeline, factor: int) -> tuple[int, int, int]:
+    """Channels, height and width of a sample, for images `factor` times as large."""
+    channels, *trained = pipeline.sample_shape
+    unit, sides = pipeline.model.patch_size * factor, []
+    for name, asked, default in (("height", options.height, trained[0]), ("width", options.width, trained[1])):
+        side = default * factor if asked is None else asked
+        if side < 1 or side % unit:
+            of = f"the patch size {unit}" if factor == 1 else f"{unit}, the patch size times the autoencoder's factor of {factor}"
+            raise SanaError(f"--{name}: {side} is not a multiple of {of}", exit_code=2)
+        sides.append(side // factor)
+    return channels, sides[0], sides[1]
+
+
+def _load_encoder(pipeline: Pipeline, device: torch.device) -> CaptionEncoder:
+    if pipeline.text is None:
+        raise SanaError(
+            f"{pipeline.place} takes caption states {pipeline.model.caption_channels} wide, and whose they are is not on record",
+            "say which encoder made them with --encoder PATH (or tiny, or a Hugging Face id)",
+        )
+    try:
+        encoder = load_encoder(pipeline.text, device)
+    except SanaError as error:
+        way = "was trained with" if pipeline.kind == "checkpoint" else "takes"
+        raise SanaError(
+            str(error), f"prompts are encoded by what {pipeline.place.name} {way}; --encoder PATH says where that lies"
         ) from error
-    check_same_encoder(
-        record["encoder"],
-        encoder.fingerprint,
-        str(folder),
-        "--encoder PATH must be the model that the checkpoint was trained with",
-    )
+    if pipeline.fingerprint is not None:
+        check_same_encoder(
+            pipeline.fingerprint,
+            encoder.fingerprint,
+            str(pipeline.place),
+            "--encoder PATH must be the model that the checkpoint was trained with",
+        )
+    if encoder.dim != pipeline.model.caption_channels:
+        raise SanaError(
+            f"the encoder {pipeline.text.encoder} gives states {encoder.dim} wide; {pipeline.place} takes "
+            f"{pipeline.model.caption_channels}",
+            "give its own with --encoder PATH",
+        )
     return encoder
+
+
+def _encode(
+    pipeline: Pipeline, encoder: CaptionEncoder, prompts: list[str], negative: str | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """States of each prompt, and of the null caption or the negative prompt beside it."""
+    ours = pipeline.kind == "checkpoint"  # trained on bf16 states; others were handed what their encoder gave
+    states = dict(encoder.encode([*prompts, negative or ""], torch.bfloat16 if ours else torch.float32))
+    captions = [states[prompt] for prompt in prompts]
+    null = states[negative or ""]
+    if not negative and pipeline.null_caption is not None:
+        null = pipeline.null_caption
+        if pipeline.null_follows_prompt:
+            return captions, [null[: len(caption)] for caption in captions]
+    return captions, [null] * len(captions)
 
 
 def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     """Draw; yields progress, and at the end a `SampleSummary`.
 
-    Under `offload` "auto" and "model" the encoder is freed before the transformer is loaded; "none" holds both.
+    Under `offload` "auto" and "model" encoder, transformer and decoder are on the device one at a time; "none" keeps each.
 
     Raises:
-        SanaError: no checkpoint, an encoder that cannot be had or is another one, an impossible setting, a full disk.
+        SanaError: no checkpoint, an encoder or autoencoder that cannot be had or is another one, an impossible setting, a
+            full disk.
     """
     start = time.perf_counter()
     for name, value, allowed in (("weights", options.weights, WEIGHTS), ("offload", options.offload, OFFLOADS)):
         if value not in allowed:
             raise SanaError(f"--{name}: {value!r} is not one of {', '.join(allowed)}", exit_code=2)
-    folder = checkpoint.find_checkpoint(options.checkpoint)
-    record = checkpoint.read_record(folder)
-    settings, prompts = _settings(options, record), _prompts(options, record)
-    shape = _shape(options, record, checkpoint.read_model_config(folder).patch_size)
-    cells = draw.grid_cells(draw.prompt_rows(prompts, record["one_word_captions"]), options.images_per_prompt, settings.seed)
+    place = checkpoint.find_checkpoint(options.checkpoint)
+    pipeline = open_pipeline(place, options.encoder, options.instruction, options.autoencoder)
+    settings, prompts = _settings(options, pipeline), _prompts(options, pipeline)
+    info = _autoencoder(pipeline)
+    shape = _shape(options, pipeline, info.factor if info else 1)
+    rows = draw.prompt_rows(prompts, pipeline.one_word_captions)
+    cells = draw.grid_cells(rows, options.images_per_prompt, settings.seed)
     flat = [cell for row in cells for cell in row]
     device = resolve_device(options.device)
+    precision = resolve_precision(pipeline.precision, device)
+    stage = Stage(device, options.offload != "none", options.report)
 
     yield SampleStep("encode", 0, 1)
-    wanted = [cell.prompt for cell in flat] + ([options.negative_prompt] if options.negative_prompt else [])
-    encoder: CaptionEncoder | None = _load_encoder(options, folder, record, device)
-    assert encoder is not None
-    states = dict(encoder.encode(wanted))
-    if options.offload != "none":
-        encoder = None
-        release_memory(device)
+    with stage.hold("encoder", lambda: _load_encoder(pipeline, device)) as encoder:
+        captions, nulls = _encode(pipeline, encoder, [cell.prompt for cell in flat], options.negative_prompt)
+        del encoder
     yield SampleStep("encode", 1, 1)
 
-    if options.negative_prompt:
-        null_caption = states[options.negative_prompt]
-    else:
-        null_caption = files.read_tensors(folder / checkpoint.NULL_CAPTION)["states"]
-    model = checkpoint.load_transformer(folder, options.weights, device)
-    drawn = draw.draw(
-        model,
-        [states[cell.prompt] for cell in flat],
-        null_caption,
-        [cell.seed for cell in flat],
-        shape,
-        settings,
-        record["precision"],
-    )
+    # ours were trained in float32 under autocast; others are held as they are stored, where that is how they run
+    dtype = torch.float32 if pipeline.kind == "checkpoint" or precision == "fp32" else None
     last: dict[int, draw.DrawStep] = {}
     frames: dict[int, dict[int, Tensor]] = {}  # by solver step, by first image of the batch
-    for step in drawn:
-        last[step.first] = step
-        if options.trajectory is not None:
-            frames.setdefault((step.done - 1) % settings.steps, {})[step.first] = draw.to_pixels(step.images)
-        yield SampleStep("draw", step.done, step.total)
-    images = draw.final_images(last.values())
-    if not images.isfinite().all():
-        raise SanaError(f"the images of {folder} are not finite", "try --solver euler, or a smaller --guidance-scale")
-    pixels = draw.to_pixels(images)
+    with stage.hold("transformer", lambda: checkpoint.load_transformer(place, options.weights, device, dtype)) as model:
+        drawn = draw.draw(model, captions, nulls, [cell.seed for cell in flat], shape, settings, precision)
+        del model
+        for step in drawn:
+            last[step.first] = step
+            if options.trajectory is not None:
+                frames.setdefault((step.done - 1) % settings.steps, {})[step.first] = step.images.cpu()
+            yield SampleStep("draw", step.done, step.total)
+        del drawn
+    samples = draw.final_images(last.values())
+    last.clear()
+    if not samples.isfinite().all():
+        raise SanaError(f"the images of {place} are not finite", "try --solver euler, or a smaller --guidance-scale")
+    sheets = [samples]
+    if options.trajectory is not None:
+        sheets += [draw.Noise([cell.seed for cell in flat], shape)()]
+        sheets += [torch.cat([by[first] for first in sorted(by)]) for by in frames.values()]
+    if info is None:
+        pixels, *shown = (draw.to_pixels(sheet) for sheet in sheets)
+    else:
+        half = torch.bfloat16 if precision == "bf16" and device.type != "cpu" else torch.float32
+        yield SampleStep("decode", 0, len(sheets) * len(flat))
+        with stage.hold("decoder", lambda: Autoencoder(info.source, device, half)) as decoder:
+            decoded: list[list[Tensor]] = [[] for _ in sheets]
+            for into, sheet in zip(decoded, sheets, strict=True):
+                for some in decoder.decode(sheet):
+                    into.extend(draw.to_pixels(some))
+                    yield SampleStep("decode", sum(map(len, decoded)), len(sheets) * len(flat))
+            del decoder
+        pixels, *shown = (torch.stack(images) for images in decoded)
     try:
-        saved, listing = _write(options, folder, settings, cells, pixels)
+        saved, listing = _write(options, place, settings, cells, pixels, info)
         if options.trajectory is not None:
-            noise = torch.stack([draw.initial_noise(cell.seed, shape) for cell in flat])
-            sheets = [draw.to_pixels(noise), *(torch.cat([by[first] for first in sorted(by)]) for by in frames.values())]
-            draw.save_gif([draw.grid(sheet, cells) for sheet in sheets], options.trajectory)
+            draw.save_gif([draw.grid(sheet, cells) for sheet in shown], options.trajectory)
             saved = (*saved, options.trajectory)
     except OSError as error:
         raise files.storage_error(error, "writing the pictures (--out PNG says where)") from error
-    yield SampleSummary(folder, saved, listing, settings, pixels, time.perf_counter() - start, peak_memory(device))
+    yield SampleSummary(place, saved, listing, settings, pixels, time.perf_counter() - start, peak_memory(device))
 
 
 def _write(
-    options: SampleOptions, folder: Path, settings: SampleConfig, cells: list[list[draw.Cell]], pixels: Tensor
+    options: SampleOptions,
+    checkpoint_place: Path,
+    settings: SampleConfig,
+    cells: list[list[draw.Cell]],
+    pixels: Tensor,
+    info: AutoencoderInfo | None,
 ) -> tuple[tuple[Path, ...], tuple[dict[str, Any], ...]]:
     """The grid, or a file for each image; returns the files, and what each image is."""
-    place, name = _beside(folder)
-    more = {"weights": options.weights, "size": list(pixels.shape[1:])}
+    place, name = _beside(checkpoint_place)
+    more: dict[str, Any] = {"weights": options.weights, "size": list(pixels.shape[1:])}
+    if info is not None:
+        more["autoencoder"] = encoder_name(info.source)
     if options.negative_prompt:
         more["negative_prompt"] = options.negative_prompt
     flat = [cell for row in cells for cell in row]
@@ -236,7 +298,7 @@ def _write(
         return tuple(paths), tuple(
             {"prompt": cell.prompt, "seed": cell.seed, "file": str(path)} for cell, path in zip(flat, paths, strict=True)
         )
-    path = options.out or _free_name(place / f"sample-{folder.resolve().name}.png")
+    path = options.out or _free_name(place / f"sample-{checkpoint_place.resolve().stem}.png")
     draw.save_png(draw.grid(pixels, cells), path, draw.grid_record(cells, settings, name, **more))
     return (path,), tuple({"prompt": cell.prompt, "seed": cell.seed} for cell in flat)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sana_cli import __version__, checkpoint, draw, files, flow
+from sana_cli import __version__, checkpoint, draw, files, flow, formats
 from sana_cli.config import Config, ModelConfig, TrainConfig, differences
 from sana_cli.device import has_native_bf16, peak_memory, release_memory, resolve_device, resolve_precision
 from sana_cli.errors import Interrupted, SanaError
@@ -319,7 +319,8 @@ class _Run:
         """Draw the grid with the weights to use, into `samples/`."""
         seeds = [cell.seed for row in cells for cell in row]
         settings, shape = self.config.sample, self.dataset.image_shape
-        drawn = draw.draw(self.ema_model, states, self.null_caption, seeds, shape, settings, self.precision)
+        nulls = [self.null_caption] * len(states)
+        drawn = draw.draw(self.ema_model, states, nulls, seeds, shape, settings, self.precision)
         images = draw.to_pixels(draw.final_images(drawn))
         path = self.dir / "samples" / f"{checkpoint.step_name(self.step)}.png"
         draw.save_png(draw.grid(images, cells), path, draw.grid_record(cells, settings, f"{self.dir.name}/{path.stem}"))
@@ -383,7 +384,7 @@ class _Run:
         Raises:
             SanaError: it was made with another config, dataset or precision; names each field.
         """
-        state = checkpoint.read_json(folder / checkpoint.STATE)
+        state = files.read_json(folder / checkpoint.STATE)
         now = self.config.to_dict()
         old, new = ({f"{s}": c[s] for s in ("model", "train")} for c in (state["config"], now))
         wrong = [
@@ -399,10 +400,10 @@ class _Run:
             raise SanaError(f"{folder} cannot be resumed with this config:", *wrong, "start another run with --set run.dir=DIR")
         names = dict(self.model.named_parameters())
         weights = files.read_tensors(folder / checkpoint.RAW_WEIGHTS)
-        checkpoint.check_tensors(weights, self.model, folder / checkpoint.RAW_WEIGHTS, "this config")
+        formats.check_tensors(weights, self.model, folder / checkpoint.RAW_WEIGHTS, "this config")
         self.model.load_state_dict(weights)
         self.start()
-        self.ema_model.load_state_dict(files.read_tensors(folder / "transformer" / checkpoint.WEIGHTS))
+        self.ema_model.load_state_dict(files.read_tensors(folder / "transformer" / formats.WEIGHTS))
         self.step = int(state["step"])
         for key, tensor in files.read_tensors(folder / checkpoint.OPTIMIZER).items():
             kind, _, name = key.partition(".")
@@ -499,7 +500,7 @@ def train(options: TrainOptions) -> Iterator[TrainStep | TrainSummary]:
     else:
         if config.train.init_from is not None:
             source = checkpoint.load_transformer(config.train.init_from)
-            checkpoint.check_tensors(source.state_dict(), run.model, config.train.init_from, "this config")
+            formats.check_tensors(source.state_dict(), run.model, config.train.init_from, "this config")
             run.model.load_state_dict(source.state_dict())
         run.start()
     first_step = saved_step = run.step

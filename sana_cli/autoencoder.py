@@ -1,0 +1,98 @@
+"""DC-AE (arXiv 2410.10733): latents to images. It comes from diffusers, in the `latent` extra; this is all that knows it.
+
+The transformer sees latents times the autoencoder's `scaling_factor`; here they go in and come out scaled so.
+
+Shapes: B images, C latent channels, h w of a latent, f the factor by which it is smaller than its image.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sana_cli import files, hub
+from sana_cli.errors import SanaError
+
+PIXELS_AT_ONCE = 1024 * 1024  # decoded in one go; the decoder's activations take far more room than its weights
+TILE, STRIDE = 1024, 896  # of images larger than TILED, as for the published 4K models
+TILED = 2048
+
+
+@dataclass(frozen=True)
+class AutoencoderInfo:
+    """What can be known of an autoencoder without its weights."""
+
+    source: str  # id or path
+    latent_channels: int
+    factor: int
+
+
+def _folder(source: str) -> Path | None:
+    """The local folder of an autoencoder, alone or in a diffusers pipeline; None for a Hugging Face id."""
+    path = hub.local_folder(source, "autoencoder")
+    return path / "vae" if path is not None and (path / "vae").is_dir() else path
+
+
+def read_info(source: str) -> AutoencoderInfo:
+    """Channels and factor of the autoencoder at an id or a path.
+
+    Raises:
+        SanaError: there is none, or it is no DC-AE; or an id that cannot be had.
+    """
+    folder = _folder(source)
+    if folder is not None:
+        config = files.read_json(folder / "config.json")
+    else:
+        config = hub.load("autoencoder", source, lambda local: _diffusers().load_config(source, local_files_only=local))
+    if config.get("_class_name") != "AutoencoderDC":
+        raise SanaError(f"autoencoder: {source} is a {config.get('_class_name')}, not an AutoencoderDC")
+    try:
+        return AutoencoderInfo(source, int(config["latent_channels"]), 2 ** (len(config["encoder_block_out_channels"]) - 1))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SanaError(f"autoencoder: the config of {source} lacks {error}") from error
+
+
+def _diffusers() -> Any:
+    try:
+        from diffusers import AutoencoderDC
+    except ImportError as error:
+        raise SanaError(
+            "latents are encoded and decoded by diffusers, which is not installed",
+            "install it with: pip install 'sana-cli[latent]'",
+        ) from error
+    return AutoencoderDC
+
+
+class Autoencoder:
+    """A DC-AE on a device."""
+
+    def __init__(self, source: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Load it.
+
+        Raises:
+            SanaError: diffusers is not installed, or the autoencoder cannot be had.
+        """
+        loader, folder = _diffusers(), _folder(source)
+
+        def load(local_files_only: bool) -> Any:
+            place = source if folder is None else str(folder)
+            return loader.from_pretrained(place, torch_dtype=dtype, local_files_only=local_files_only, use_safetensors=True)
+
+        self.model = hub.load("autoencoder", source, load, is_local=folder is not None)
+        self.model.requires_grad_(False).eval().to(device)
+        self.device, self.dtype = device, dtype
+        self.scale = float(self.model.config.scaling_factor)
+        self.factor = int(self.model.spatial_compression_ratio)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Images (b, 3, f h, f w) in about [-1, 1], float32 on the CPU, a few at a time, from latents (B, C, h, w)."""
+        height, width = (side * self.factor for side in latents.shape[-2:])
+        if max(height, width) > TILED:
+            self.model.enable_tiling(TILE, TILE, STRIDE, STRIDE)
+        for some in latents.split(max(1, PIXELS_AT_ONCE // (height * width))):
+            scaled = some.to(self.device, self.dtype) / self.scale
+            yield self.model.decode(scaled, return_dict=False)[0].float().cpu()

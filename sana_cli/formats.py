@@ -1,0 +1,492 @@
+"""Everyone's transformer files, read into one form: diffusers' names and shapes, and a model config.
+
+    diffusers    a folder with config.json (weights whole, sharded or of a variant such as fp16), or one of its files
+    official     NVlabs/Sana .pth or .safetensors: Sana, Sana 1.5, Sana-Sprint
+    lesson       the lesson's diffusion-N.pt
+
+What a file is, its size and its settings are read off its keys, its shapes and what it records, never off its name. This
+module knows neither runs (`checkpoint.py`) nor encoders and autoencoders (`pipeline.py`).
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from sana_cli import files
+from sana_cli.config import ModelConfig, SampleConfig
+from sana_cli.errors import SanaError
+from sana_cli.model import TIMESTEP_CHANNELS, SanaTransformer, positions
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_VERSION = "0.42.1"  # the version whose format is written
+LATENT_CHANNELS = 32  # of the DC-AE that the published models were trained on
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A transformer's weights, wherever they came from."""
+
+    origin: str  # diffusers, official or lesson
+    path: Path
+    model: ModelConfig
+    tensors: Mapping[str, Tensor]  # by diffusers' names; memory-mapped where the file allows
+    compared_to: str  # what says which tensors there must be
+    left_out: tuple[str, ...] = ()  # tensors of the file that are no part of the transformer
+    null_caption: Tensor | None = None  # (tokens, D), where the file has its own
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The precisions that the tensors are stored in."""
+        return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}))
+
+
+# --- diffusers' configs -----------------------------------------------------------------------------------------------
+
+
+def diffusers_config(config: ModelConfig) -> dict[str, Any]:
+    """`transformer/config.json` of a resolved model config: every field of diffusers' `SanaTransformer2DModel`."""
+    derived = {
+        "out_channels": config.in_channels,
+        "cross_attention_dim": config.inner_dim,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+    }
+    header = {"_class_name": "SanaTransformer2DModel", "_diffusers_version": DIFFUSERS_VERSION}
+    return header | config.model_dump(mode="json") | derived
+
+
+def model_config(content: Mapping[str, Any], where: Path) -> ModelConfig:
+    """The model config in a diffusers `config.json`.
+
+    Raises:
+        SanaError: another class, a field with an impossible value, or one that asks for what is not implemented.
+    """
+    if content.get("_class_name", "SanaTransformer2DModel") != "SanaTransformer2DModel":
+        raise SanaError(f"{where}: is a {content['_class_name']}, not a SanaTransformer2DModel")
+    given = {key: value for key, value in content.items() if not key.startswith("_")}
+    defaults = {  # diffusers' own, for what a config leaves out
+        "in_channels": 32, "num_attention_heads": 70, "num_layers": 20, "num_cross_attention_heads": 20,
+        "cross_attention_head_dim": 112, "caption_channels": 2304, "sample_size": 32, "patch_size": 1,
+    }  # fmt: skip
+    known = {key: given[key] for key in ModelConfig.model_fields if key in given}
+    try:
+        config = ModelConfig.model_validate(defaults | known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SanaError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    supported = diffusers_config(config)
+    for key, value in given.items():
+        expected = supported.get(key)
+        if value != expected and not (key == "out_channels" and value is None):
+            raise SanaError(f"{where}: {key} = {value!r} is not supported; this sana has {key} = {expected!r}")
+    return config
+
+
+def scheduler_config(sample: SampleConfig) -> dict[str, Any]:
+    """`scheduler/scheduler_config.json`: the diffusers scheduler that is our solver."""
+    common = {"_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000}
+    if sample.solver == "euler":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **common, "shift": sample.flow_shift}
+    if sample.solver == "heun":
+        return {"_class_name": "FlowMatchHeunDiscreteScheduler", **common, "shift": sample.flow_shift}
+    if sample.solver == "scm":
+        return {"_class_name": "SCMScheduler", **common, "prediction_type": "trigflow", "sigma_data": 0.5}
+    return {
+        "_class_name": "DPMSolverMultistepScheduler",
+        **common,
+        "algorithm_type": "dpmsolver++",
+        "final_sigmas_type": "zero",
+        "flow_shift": sample.flow_shift,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "use_flow_sigmas": True,
+    }
+
+
+# what a scheduler config may leave out, in diffusers' defaults, where they are not what we do
+_SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DPMSolverMultistepScheduler": {"flow_shift": 1.0, "prediction_type": "epsilon", "use_flow_sigmas": False},
+    "FlowMatchEulerDiscreteScheduler": {"shift": 1.0},
+    "FlowMatchHeunDiscreteScheduler": {"shift": 1.0},
+    "SCMScheduler": {},
+}
+_OTHER_LEVELS = (  # settings that change the noise levels or the step, all off by default
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_dynamic_shifting",
+    "invert_sigmas", "shift_terminal", "stochastic_sampling", "thresholding",
+)  # fmt: skip
+
+
+def solver_of(content: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """`solver` and `flow_shift` of a diffusers scheduler config: the reverse of `scheduler_config`.
+
+    Raises:
+        SanaError: a scheduler, or a setting of one, that is no solver of ours; names it.
+    """
+    name = content.get("_class_name")
+    solvers = {"DPMSolverMultistepScheduler": "dpm++", "FlowMatchEulerDiscreteScheduler": "euler"}
+    solvers |= {"FlowMatchHeunDiscreteScheduler": "heun", "SCMScheduler": "scm"}
+    if name not in solvers:
+        raise SanaError(
+            f"{where}: the scheduler {name} is not supported", f"choose another: --solver {' or '.join(solvers.values())}"
+        )
+    given = _SCHEDULER_DEFAULTS[name] | {key: value for key, value in content.items() if not key.startswith("_")}
+    shift = given.get("flow_shift", given.get("shift", 1.0))
+    try:
+        sample = SampleConfig.model_validate({"solver": solvers[name], "flow_shift": shift})
+    except ValidationError as error:
+        raise SanaError(f"{where}: shift {shift!r} is not a positive number") from error
+    for key, expected in (scheduler_config(sample) | dict.fromkeys(_OTHER_LEVELS, False)).items():
+        if not key.startswith("_") and given.get(key) not in (expected, None) and not (expected is False and not given[key]):
+            raise SanaError(f"{where}: {key} = {given[key]!r} is not supported; this sana has {expected!r}")
+    return {"solver": sample.solver, "flow_shift": sample.flow_shift}
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+_PUBLISHED = {  # (layers, width, norm of queries and keys, guidance embedded)
+    (28, 1152, False, False): "Sana 0.6B",
+    (20, 2240, False, False): "Sana 1.6B",
+    (20, 2240, True, False): "Sana 1.5 1.6B",
+    (60, 2240, True, False): "Sana 1.5 4.8B",
+    (28, 1152, True, True): "Sana-Sprint 0.6B",
+    (20, 2240, True, True): "Sana-Sprint 1.6B",
+}
+
+
+def family(model: ModelConfig) -> str | None:
+    """Which published model has this architecture, if any: `Sana 1.5 4.8B`."""
+    if model.in_channels != LATENT_CHANNELS or model.patch_size != 1:
+        return None
+    return _PUBLISHED.get((model.num_layers, model.inner_dim, model.qk_norm is not None, model.guidance_embeds))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: Path) -> Weights:
+    """The transformer in a diffusers folder (the one with config.json) or in a single file of any kind.
+
+    A pickled file (.pth, .pt, .bin) is opened only because `path` names it, and only for tensors and plain values.
+
+    Raises:
+        SanaError: nothing is there, it is damaged, no SANA, or its config asks for what is not implemented.
+    """
+    if path.is_dir():
+        config = path / "config.json"
+        return Weights("diffusers", path, model_config(files.read_json(config), config), _read_folder(path), str(config))
+    if files.is_safetensors(path):
+        return identify(files.read_tensors(path), path, _recorded_model(path))
+    content = _read_pickle(path)
+    if isinstance(content.get("model_state_dict"), dict):
+        return _lesson(content, path)
+    inner = content.get("state_dict", content)
+    return identify({name: t for name, t in inner.items() if isinstance(t, Tensor)} if isinstance(inner, dict) else {}, path)
+
+
+def _recorded_model(path: Path) -> dict[str, Any] | None:
+    """The model config that a safetensors file carries in its metadata, as ours do."""
+    try:
+        recorded = json.loads(files.read_metadata(path)["model"])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    return recorded if isinstance(recorded, dict) else None
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a diffusers folder: one file or shards, plain or, where there is no plain one, of a variant."""
+    for name in (WEIGHTS, f"{WEIGHTS}.index.json", *_variants(folder)):
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return files.read_tensors(path)
+        shards = files.read_json(path).get("weight_map")
+        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
+        if not names or any(not isinstance(shard, str) or Path(shard).name != shard for shard in names):
+            raise SanaError(f"{path} does not list the shards beside it")
+        return {key: tensor for shard in names for key, tensor in files.read_tensors(folder / shard).items()}
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        raise SanaError(
+            f"{folder} has pickled weights only ({pickled[0]}), which are not opened unasked",
+            f"name that file: {folder / pickled[0]}",
+        )
+    raise SanaError(f"{folder} has no {WEIGHTS}, whole, sharded or of a variant")
+
+
+def _variants(folder: Path) -> list[str]:
+    """Weights files, or lists of shards, whose names carry a variant; the most precise first."""
+    stem, suffix = WEIGHTS.rsplit(".", 1)
+    names = [path.name for pattern in (f"{stem}.*.{suffix}", f"{WEIGHTS}.index.*.json") for path in folder.glob(pattern)]
+    rank = {"fp32": 0, "bf16": 1, "fp16": 2}
+    return sorted((name for name in names if "-of-" not in name), key=lambda name: (rank.get(name.split(".")[-2], 3), name))
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    """A pickled dictionary of tensors and plain values; anything else in it is refused before it can run.
+
+    Raises:
+        SanaError: it is missing, damaged, or would run code.
+    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except FileNotFoundError as error:
+        raise SanaError(f"{path} does not exist") from error
+    except Exception as error:  # whatever a broken or hostile file makes of the unpickler
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked:
+            raise SanaError(
+                f"{path} is refused: beside weights it holds {asked[1]}, which can run code when it is loaded; none of it was run",
+                "ask whoever made it for safetensors",
+            ) from error
+        raise SanaError(f"{path} is neither safetensors nor a checkpoint of PyTorch's that holds weights alone") from error
+    if not isinstance(content, dict):
+        raise SanaError(f"{path} holds no dictionary of weights")
+    return content
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
+
+
+def identify(tensors: Mapping[str, Tensor], path: Path, recorded: Mapping[str, Any] | None = None) -> Weights:
+    """Say what a bare dictionary of tensors is, and give it in diffusers' names with the config its shapes imply.
+
+    Args:
+        tensors: of any device, `meta` too, where only names and shapes matter.
+        path: where they came from.
+        recorded: the model config that the file itself records, if it does.
+
+    Raises:
+        SanaError: these are no SANA's, or a size cannot be told from them; says what was found.
+    """
+    for wrapper in _WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    if "x_embedder.proj.weight" in tensors:
+        return _official(tensors, path)
+    if "patch_embed.proj.weight" not in tensors:
+        names = ", ".join(list(tensors)[:3]) or "none"
+        raise SanaError(f"{path} holds no SANA: its tensors are called {names}{', ...' if len(tensors) > 3 else ''}")
+    beside = path.parent / "config.json"
+    if recorded is not None:
+        return Weights("diffusers", path, model_config(recorded, path), tensors, "the model that it records")
+    if beside.is_file() and files.read_json(beside).get("_class_name") == "SanaTransformer2DModel":
+        return Weights("diffusers", path, model_config(files.read_json(beside), beside), tensors, str(beside))
+    return Weights("diffusers", path, _infer(tensors, path), tensors, "the SANA that its shapes describe")
+
+
+# --- what shapes tell -------------------------------------------------------------------------------------------------
+
+_SELF_HEAD_DIM = 32  # of every published model
+_CROSS_HEADS = {1152: 16, 2240: 20}
+
+
+def _infer(tensors: Mapping[str, Tensor], path: Path, **known: Any) -> ModelConfig:
+    """The config that names and shapes imply, in diffusers' naming. `known` is what they do not tell."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise SanaError(f"{path} does not look like a whole SANA:", f"  missing: {name}")
+        return tuple(tensors[name].shape)
+
+    def has(part: str) -> bool:
+        return any(part in name for name in tensors)
+
+    patch = shape("patch_embed.proj.weight")
+    if len(patch) != 4:
+        raise SanaError(f"{path}: patch_embed.proj.weight is {patch}, not (width, channels, patch, patch)")
+    width = patch[0]
+    if "num_attention_heads" not in known:
+        heads = _CROSS_HEADS.get(width)
+        if heads is None:
+            raise SanaError(
+                f"{path}: how many attention heads its width of {width} is split into cannot be told from shapes",
+                f"known are the published widths {' and '.join(map(str, _CROSS_HEADS))}; for others, put diffusers' config.json beside it",
+            )
+        known |= {"num_attention_heads": width // _SELF_HEAD_DIM, "attention_head_dim": _SELF_HEAD_DIM}
+        known |= {"num_cross_attention_heads": heads, "cross_attention_head_dim": width // heads}
+    hidden = shape("transformer_blocks.0.ff.conv_point.weight")[1]
+    ratio = 2.5 if int(2.5 * width) == hidden else hidden / width
+    known = {"sample_size": 32} | known
+    blocks = {int(number[1]) for name in tensors if (number := re.match(r"transformer_blocks\.(\d{1,6})\.", name))}
+    try:
+        return ModelConfig.model_validate(
+            {
+                "in_channels": patch[1],
+                "patch_size": patch[2],
+                "num_layers": len(blocks),
+                "caption_channels": shape("caption_projection.linear_1.weight")[1],
+                "mlp_ratio": ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf),
+                "attention_bias": has("attn1.to_q.bias"),
+                "qk_norm": "rms_norm_across_heads" if has("attn1.norm_q.") else None,
+                "guidance_embeds": has("time_embed.guidance_embedder."),
+                **known,
+            }
+        )
+    except ValidationError as error:
+        raise SanaError(f"{path}: its shapes are no SANA's: {error.errors()[0]['msg']}") from error
+
+
+# --- official files ---------------------------------------------------------------------------------------------------
+
+_OFFICIAL = {  # module by module, as diffusers' conversion script has them
+    "x_embedder.proj": "patch_embed.proj",
+    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+    "attention_y_norm": "caption_norm",
+    "cfg_embedder.mlp.0": "time_embed.guidance_embedder.linear_1",
+    "cfg_embedder.mlp.2": "time_embed.guidance_embedder.linear_2",
+    "t_block.1": "time_embed.linear",
+    "final_layer.linear": "proj_out",
+}
+_OFFICIAL_BLOCK = {
+    "attn.q_norm": "attn1.norm_q",
+    "attn.k_norm": "attn1.norm_k",
+    "attn.proj": "attn1.to_out.0",
+    "cross_attn.q_linear": "attn2.to_q",
+    "cross_attn.q_norm": "attn2.norm_q",
+    "cross_attn.k_norm": "attn2.norm_k",
+    "cross_attn.proj": "attn2.to_out.0",
+    "mlp.inverted_conv.conv": "ff.conv_inverted",
+    "mlp.depth_conv.conv": "ff.conv_depth",
+    "mlp.point_conv.conv": "ff.conv_point",
+}
+_OFFICIAL_FUSED = {
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+}
+_NOT_THE_TRANSFORMER = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
+
+
+def _official(tensors: Mapping[str, Tensor], path: Path) -> Weights:
+    """NVlabs/Sana's names to diffusers' (diffusers `scripts/convert_sana_to_diffusers.py`)."""
+    time = "time_embed" if any(name.startswith("cfg_embedder.") for name in tensors) else "time_embed.emb"
+    modules = _OFFICIAL | {f"t_embedder.mlp.{n}": f"{time}.timestep_embedder.linear_{n // 2 + 1}" for n in (0, 2)}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in _NOT_THE_TRANSFORMER:
+            continue
+        module, _, leaf = name.rpartition(".")
+        block = re.fullmatch(r"blocks\.(\d+)(?:\.(.+))?", module)
+        place, part = (f"transformer_blocks.{block[1]}", block[2] or "") if block else ("", "")
+        if part in _OFFICIAL_FUSED:
+            parts = _OFFICIAL_FUSED[part]
+            if tensor.ndim == 0 or tensor.shape[0] % len(parts):
+                raise SanaError(f"{path}: {name} is {tuple(tensor.shape)}, which does not split into {len(parts)}")
+            renamed |= {f"{place}.{to}.{leaf}": chunk for to, chunk in zip(parts, tensor.chunk(len(parts)), strict=True)}
+        elif block:
+            renamed[".".join(filter(None, (place, _OFFICIAL_BLOCK.get(part, part), leaf)))] = tensor
+        elif name == "final_layer.scale_shift_table":
+            renamed["scale_shift_table"] = tensor
+        else:
+            renamed[f"{modules[module]}.{leaf}" if module in modules else name] = tensor
+    known: dict[str, Any] = {}
+    if "pos_embed" in tensors:
+        known = _read_positions(tensors["pos_embed"], renamed["patch_embed.proj.weight"].shape[-1], path)
+    left_out = tuple(name for name in _NOT_THE_TRANSFORMER if name in tensors)
+    return Weights("official", path, _infer(renamed, path, **known), renamed, "the SANA that its shapes describe", left_out)
+
+
+def _read_positions(buffer: Tensor, patch: int, path: Path) -> dict[str, Any]:
+    """`sample_size` and `interpolation_scale` from the official `pos_embed` (1, N, D): zeros where there are no positions.
+
+    Its second token lies one column on, at the angle 1 / interpolation_scale, whose sine and cosine it holds.
+    """
+    side = math.isqrt(buffer.shape[1]) if buffer.ndim == 3 else 0
+    if side == 0 or side * side != buffer.shape[1] or buffer.shape[2] % 4:
+        raise SanaError(f"{path}: pos_embed is {tuple(buffer.shape)}, not (1, side * side, width)")
+    known: dict[str, Any] = {"sample_size": side * patch}
+    if buffer.is_meta or not buffer.any():
+        return known
+    table, dim = buffer[0].float(), buffer.shape[2]
+    angle = math.atan2(float(table[1, 0]), float(table[1, dim // 4])) if side > 1 else 1.0
+    for digits in range(4):  # files in bf16 know the angle to three digits, and the scale is a round number
+        scale = round(1 / angle, digits) if angle > 0 else 0.0
+        if scale > 0 and torch.allclose(table, positions(side, side, side, scale, dim), atol=0.01):
+            return known | {"interpolation_scale": scale}
+    raise SanaError(f"{path}: pos_embed is neither zeros nor sine-cosine positions, which is all that SANA has")
+
+
+# --- the lesson -------------------------------------------------------------------------------------------------------
+
+_LESSON_PREFIX = "_score_network."
+_LESSON_NULL = "_unconditional_context.y_embedding"
+
+
+def _lesson(content: Mapping[str, Any], path: Path) -> Weights:
+    """The lesson's network as ours: it predicts data - noise at time 1 - sigma, told as it is rather than times 1000.
+
+    The sign goes into the last layer. The time goes into the first layer of its embedding: with frequencies f,
+    cos((1 - s) f) = cos f cos(s f) + sin f sin(s f) and sin((1 - s) f) = sin f cos(s f) - cos f sin(s f), so that its
+    columns are rotated; `timestep_scale` 0.001 undoes the 1000.
+    """
+    state = content["model_state_dict"]
+    tensors = {
+        name.removeprefix(_LESSON_PREFIX).replace(".cross_attn.", ".attn2."): tensor
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor) and name.startswith(_LESSON_PREFIX)
+    }
+    try:
+        params = content["config"]["diffusion"]["score_network"]["params"]
+        names = ("num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim")
+        known = {name: params[name] for name in names} | {"sample_size": params.get("input_spatial_size", 32)}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SanaError(
+            f"{path} has a model_state_dict, but not the lesson's config beside it",
+            "its number of attention heads stands in config.diffusion.score_network.params",
+        ) from error
+    config = _infer(tensors, path, **known, timestep_scale=0.001)
+    first = "time_embed.emb.timestep_embedder.linear_1.weight"
+    for name in (first, "proj_out.weight", "proj_out.bias"):
+        if name not in tensors:
+            raise SanaError(f"{path} does not look like a whole SANA:", f"  missing: {name}")
+    if tensors[first].shape[-1] == TIMESTEP_CHANNELS:
+        half = TIMESTEP_CHANNELS // 2
+        frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float64))
+        cosine, sine = tensors[first].double().split(half, dim=1)  # (D, 128) each
+        turned = cosine * frequency.cos() + sine * frequency.sin(), cosine * frequency.sin() - sine * frequency.cos()
+        tensors[first] = torch.cat(turned, dim=1).to(tensors[first].dtype)
+    for name in ("proj_out.weight", "proj_out.bias"):
+        tensors[name] = -tensors[name]
+    left_out = tuple(name for name in state if not name.startswith(_LESSON_PREFIX))
+    null = state.get(_LESSON_NULL)
+    if not (isinstance(null, Tensor) and null.ndim == 2 and null.shape[1] == config.caption_channels):
+        null = None
+    return Weights("lesson", path, config, tensors, "the model in its config", left_out, null)
+
+
+# --- fitting ----------------------------------------------------------------------------------------------------------
+
+MOST_PROBLEMS = 10  # that a message lists
+
+
+def check_tensors(found: Mapping[str, Tensor], model: SanaTransformer, where: Path, compared_to: str) -> None:
+    """Refuse weights that are not exactly the model's.
+
+    Raises:
+        SanaError: listing what is missing, unexpected or of another shape.
+    """
+    problems = list(_misfits(found, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}))
+    if problems:
+        more = [f"... and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        lines = (f"  {line}" for line in (*problems[:MOST_PROBLEMS], *more))
+        raise SanaError(f"{where} does not fit {compared_to}:", *lines)
+
+
+def _misfits(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    yield from (f"missing: {name} {shape}" for name, shape in expected.items() if name not in found)
+    yield from (f"unexpected: {name} {tuple(tensor.shape)}" for name, tensor in found.items() if name not in expected)
+    for name, shape in expected.items():
+        if name in found and tuple(found[name].shape) != shape:
+            yield f"{name} is {tuple(found[name].shape)}, not {shape}"

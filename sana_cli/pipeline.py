@@ -1,0 +1,193 @@
+"""What stands around a transformer when it is sampled: caption encoder, autoencoder, solver and their settings.
+
+It is on record in our step folders and in diffusers pipelines. A transformer on its own is given what its family was
+published with. This module loads no weights but a null caption's, and knows neither prompts nor devices.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sana_cli import checkpoint, files, formats
+from sana_cli.config import ModelConfig, SampleConfig, TextConfig, load_config
+from sana_cli.errors import SanaError
+from sana_cli.text import UNGATED_GEMMA, text_config
+
+INDEX = "model_index.json"
+GEMMA_DIM = 2304  # width of Gemma 2 2B's states
+DC_AE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+
+# the paper's complex human instruction; official configs and diffusers quote two words in it differently
+_INSTRUCTION = """\
+Given a user prompt, generate an {} that provides detailed visual descriptions suitable for image generation. \
+Evaluate the level of detail in the user prompt:
+- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial relationships to \
+create vivid and concrete scenes.
+- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating.
+Here are examples of how to transform or refine prompts:
+- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping peacefully on a \
+warm sunny windowsill, surrounded by pots of blooming red flowers.
+- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street lamps, a \
+diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass skyscrapers.
+Please generate only the enhanced description for the prompt below and avoid including any additional commentary or \
+evaluations:
+User Prompt: """
+# the official YAML files put \\" between single quotes, where a backslash is a backslash: models were trained with it
+OFFICIAL_INSTRUCTION = _INSTRUCTION.format('\\"Enhanced prompt\\"')
+DIFFUSERS_INSTRUCTION = _INSTRUCTION.format("'Enhanced prompt'")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A transformer and what it needs. Where the encoder or the autoencoder is None, it has to be given or is not needed."""
+
+    place: Path  # what `checkpoint.find_checkpoint` found
+    kind: str  # checkpoint (ours), pipeline (diffusers), or transformer (alone: the rest is its family's)
+    origin: str  # of the weights: diffusers, official or lesson
+    model: ModelConfig
+    text: TextConfig | None
+    fingerprint: Mapping[str, Any] | None  # of the encoder, where it is on record
+    null_caption: Tensor | None  # (tokens, D), where there is one on record
+    one_word_captions: bool
+    example_captions: tuple[str, ...]
+    latents: bool  # samples are latents, not pixels
+    autoencoder: str | None
+    sample_shape: tuple[int, int, int]  # channels, height and width of a sample, as trained
+    precision: str  # bf16, fp32 or auto
+    sample: SampleConfig
+
+    @property
+    def null_follows_prompt(self) -> bool:
+        """Whether the null caption is cut to the length of each prompt: the lesson dropped captions under their own mask."""
+        return self.origin == "lesson"
+
+
+def open_pipeline(
+    place: Path, encoder: str | None = None, instruction: str | None = None, autoencoder: str | None = None
+) -> Pipeline:
+    """What stands around the transformer at `place`, with what the caller gives instead.
+
+    Args:
+        place: a step folder, a diffusers pipeline or transformer folder, or a file of weights.
+        encoder: where the caption encoder lies; it must be the one on record, where one is.
+        instruction: in place of the family's; "" for none.
+        autoencoder: in place of the one on record or the family's.
+
+    Raises:
+        SanaError: nothing is there, or it cannot be understood.
+    """
+    around = _around(place)
+    pipeline = _ours(place, around) if (around / checkpoint.RECORD).is_file() else _theirs(place, around)
+    text = pipeline.text
+    if encoder is not None:
+        text = TextConfig(encoder=encoder) if text is None else text.model_copy(update={"encoder": encoder})
+    if instruction is not None:
+        if pipeline.fingerprint is not None:
+            raise SanaError("--instruction: this checkpoint records how its captions were encoded", exit_code=2)
+        text = None if text is None else text.model_copy(update={"instruction": instruction or None})
+    if autoencoder is not None and not pipeline.latents:
+        raise SanaError(f"--autoencoder: {place} draws pixels, not latents", exit_code=2)
+    return replace(pipeline, text=text, autoencoder=autoencoder or pipeline.autoencoder)
+
+
+def _around(place: Path) -> Path:
+    """The folder whose records speak of `place`: a file or folder named inside a pipeline has that pipeline around it."""
+    folder = place if place.is_dir() else place.parent
+    if folder.name == "transformer" and any((folder.parent / name).is_file() for name in (checkpoint.RECORD, INDEX)):
+        return folder.parent
+    return folder
+
+
+def _ours(place: Path, folder: Path) -> Pipeline:
+    """From `sana.json`."""
+    record = checkpoint.read_record(folder)
+    image, fingerprint = record["image"], record["encoder"]
+    return Pipeline(
+        place=place,
+        kind="checkpoint",
+        origin="diffusers",
+        model=formats.model_config(
+            files.read_json(folder / "transformer" / "config.json"), folder / "transformer" / "config.json"
+        ),
+        text=text_config(fingerprint, _encoder_path(folder, str(fingerprint["encoder"]))),
+        fingerprint=fingerprint,
+        null_caption=files.read_tensors(folder / checkpoint.NULL_CAPTION)["states"],
+        one_word_captions=record["one_word_captions"],
+        example_captions=tuple(record["example_captions"]),
+        latents=image["kind"] == "latents",
+        autoencoder=record["autoencoder"],
+        sample_shape=(image["channels"], image["height"], image["width"]),
+        precision=record["precision"],
+        sample=SampleConfig.model_validate(record["sample"]),
+    )
+
+
+def _encoder_path(folder: Path, name: str) -> str:
+    """Where a recorded encoder lies: as the run's config beside the checkpoint says, or as it is called."""
+    config = folder.resolve().parents[1] / "config.yaml"
+    if name != "tiny" and config.is_file():
+        try:
+            there = load_config(str(config)).text.encoder
+        except SanaError:  # not a config of ours, so it says nothing
+            return name
+        if Path(there).is_absolute() and Path(there).name == name and Path(there).is_dir():
+            return there
+    return name
+
+
+def _theirs(place: Path, folder: Path) -> Pipeline:
+    """From the folders of a diffusers pipeline, or for a transformer alone, from its family."""
+    weights = formats.read_weights(checkpoint.transformer_path(place))
+    model, sample = weights.model, _family_sampling(weights)
+    text: TextConfig | None = _family_text(weights)
+    is_pipeline = (folder / INDEX).is_file()
+    autoencoder = DC_AE if model.in_channels == formats.LATENT_CHANNELS else None
+    if is_pipeline:
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        if scheduler.is_file():
+            sample = sample.model_copy(update=formats.solver_of(files.read_json(scheduler), scheduler))
+        if (folder / "text_encoder").is_dir():
+            text = TextConfig(encoder=str(folder.resolve()), instruction=DIFFUSERS_INSTRUCTION, lowercase=True)
+        if (folder / "vae").is_dir():
+            autoencoder = str(folder.resolve())
+    side = model.sample_size or 1
+    return Pipeline(
+        place=place,
+        kind="pipeline" if is_pipeline else "transformer",
+        origin=weights.origin,
+        model=model,
+        text=text,
+        fingerprint=None,
+        null_caption=None if weights.null_caption is None else weights.null_caption.clone(),
+        one_word_captions=weights.origin == "lesson",
+        example_captions=("4", "two", "six") if weights.origin == "lesson" else ("a red cube on a blue sphere",),
+        latents=autoencoder is not None or model.in_channels not in (1, 3),
+        autoencoder=autoencoder,
+        sample_shape=(model.in_channels, side, side),
+        precision="fp32" if weights.dtypes == ("float32",) else "auto",
+        sample=sample,
+    )
+
+
+def _family_sampling(weights: formats.Weights) -> SampleConfig:
+    """The settings that a family was published with."""
+    if weights.origin == "lesson":  # which has no guidance
+        return SampleConfig(guidance_scale=1.0)
+    if weights.model.guidance_embeds:  # diffusers `pipeline_sana_sprint.py`
+        return SampleConfig(solver="scm", steps=2, guidance_scale=4.5)
+    very_large = (weights.model.sample_size or 0) >= 128  # the 4K model
+    return SampleConfig(solver="dpm++", steps=20, guidance_scale=4.5, flow_shift=6.0 if very_large else 3.0)
+
+
+def _family_text(weights: formats.Weights) -> TextConfig | None:
+    """The encoder and the instruction that a family was trained with; None if its captions are not Gemma 2's."""
+    if weights.model.caption_channels != GEMMA_DIM:
+        return None
+    if weights.origin == "lesson":
+        return TextConfig(encoder="google/gemma-2-2b-it", template="chat")
+    if weights.origin == "official":
+        return TextConfig(encoder=UNGATED_GEMMA, instruction=OFFICIAL_INSTRUCTION)
+    return TextConfig(encoder=UNGATED_GEMMA, instruction=DIFFUSERS_INSTRUCTION, lowercase=True)
