@@ -210,8 +210,8 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         if path.suffix != ".json":
             return files.read_tensors(path)
         shards = files.read_json(path).get("weight_map")
-        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
-        if not names or any(not isinstance(shard, str) or Path(shard).name != shard for shard in names):
+        names = list(dict.fromkeys(map(str, shards.values()))) if isinstance(shards, dict) else []
+        if not names or any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in names):
             raise SanaError(f"{path} does not list the shards beside it")
         return {key: tensor for shard in names for key, tensor in files.read_tensors(folder / shard).items()}
     pickled = sorted(path.name for path in folder.glob("*.bin"))

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sana_cli import flow
-
 
 DETERMINISTIC = ("dpm++", "euler", "heun")
 
@@ -82,9 +82,20 @@ def test_solvers_agree_on_the_gaussian_from_noise_to_data() -> None:
         assert float(end.std() / x.std()) == pytest.approx(0.5, rel=0.01)
 
 
-def test_dpm_is_diffusers_scheduler_step_by_step() -> None:
+STEPS = (1, 2, 3, 4, 6, 7, 18, 20, 30, 50)
+
+
+def toy_velocity() -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
+    """A start, and a field that is curved in space and time."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 6, generator=generator) / 3
+    return torch.randn(2, 6, generator=generator), lambda x, sigma: torch.tanh(x @ weight) * (1 + sigma)
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 3.0, 4.0, 6.0])
+def test_dpm_is_diffusers_scheduler_step_by_step(flow_shift: float) -> None:
     diffusers = pytest.importorskip("diffusers")
-    for steps, flow_shift in [(steps, shift) for steps in (1, 2, 3, 4, 6, 7, 18, 20, 30, 50) for shift in (1.0, 3.0, 4.0)]:
+    for steps in STEPS:
         scheduler = diffusers.DPMSolverMultistepScheduler(
             use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=flow_shift, num_train_timesteps=1000
         )
@@ -93,17 +104,72 @@ def test_dpm_is_diffusers_scheduler_step_by_step() -> None:
         assert torch.allclose(torch.tensor(sigmas), scheduler.sigmas.float(), atol=1e-6)
         told = [flow.model_timestep("dpm++", sigma) for sigma in sigmas[:-1]]
         assert told == scheduler.timesteps.tolist()
-
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(6, 6, generator=generator) / 3
-        x = start = torch.randn(2, 6, generator=generator)
-
-        def velocity(x: Tensor, sigma: float, weight: Tensor = weight) -> Tensor:
-            return torch.tanh(x @ weight) * (1 + sigma)
-
-        for step, timestep in zip(flow.SOLVERS["dpm++"](velocity, start, sigmas, no_noise), scheduler.timesteps, strict=True):
+        x, velocity = toy_velocity()
+        for step, timestep in zip(flow.SOLVERS["dpm++"](velocity, x, sigmas, no_noise), scheduler.timesteps, strict=True):
             x = scheduler.step(velocity(x, sigmas[step.index]), timestep, x).prev_sample
             assert torch.allclose(step.x, x, atol=2e-5)
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 3.0, 4.0, 6.0])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_euler_and_heun_are_diffusers_schedulers_step_by_step(solver: str, flow_shift: float) -> None:
+    """Their double shift included: the constructor shifts the lowest level, `set_timesteps` shifts all of them."""
+    diffusers = pytest.importorskip("diffusers")
+    kinds = {"euler": diffusers.FlowMatchEulerDiscreteScheduler, "heun": diffusers.FlowMatchHeunDiscreteScheduler}
+    for steps in STEPS:
+        scheduler = kinds[solver](shift=flow_shift)
+        scheduler.set_timesteps(steps)
+        sigmas = flow.solver_sigmas(solver, steps, flow_shift)
+        assert torch.allclose(torch.tensor(sigmas), scheduler.sigmas.unique().flip(0), atol=1e-6)
+        told = iter(scheduler.timesteps.tolist())
+        x, velocity = toy_velocity()
+
+        def watched(x: Tensor, sigma: float, told: Any = told, velocity: Any = velocity) -> Tensor:
+            assert flow.model_timestep(solver, sigma) == pytest.approx(next(told), abs=1e-3)
+            return velocity(x, sigma)
+
+        found = [step.x for step in flow.SOLVERS[solver](watched, x, sigmas, no_noise)]
+        assert len(found) == steps
+        assert next(told, None) is None  # as many evaluations, at the same times
+        theirs = []
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(velocity(x, float(timestep) / 1000), timestep, x).prev_sample
+            theirs.append(x)
+        if solver == "heun":  # which gives a sample after each evaluation, of which every second is a step
+            theirs = [*theirs[1:-1:2], theirs[-1]] if steps > 1 else theirs
+        # theirs finds the slope as (x - (x - sigma v)) / sigma, which float32 blurs where sigma is 0.001
+        blur = 2e-4 if solver == "heun" else 2e-5
+        assert all(torch.allclose(a, b, atol=blur) for a, b in zip(found, theirs, strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_scm_is_diffusers_scheduler_step_by_step(steps: int) -> None:
+    """With the wrapping that `SanaSprintPipeline` does around its model, of which our solver needs nothing."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.SCMScheduler()
+    scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
+    scheduler.set_begin_index(0)
+    noises = torch.randn(steps, 2, 6, generator=torch.Generator().manual_seed(1))
+    start, velocity = toy_velocity()
+    sigmas = flow.solver_sigmas("scm", steps)
+    drawn = iter(noises)
+    found = list(flow.SOLVERS["scm"](velocity, start, sigmas, lambda: next(drawn)))
+    sigma_data, x = scheduler.config.sigma_data, start * scheduler.config.sigma_data
+    for index, time in enumerate(scheduler.timesteps[:-1]):
+        sigma = time.sin() / (time.cos() + time.sin())
+        assert flow.model_timestep("scm", sigmas[index], 0.5) == pytest.approx(float(sigma), abs=1e-6)
+        size = (sigma**2 + (1 - sigma) ** 2).sqrt()
+        told = x / sigma_data * size
+        out = ((1 - 2 * sigma) * told + (1 - 2 * sigma + 2 * sigma**2) * velocity(told, float(sigma))) / size
+        generator = torch.Generator().manual_seed(100 + index)
+        noise = torch.randn(2, 6, generator=generator)
+        x, x_0 = scheduler.step(
+            out * sigma_data, time, x, generator=torch.Generator().manual_seed(100 + index), return_dict=False
+        )
+        x = x + scheduler.timesteps[index + 1].sin() * (noises[index] - noise) * sigma_data  # our noise in place of its own
+        level = torch.tensor(sigmas[index + 1])
+        assert torch.allclose(found[index].x_0, x_0 / sigma_data, atol=1e-5)
+        assert torch.allclose(found[index].x, x / sigma_data * (level**2 + (1 - level) ** 2).sqrt(), atol=1e-5)
 
 
 def test_densities() -> None:
@@ -141,5 +207,7 @@ def test_foreseen_data_and_levels(solver: str) -> None:
     assert sigmas[-1] == 0
     assert sigmas == sorted(sigmas, reverse=True)
     x_0 = torch.tensor([2.0], dtype=torch.float64)
-    for step in flow.SOLVERS[solver](lambda x, sigma: (x - x_0) / sigma, torch.ones(1, dtype=torch.float64), sigmas, lambda: torch.zeros(1)):
+    for step in flow.SOLVERS[solver](
+        lambda x, sigma: (x - x_0) / sigma, torch.ones(1, dtype=torch.float64), sigmas, lambda: torch.zeros(1)
+    ):
         assert torch.allclose(step.x_0, x_0)

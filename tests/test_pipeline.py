@@ -1,8 +1,5 @@
 """Whole pipelines of other people's against diffusers' own, and the order in which models come to the device."""
 
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
-from sana_cli.errors import SanaError
 
 diffusers = pytest.importorskip("diffusers")
 

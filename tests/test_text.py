@@ -257,5 +257,5 @@ def test_missing_and_offline_models_are_told_apart(monkeypatch: pytest.MonkeyPat
     with pytest.raises(SanaError, match=r"text.encoder: no folder \./nowhere"):
         text.load_encoder(TextConfig(encoder="./nowhere"), CPU)
     monkeypatch.undo()
-    with pytest.raises(SanaError, match="is not a text encoder that transformers can load"):
+    with pytest.raises(SanaError, match="is not a text encoder that can be loaded"):
         text.load_encoder(TextConfig(encoder=str(tmp_path)), CPU)

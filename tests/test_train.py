@@ -11,7 +11,7 @@ import torch
 from conftest import embedded, small_config
 from safetensors.torch import load_file
 
-from sana_cli import checkpoint, draw, store
+from sana_cli import checkpoint, draw, formats, store
 from sana_cli.commands import train as training
 from sana_cli.commands.train import TrainOptions, TrainStep, TrainSummary, train
 from sana_cli.config import Config, TrainConfig

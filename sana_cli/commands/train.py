@@ -378,6 +378,20 @@ class _Run:
         )
         return checkpoint.save_checkpoint(self.dir, whole, train.keep)
 
+    def init_from(self, path: Path) -> None:
+        """Begin with the weights of another SANA, of any format.
+
+        Raises:
+            SanaError: it has another architecture, or means something else by time, than this config; names each field.
+        """
+        source = checkpoint.load_transformer(path)
+        theirs, ours = source.config.model_dump(), self.model_config.model_dump()
+        free = {"dropout"} | ({"sample_size"} if self.model_config.interpolation_scale is None else set())
+        wrong = [f"model.{key}: it has {old!r}, not {new!r}" for key, old, new in differences(theirs, ours) if key not in free]
+        if wrong:
+            raise SanaError(f"train.init_from: {path} is not the model of this config:", *wrong, "set these as it has them")
+        self.model.load_state_dict(source.state_dict())
+
     def load(self, folder: Path) -> None:
         """Continue from a step folder, bit for bit.
 
@@ -499,9 +513,7 @@ def train(options: TrainOptions) -> Iterator[TrainStep | TrainSummary]:
             return
     else:
         if config.train.init_from is not None:
-            source = checkpoint.load_transformer(config.train.init_from)
-            formats.check_tensors(source.state_dict(), run.model, config.train.init_from, "this config")
-            run.model.load_state_dict(source.state_dict())
+            run.init_from(config.train.init_from)
         run.start()
     first_step = saved_step = run.step
     cells, states = run.encode_prompts()
