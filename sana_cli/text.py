@@ -138,23 +138,25 @@ class CaptionEncoder:
         config: Any = self.model.config
         return int(getattr(config, "hidden_size", 0) or config.d_model)
 
-    def token_ids(self, caption: str) -> tuple[list[int], int]:
+    def token_ids(self, caption: str, instruct: bool = True) -> tuple[list[int], int]:
         """Token ids, and how many of them after the first are instruction, whose states are dropped.
 
         With an instruction this is the paper's select-index rule (NVlabs/Sana and diffusers `pipeline_sana.py`): of the
         first n + max_length - 2 tokens, where the instruction has n, keep the first and those from n - 1 on. The null
-        caption never has one.
+        caption never has one, nor do negative prompts (`instruct` false).
         """
         instruction, limit = self.text.instruction, self.text.max_length
         if self.text.lowercase:
             caption = caption.lower().strip()
-        if instruction is None or not caption:
+        if instruction is None or not caption or not instruct:
             return self.tokenizer(caption, limit), 0
         tokens = len(self.tokenizer(instruction, MAX_INSTRUCTION))
         return self.tokenizer(instruction + caption, tokens + limit - 2), max(tokens - 2, 0)
 
     @torch.inference_mode()
-    def encode(self, captions: Iterable[str], dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
+    def encode(
+        self, captions: Iterable[str], dtype: torch.dtype = torch.bfloat16, instruct: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
         """Each distinct caption once, with its states (tokens, D) on the CPU, shortest first, padding removed.
 
         They are bf16 wherever datasets are concerned, so also where a model trained on one is sampled.
@@ -162,7 +164,7 @@ class CaptionEncoder:
         Raises:
             SanaError: a state is not finite; names the caption.
         """
-        tokens = {caption: self.token_ids(caption) for caption in dict.fromkeys(captions)}
+        tokens = {caption: self.token_ids(caption, instruct) for caption in dict.fromkeys(captions)}
         order = sorted(tokens, key=lambda caption: len(tokens[caption][0]))
         for batch in _batches(order, [len(tokens[caption][0]) for caption in order]):
             ids = [tokens[caption][0] for caption in batch]

@@ -1,5 +1,8 @@
 """Whole pipelines of other people's against diffusers' own, and the order in which models come to the device."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
+from sana_cli.errors import SanaError
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -106,3 +111,178 @@ def test_pipelines_draw_what_diffusers_draws(
     assert expected.std() > 10  # a picture, if not a pretty one
     print(f"{solver} {settings} {size}: largest difference {np.abs(found - expected).max():.2f} of 255")
     assert np.abs(found - expected).max() <= 2
+
+
+# --- settings that show -----------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_treated_as_diffusers_treats_them(pipelines: dict[str, Path]) -> None:
+    """Lower-cased and stripped, after the instruction; recorded as settings, and each of them shows."""
+    folder = pipelines["dpm++"]
+    base = ours(folder, steps=3)
+    assert torch.equal(base.pixels, ours(folder, steps=3).pixels)
+
+    def drawn(prompt: str, **options: Any) -> torch.Tensor:
+        *_, summary = sample(SampleOptions((prompt,), folder, device="cpu", out=folder.parent / "o.png", steps=3, **options))
+        return summary.pixels
+
+    assert torch.equal(base.pixels, drawn(PROMPT.strip().lower()))
+    assert not torch.equal(base.pixels, drawn("another prompt"))
+    assert not torch.equal(base.pixels, drawn(PROMPT, instruction=""))
+    assert not torch.equal(base.pixels, drawn(PROMPT, negative_prompt="a sphere"))
+    assert torch.equal(drawn(PROMPT, instruction=""), drawn(PROMPT, instruction="", offload="none"))
+
+
+def test_negative_prompts_are_those_of_diffusers(pipelines: dict[str, Path]) -> None:
+    settings = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": "A Sphere"}
+    expected = theirs(pipelines["dpm++"], False, 3, (32, 32), **settings)
+    summary = ours(pipelines["dpm++"], seed=3, steps=4, guidance_scale=5.0, negative_prompt="A Sphere")
+    assert np.abs(summary.pixels[0].permute(1, 2, 0).numpy() - expected).max() <= 2
+
+
+def test_several_images_each_have_their_own_noise(pipelines: dict[str, Path]) -> None:
+    """Sprint's solver adds noise at every step: an image must not depend on what is drawn beside it."""
+    for solver in ("dpm++", "scm"):
+        row = ours(pipelines[solver], images_per_prompt=3, seed=5)
+        assert torch.equal(row.pixels[1], ours(pipelines[solver], seed=6).pixels[0])
+        assert not torch.equal(row.pixels[1], row.pixels[2])
+
+
+def test_latents_appear_in_the_trajectory(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    summary = ours(pipelines["dpm++"], steps=3, trajectory=tmp_path / "a.gif", separate=tmp_path)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 4
+    with Image.open(summary.saved[0]) as image:
+        assert image.size == (32, 32)
+        assert np.array_equal(np.asarray(image), summary.pixels[0].permute(1, 2, 0).numpy())
+        assert json.loads(image.text["sana"])["autoencoder"] == pipelines["dpm++"].name
+
+
+def test_a_file_inside_a_pipeline_has_the_pipeline_around_it(pipelines: dict[str, Path]) -> None:
+    folder = pipelines["dpm++"]
+    whole = ours(folder, steps=2).pixels
+    for inner in (folder / "transformer", folder / "transformer" / "diffusion_pytorch_model.safetensors"):
+        assert torch.equal(ours(inner, steps=2).pixels, whole)
+
+
+def test_a_transformer_alone_is_given_the_rest(pipelines: dict[str, Path], gemma: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "transformer-alone"
+    shutil.copytree(pipelines["dpm++"] / "transformer", alone)
+    from sana_cli.pipeline import DIFFUSERS_INSTRUCTION
+
+    with pytest.raises(
+        SanaError, match="draws latents of 8 channels, and which autoencoder they are of is not on record\n.*--auto"
+    ):
+        ours(alone)
+    given = {"autoencoder": str(pipelines["dpm++"] / "vae"), "instruction": DIFFUSERS_INSTRUCTION}
+    with pytest.raises(SanaError, match="takes caption states 32 wide, and whose they are is not on record\n.*--encoder"):
+        ours(alone, **given)
+    with pytest.raises(SanaError, match="the encoder tiny gives states 128 wide; .* takes 32"):
+        ours(alone, **given, encoder="tiny")
+    lower = SampleOptions((PROMPT.lower().strip(),), alone, device="cpu", out=tmp_path / "o.png", encoder=str(gemma), **given)
+    *_, summary = sample(lower)
+    assert torch.equal(summary.pixels, ours(pipelines["dpm++"]).pixels)
+
+
+def test_what_cannot_be_is_said_before_the_long_work(pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    dpm_folder, sprint = pipelines["dpm++"], pipelines["scm"]
+    for folder, options, message in (
+        (dpm_folder, {"height": 36}, "--height: 36 is not a multiple of 8, the patch size times the autoencoder's factor of 8"),
+        (dpm_folder, {"autoencoder": "/nowhere/at/all"}, "autoencoder: no folder /nowhere/at/all"),
+        (dpm_folder, {"autoencoder": str(dpm_folder / "transformer")}, "is a SanaTransformer2DModel, not an AutoencoderDC"),
+        (dpm_folder, {"weights": "raw"}, "has no raw weights"),
+        (sprint, {"negative_prompt": "x"}, "--negative-prompt: this model has its guidance built in"),
+        (sprint, {"guidance_interval": (0.1, 0.9)}, "--guidance-interval: this model has its guidance built in"),
+        (sprint, {"flow_shift": 3.0}, "--flow-shift: the scm solver has noise levels of its own"),
+    ):
+        with pytest.raises(SanaError, match=message):
+            ours(folder, **options)
+    assert ours(dpm_folder, height=40, width=24, steps=1).pixels.shape == (1, 3, 40, 24)
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    with pytest.raises(SanaError, match=r"not installed\ninstall it with: pip install 'sana-cli\[latent\]'"):
+        ours(dpm_folder, steps=1)
+
+
+def test_inspect_names_what_a_pipeline_has(pipelines: dict[str, Path]) -> None:
+    report = inspect(InspectOptions(str(pipelines["scm"])))
+    assert report.kind == "pipeline"
+    assert report.facts["guidance"] == "an input of the model"
+    assert report.facts["encoder"] == report.facts["autoencoder"] == "its own"
+    assert report.facts["sampling"] == "scm, 2 steps, guidance 4.5, flow shift 1"
+    assert "lower-cased" in report.facts["captions"]
+    assert inspect(InspectOptions(str(pipelines["heun"]))).facts["positions"] == "sine-cosine, scale 2"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_models_take_turns_on_the_device(pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded moves, and at each coming which other models are still alive."""
+    import gc
+    import weakref
+
+    from sana_cli import autoencoder, checkpoint
+    from sana_cli.commands import sample as sampling
+
+    alive: dict[str, weakref.ref[Any]] = {}
+    together: list[set[str]] = []
+
+    def watch(name: str, load: Callable[..., Any], inner: Callable[[Any], Any]) -> Callable[..., Any]:
+        def loaded(*arguments: Any) -> Any:
+            made = load(*arguments)
+            alive[name] = weakref.ref(inner(made))
+            gc.collect()
+            together.append({other for other, model in alive.items() if model() is not None})
+            return made
+
+        return loaded
+
+    monkeypatch.setattr(sampling, "load_encoder", watch("encoder", sampling.load_encoder, lambda made: made.model))
+    monkeypatch.setattr(checkpoint, "load_transformer", watch("transformer", checkpoint.load_transformer, lambda made: made))
+    monkeypatch.setattr(sampling, "Autoencoder", watch("decoder", autoencoder.Autoencoder, lambda made: made.model))
+    names = ("encoder", "transformer", "decoder")
+    for offload in ("model", "auto"):
+        moves: list[tuple[str, str]] = []
+        together.clear()
+        ours(pipelines["dpm++"], steps=2, offload=offload, report=lambda what, name, moves=moves: moves.append((what, name)))
+        assert moves == [(what, name) for name in names for what in ("load", "free")]
+        assert together == [{"encoder"}, {"transformer"}, {"decoder"}]
+    moves, _ = [], together.clear()
+    ours(pipelines["dpm++"], steps=2, offload="none", report=lambda what, name: moves.append((what, name)))
+    assert moves == [("load", name) for name in names]
+    assert together == [{"encoder"}, {"encoder", "transformer"}, set(names)]
+
+
+def test_taking_turns_keeps_memory_low(pipelines: dict[str, Path], gemma: Path, tmp_path: Path, sana: Callable[..., Any]) -> None:
+    """Peak resident memory of whole processes, with an encoder and a transformer of about 130 MB each."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
+
+    folder = tmp_path / "large"
+    shutil.copytree(pipelines["dpm++"], folder)
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(gemma)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=4096, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    encoder = Gemma2Model(config)
+    encoder.save_pretrained(folder / "text_encoder")
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=20, attention_head_dim=32, num_layers=4,
+        num_cross_attention_heads=5, cross_attention_head_dim=128, cross_attention_dim=640, caption_channels=512, sample_size=SIDE,
+    )  # fmt: skip
+    transformer.save_pretrained(folder / "transformer")
+    sizes = {
+        name: 4 * sum(p.numel() for p in model.parameters()) for name, model in (("encoder", encoder), ("model", transformer))
+    }
+    assert min(sizes.values()) > 110e6
+    peaks = {}
+    for offload in ("model", "none"):
+        answer = sana("sample", "a cube", "--checkpoint", str(folder), "--steps", "1", "--offload", offload, "--device", "cpu",
+                      "--json", "--out", "o.png")  # fmt: skip
+        assert answer.returncode == 0, answer.stderr
+        peaks[offload] = json.loads(answer.stdout)["peak_memory"]
+    print(f"peak memory: {peaks}, sizes {sizes}")
+    assert peaks["model"] < peaks["none"] - 0.5 * min(sizes.values())

@@ -273,7 +273,7 @@ def test_init_from_starts_with_the_weights_of_another_run(config: Config) -> Non
     old = load_file(first.checkpoint / "transformer" / formats.WEIGHTS)
     new = load_file(summary.checkpoint / "training" / "raw.safetensors")
     assert all(torch.allclose(old[name], new[name], atol=1e-9) for name in old)
-    with pytest.raises(SanaError, match=r"does not fit this config:\n  missing: transformer_blocks\.1"):
+    with pytest.raises(SanaError, match=r"is not the model of this config:\nmodel\.num_layers: it has 1, not 2"):
         run(again(config, f"run.dir={config.run.dir}-3", f"train.init_from={config.run.dir}", "model.num_layers=2"))
 
 

@@ -186,11 +186,13 @@ def _encode(
     pipeline: Pipeline, encoder: CaptionEncoder, prompts: list[str], negative: str | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """States of each prompt, and of the null caption or the negative prompt beside it."""
-    ours = pipeline.kind == "checkpoint"  # trained on bf16 states; others were handed what their encoder gave
-    states = dict(encoder.encode([*prompts, negative or ""], torch.bfloat16 if ours else torch.float32))
+    # ours are trained on bf16 states; others were handed what their encoder gave
+    dtype = torch.bfloat16 if pipeline.kind == "checkpoint" else torch.float32
+    states = dict(encoder.encode(prompts, dtype))
     captions = [states[prompt] for prompt in prompts]
-    null = states[negative or ""]
-    if not negative and pipeline.null_caption is not None:
+    if negative or pipeline.null_caption is None:
+        ((_, null),) = encoder.encode([negative or ""], dtype, instruct=False)
+    else:
         null = pipeline.null_caption
         if pipeline.null_follows_prompt:
             return captions, [null[: len(caption)] for caption in captions]
