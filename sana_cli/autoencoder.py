@@ -1,4 +1,4 @@
-"""DC-AE (arXiv 2410.10733): latents to images. It comes from diffusers, in the `latent` extra; this is all that knows it.
+"""DC-AE (arXiv 2410.10733): images to latents and back. It comes from diffusers, in the `latent` extra, which only this knows.
 
 The transformer sees latents times the autoencoder's `scaling_factor`; here they go in and come out scaled so.
 
@@ -79,13 +79,26 @@ class Autoencoder:
 
         def load(local_files_only: bool) -> Any:
             place = source if folder is None else str(folder)
-            return loader.from_pretrained(place, torch_dtype=dtype, local_files_only=local_files_only, use_safetensors=True)
+            return loader.from_pretrained(place, torch_dtype=dtype, local_files_only=local_files_only, low_cpu_mem_usage=False)
 
         self.model = hub.load("autoencoder", source, load, is_local=folder is not None)
         self.model.requires_grad_(False).eval().to(device)
         self.device, self.dtype = device, dtype
         self.scale = float(self.model.config.scaling_factor)
         self.factor = int(self.model.spatial_compression_ratio)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells whether two would give the same latents."""
+        return {"weights": hub.hash_weights(self.model), "dtype": str(self.dtype).removeprefix("torch."), "scale": self.scale}
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) in bf16 on the CPU, scaled, of images (B, 3, f h, f w) in [-1, 1]."""
+        height, width = images.shape[-2:]
+        some = images.split(max(1, PIXELS_AT_ONCE // (height * width)))
+        latents = (self.model.encode(part.to(self.device, self.dtype), return_dict=False)[0] for part in some)
+        return torch.cat([(part.float() * self.scale).to("cpu", torch.bfloat16) for part in latents])
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Iterator[Tensor]:

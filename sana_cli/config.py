@@ -82,10 +82,23 @@ class DataConfig(Section):
         None, description="a DC-AE, by id or local path, whose latents are trained on; null: pixels (needs the latent extra)"
     )
 
+    latent_factor: PositiveInt = Field(32, description="how many times smaller the autoencoder's latents are than images")
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a side of a sample's element: 1, or the autoencoder's factor."""
+        return 1 if self.autoencoder is None else self.latent_factor
+
+    @property
+    def sample_sides(self) -> tuple[int, int]:
+        """Height and width of what the transformer sees."""
+        height, width = self.size
+        return height // self.factor, width // self.factor
 
 
 class TextConfig(Section):
@@ -210,9 +223,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         problems = []
-        model, (height, width) = self.model, self.data.size
-        if height % model.patch_size or width % model.patch_size:
-            problems.append(f"model.patch_size: {model.patch_size} does not divide data.image_size {height}x{width}")
+        model, (height, width), factor = self.model, self.data.size, self.data.factor
+        if height % factor or width % factor:
+            problems.append(f"data.latent_factor: {factor} does not divide data.image_size {height}x{width}")
+        elif height // factor % model.patch_size or width // factor % model.patch_size:
+            of = "" if factor == 1 else f" / {factor}"
+            problems.append(f"model.patch_size: {model.patch_size} does not divide data.image_size {height}x{width}{of}")
         if model.interpolation_scale is not None and model.inner_dim % 4:
             problems.append(f"model.interpolation_scale: positions need an inner width that 4 divides, not {model.inner_dim}")
         if self.text.instruction is not None and self.text.template != "none":

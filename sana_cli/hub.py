@@ -4,15 +4,33 @@ It knows neither transformers nor diffusers: it is given the function that loads
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+from torch import nn
+
 from sana_cli.errors import SanaError
 
 T = TypeVar("T")
+
+
+def model_name(source: str) -> str:
+    """How a model is called in files: an absolute path by its last part only, anything else as it is."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def hash_weights(model: nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all weights: the same model in other files hashes the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def local_folder(source: str, key: str) -> Path | None:

@@ -112,29 +112,30 @@ def _ours(place: Path, folder: Path) -> Pipeline:
         model=formats.model_config(
             files.read_json(folder / "transformer" / "config.json"), folder / "transformer" / "config.json"
         ),
-        text=text_config(fingerprint, _encoder_path(folder, str(fingerprint["encoder"]))),
+        text=text_config(fingerprint, _whereabouts(folder, "encoder", str(fingerprint["encoder"]))),
         fingerprint=fingerprint,
         null_caption=files.read_tensors(folder / checkpoint.NULL_CAPTION)["states"],
         one_word_captions=record["one_word_captions"],
         example_captions=tuple(record["example_captions"]),
         latents=image["kind"] == "latents",
-        autoencoder=record["autoencoder"],
+        autoencoder=record["autoencoder"] and _whereabouts(folder, "autoencoder", record["autoencoder"]),
         sample_shape=(image["channels"], image["height"], image["width"]),
         precision=record["precision"],
         sample=SampleConfig.model_validate(record["sample"]),
     )
 
 
-def _encoder_path(folder: Path, name: str) -> str:
-    """Where a recorded encoder lies: as the run's config beside the checkpoint says, or as it is called."""
-    config = folder.resolve().parents[1] / "config.yaml"
-    if name != "tiny" and config.is_file():
+def _whereabouts(folder: Path, what: str, name: str) -> str:
+    """Where a recorded encoder or autoencoder lies: as the run's config beside the checkpoint says, or as it is called."""
+    path = folder.resolve().parents[1] / "config.yaml"
+    if name != "tiny" and path.is_file():
         try:
-            there = load_config(str(config)).text.encoder
+            config = load_config(str(path))
         except SanaError:  # not a config of ours, so it says nothing
             return name
-        if Path(there).is_absolute() and Path(there).name == name and Path(there).is_dir():
-            return there
+        there = Path((config.text.encoder if what == "encoder" else config.data.autoencoder) or "")
+        if there.is_absolute() and there.name == name and there.is_dir():
+            return str(there)
     return name
 
 

@@ -2,7 +2,7 @@
 
     index.json                  written last, knows its own hash: counts, fingerprints, the shards with their hashes
     captions-00000.safetensors  states (tokens, D) bf16 end to end without padding, offsets (n + 1,), and the texts
-    images-00000.safetensors    images (n, C, H, W) uint8, caption_ids (n, k), labels (n,), sample ids
+    images-00000.safetensors    images (n, C, H, W) uint8 or latents (n, C, H, W) bf16, caption_ids (n, k), labels, sample ids
 
 Every distinct caption is stored once. A dataset is written into a sibling `<name>.partial/` and renamed when whole. It
 knows nothing of encoders or sources: their fingerprints pass through as dictionaries.
@@ -83,14 +83,14 @@ class DatasetWriter:
         )
 
     def add_images(
-        self, sample_ids: Sequence[str], images: np.ndarray, captions: Sequence[Sequence[str]], labels: Sequence[int | None]
+        self, sample_ids: Sequence[str], images: Tensor, captions: Sequence[Sequence[str]], labels: Sequence[int | None]
     ) -> None:
-        """A shard of images (n, C, H, W) whose captions are all there."""
+        """A shard of images (n, C, H, W), uint8, or bf16 if they are latents, whose captions are all there."""
         most = max(map(len, captions))
         rows = [[self.caption_ids[caption] for caption in row] + [-1] * (most - len(row)) for row in captions]
         joined, offsets = _pack_texts(sample_ids)
         tensors = {
-            "images": torch.from_numpy(images),
+            "images" if images.dtype == torch.uint8 else "latents": images,
             "caption_ids": torch.tensor(rows, dtype=torch.int32),
             "sample_ids": joined,
             "sample_id_offsets": offsets,
@@ -200,7 +200,9 @@ class Dataset:
         return _locate(self._images, self._image_starts, rows)
 
     def images(self, rows: np.ndarray) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], float32."""
+        """Images (B, C, H, W) in [-1, 1], or latents as the transformer sees them, float32."""
+        if self.index["image"]["kind"] == "latents":
+            return torch.stack([shard["latents"][row] for shard, row in self._rows(rows)]).float()
         return torch.stack([shard["images"][row] for shard, row in self._rows(rows)]).float() / 127.5 - 1
 
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,15 +31,10 @@ UNGATED_GEMMA = "Efficient-Large-Model/gemma-2-2b-it"
 # --- fingerprint ------------------------------------------------------------------------------------------------------
 
 
-def encoder_name(encoder: str) -> str:
-    """How an encoder is called in files: an absolute path by its last part only, anything else as it is."""
-    return Path(encoder).name if Path(encoder).is_absolute() else encoder
-
-
 def asked_for(text: TextConfig) -> dict[str, Any]:
     """What a config alone says of an encoder; the fields of a fingerprint that can be checked without loading it."""
     settings = {
-        "encoder": encoder_name(text.encoder),
+        "encoder": hub.model_name(text.encoder),
         "revision": text.revision,
         "max_length": text.max_length,
         "instruction": text.instruction,
@@ -72,15 +66,6 @@ def text_config(fingerprint: Mapping[str, Any], encoder: str | None = None) -> T
     keys = ("revision", "dtype", "max_length", "instruction", "template", "lowercase")
     settings = _FORMERLY | dict(fingerprint)
     return TextConfig(encoder=encoder or settings["encoder"], **{key: settings[key] for key in keys})
-
-
-def _hash_weights(model: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all weights: the same model in other files hashes the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 # --- tokenizing -------------------------------------------------------------------------------------------------------
@@ -222,10 +207,10 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
         vocabulary = json.dumps([type(hf_tokenizer).__name__, sorted(hf_tokenizer.get_vocab().items())])
     fingerprint = {
         "version": FINGERPRINT_VERSION,
-        "encoder": encoder_name(text.encoder),
+        "encoder": hub.model_name(text.encoder),
         "revision": text.revision,
         "architecture": type(model).__name__,
-        "weights": _hash_weights(model),
+        "weights": hub.hash_weights(model),
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "dtype": name,
         "max_length": text.max_length,

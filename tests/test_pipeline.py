@@ -1,5 +1,6 @@
 """Whole pipelines of other people's against diffusers' own, and the order in which models come to the device."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import embedded, small_config
 
+from sana_cli import checkpoint
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
+from sana_cli.commands.train import TrainOptions, train
 from sana_cli.errors import SanaError
 
 diffusers = pytest.importorskip("diffusers")
@@ -223,7 +227,7 @@ def test_models_take_turns_on_the_device(pipelines: dict[str, Path], monkeypatch
     import gc
     import weakref
 
-    from sana_cli import autoencoder, checkpoint
+    from sana_cli import autoencoder
     from sana_cli.commands import sample as sampling
 
     alive: dict[str, weakref.ref[Any]] = {}
@@ -286,3 +290,59 @@ def test_taking_turns_keeps_memory_low(pipelines: dict[str, Path], gemma: Path, 
         peaks[offload] = json.loads(answer.stdout)["peak_memory"]
     print(f"peak memory: {peaks}, sizes {sizes}")
     assert peaks["model"] < peaks["none"] - 0.5 * min(sizes.values())
+
+
+# --- training on latents ----------------------------------------------------------------------------------------------
+
+
+def test_training_on_latents_from_published_weights(pipelines: dict[str, Path], gemma: Path, tmp_path: Path) -> None:
+    """The way of sana-0.6b and sana-1.6b in miniature: embed through an autoencoder, start from weights, sample images."""
+    from PIL import Image
+
+    from sana_cli.store import Dataset
+
+    source = pipelines["dpm++"]
+    config = small_config(
+        tmp_path, f"data.autoencoder={source / 'vae'}", "data.latent_factor=8", "data.image_size=[32, 16]",
+        f"text.encoder={gemma}", "text.lowercase=true", "model.in_channels=8", "model.patch_size=1", "model.num_layers=2",
+        "model.attention_head_dim=32", "model.cross_attention_head_dim=32", f"train.init_from={source}", "train.steps=2",
+        "train.lr=1e-12", "sample.steps=2",
+    )  # fmt: skip
+    embedded(config, limit=6)
+    dataset = Dataset(config.data.dir)
+    assert dataset.image_shape == (8, 4, 2)
+    assert dataset.index["image"]["autoencoder"] == "vae"
+    vae = diffusers.AutoencoderDC.from_pretrained(source / "vae").eval()
+    from sana_cli.data import fit_image, open_source
+
+    pixels = np.stack([fit_image(s.image, (32, 16), 3) for s in itertools.islice(open_source(config.data), 6)])
+    with torch.no_grad():
+        expected = vae.encode(torch.from_numpy(pixels).float() / 127.5 - 1).latent * 0.41407
+    assert torch.allclose(dataset.images(np.arange(6)), expected, rtol=2**-7, atol=1e-3)
+    embedded(config, limit=6)  # nothing to do
+
+    list(train(TrainOptions(config)))
+    with Image.open(tmp_path / "run" / "samples" / "step-000002.png") as grid:
+        assert grid.mode == "RGB"
+    begun = checkpoint.load_transformer(tmp_path / "run", weights="raw").state_dict()
+    assert all(torch.allclose(begun[k], t, atol=1e-6) for k, t in checkpoint.load_transformer(source).state_dict().items())
+    *_, summary = sample(SampleOptions(("4",), tmp_path / "run", device="cpu"))
+    assert summary.pixels.shape == (1, 3, 32, 16)
+    facts = inspect(InspectOptions(str(tmp_path / "run"))).facts
+    assert facts["sample"] == "8 x 4 x 2 latents"
+    assert b"/tmp" not in (summary.checkpoint / "sana.json").read_bytes()
+    copied = shutil.copytree(summary.checkpoint, tmp_path / "elsewhere" / "step")
+    with pytest.raises(SanaError, match="--encoder PATH says where that lies"):
+        list(sample(SampleOptions(("4",), copied, device="cpu", autoencoder=str(source))))
+    *_, again = sample(SampleOptions(("4",), copied, device="cpu", encoder=str(gemma), autoencoder=str(source)))
+    assert torch.equal(again.pixels, summary.pixels)
+
+    pixels_now = small_config(tmp_path, f"text.encoder={gemma}", "text.lowercase=true", f"run.dir={tmp_path / 'x'}")
+    with pytest.raises(SanaError, match=r"data\.autoencoder: .* has vae, not pixels"):
+        list(train(TrainOptions(pixels_now)))
+    with pytest.raises(SanaError, match=r"data\.latent_factor: 4, where .* has 8"):
+        embedded(
+            small_config(
+                tmp_path, f"data.autoencoder={source}", "data.latent_factor=4", "model.patch_size=4", f"data.dir={tmp_path / 'x'}"
+            )
+        )

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from sana_cli import files, store
+from sana_cli import files, hub, store
+from sana_cli.autoencoder import Autoencoder, read_info
 from sana_cli.config import Config
 from sana_cli.data import Sample, Source, fit_image, open_source
 from sana_cli.device import peak_memory, resolve_device
@@ -78,8 +80,26 @@ def _source(options: EmbedOptions) -> tuple[Source, int, dict[str, Any]]:
 
 
 def _image(config: Config) -> dict[str, Any]:
-    height, width = config.data.size
-    return {"kind": "pixels", "channels": config.model.in_channels, "height": height, "width": width}
+    height, width = config.data.sample_sides
+    shape = {"channels": config.model.in_channels, "height": height, "width": width}
+    if config.data.autoencoder is None:
+        return {"kind": "pixels", **shape}
+    return {"kind": "latents", **shape, "factor": config.data.factor, "autoencoder": hub.model_name(config.data.autoencoder)}
+
+
+def _load_autoencoder(config: Config, device: torch.device) -> Autoencoder | None:
+    """The autoencoder that the config names, if it does, found to give what the config says."""
+    source, channels = config.data.autoencoder, config.model.in_channels
+    if source is None:
+        return None
+    info = read_info(source)
+    for key, said, found in (
+        ("data.latent_factor", config.data.factor, info.factor),
+        ("model.in_channels", channels, info.latent_channels),
+    ):
+        if said != found:
+            raise SanaError(f"{key}: {said}, where {source} has {found}", f"use --set {key}={found}", exit_code=2)
+    return Autoencoder(source, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
 def plan(options: EmbedOptions) -> EmbedPlan:
@@ -94,7 +114,7 @@ def plan(options: EmbedOptions) -> EmbedPlan:
         encoder=asked_for(options.config.text),
         images=count,
         image_shape=shape,
-        image_bytes=count * int(np.prod(shape)),
+        image_bytes=count * int(np.prod(shape)) * (1 if image["kind"] == "pixels" else 2),
         lesson_bytes=count * store.LESSON_BYTES_PER_IMAGE,
     )
 
@@ -123,23 +143,34 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
             "give another place with --out or --set data.dir=DIR",
             exit_code=2,
         )
+    autoencoder = _load_autoencoder(config, device)
     encoder = load_encoder(config.text, device)
+    image = _image(config) | ({} if autoencoder is None else {"autoencoder_fingerprint": autoencoder.fingerprint})
     try:
         with files.whole_folder(directory, store.partial_dir(directory)) as folder:
             writer = store.DatasetWriter(folder)
             samples = itertools.islice(iter(source), count)
             done = 0
             while window := list(itertools.islice(samples, store.WINDOW)):
-                for step in _write_window(writer, window, encoder, config):
+                for step in _write_window(writer, window, encoder, autoencoder, config):
                     yield EmbedStep(done + step, count, len(writer.caption_ids))
                 done += len(window)
-            writer.finish(_image(config), encoder.fingerprint, fingerprint, encoder.dim)
+            writer.finish(image, encoder.fingerprint, fingerprint, encoder.dim)
     except OSError as error:
         raise files.storage_error(error, f"writing {directory}") from error
     yield _summary(store.Dataset(directory), start, peak_memory(device), was_there=False)
 
 
-def _write_window(writer: store.DatasetWriter, window: list[Sample], encoder: CaptionEncoder, config: Config) -> Iterator[int]:
+IMAGES_AT_ONCE = 64  # through an autoencoder
+
+
+def _write_window(
+    writer: store.DatasetWriter,
+    window: list[Sample],
+    encoder: CaptionEncoder,
+    autoencoder: Autoencoder | None,
+    config: Config,
+) -> Iterator[int]:
     """One shard of images, and one of the captions that it is the first to bring. Yields how many images are ready."""
     first = [] if writer.caption_ids else [""]  # the null caption leads
     captions = (caption for sample in window for caption in sample.captions)
@@ -147,21 +178,28 @@ def _write_window(writer: store.DatasetWriter, window: list[Sample], encoder: Ca
     if new:
         states = dict(encoder.encode(new))
         writer.add_captions({caption: states[caption] for caption in new})
-    pixels = np.empty((len(window), config.model.in_channels, *config.data.size), dtype=np.uint8)
-    for row, sample in enumerate(window):
-        pixels[row] = fit_image(sample.image, config.data.size, config.model.in_channels)
-        if row % 1024 == 1023:
-            yield row + 1
+    channels = config.model.in_channels if autoencoder is None else 3
+    parts = []
+    for begin in range(0, len(window), IMAGES_AT_ONCE):
+        fitted = [fit_image(sample.image, config.data.size, channels) for sample in window[begin : begin + IMAGES_AT_ONCE]]
+        pixels = torch.from_numpy(np.stack(fitted))
+        parts.append(pixels if autoencoder is None else autoencoder.encode(pixels.float() / 127.5 - 1))
+        if not parts[-1].isfinite().all():
+            raise SanaError(f"the autoencoder gave latents that are not finite, in samples {begin} on of a window")
+        yield begin + len(pixels)
     writer.add_images(
-        [sample.id for sample in window], pixels, [sample.captions for sample in window], [sample.label for sample in window]
+        [sample.id for sample in window],
+        torch.cat(parts),
+        [sample.captions for sample in window],
+        [sample.label for sample in window],
     )
-    yield len(window)
 
 
 def _check_same(dataset: store.Dataset, source: dict[str, Any], config: Config) -> None:
     where, way_out = str(dataset.directory), "make it anew with --overwrite, or another beside it with --set data.dir=DIR"
     for name, recorded, given in (("source", dataset.index["source"], source), ("image", dataset.index["image"], _image(config))):
-        for key in dict.fromkeys((*recorded, *given)):
+        extra = [key for key in recorded if key not in given and key != "autoencoder_fingerprint"]  # known once it is loaded
+        for key in (*given, *extra):
             if recorded.get(key) != given.get(key):
                 raise SanaError(f"{where} was made with {name}.{key} {recorded.get(key)!r}, not {given.get(key)!r}", way_out)
     check_same_encoder(dataset.index["encoder"], asked_for(config.text), where, way_out)

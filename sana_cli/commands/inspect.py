@@ -105,7 +105,7 @@ def _model_facts(model: ModelConfig) -> dict[str, Any]:
 def _resolved(config: Config) -> tuple[ModelConfig, str]:
     """The model of a config, and where its caption width comes from: itself, its dataset, or the built-in encoder."""
     model = config.model
-    size = model.sample_size or max(config.data.size)
+    size = model.sample_size or max(config.data.sample_sides)
     if model.caption_channels is not None:
         return model.model_copy(update={"sample_size": size}), "config"
     if store.is_dataset(config.data.dir):
@@ -128,7 +128,7 @@ def _shipped() -> Report:
     for path in sorted(packaged_configs().glob("*.yaml")):
         config = load_config(str(path))
         model, _ = _resolved(config)
-        height, width = config.data.size
+        height, width = config.data.sample_sides
         about = next((line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")), "")
         count = checkpoint.parameter_count(build(model, seed=None).parameters())
         sample = f"{model.in_channels} x {height} x {width}"
@@ -141,7 +141,7 @@ def _shipped() -> Report:
 def _config(path: Path) -> Report:
     config = load_config(str(path))
     model, origin = _resolved(config)
-    train, (height, width) = config.train, config.data.size
+    train, (height, width) = config.train, config.data.sample_sides
     batch = train.batch_size * train.accumulate
     facts = _model_facts(model) | {
         "sample": f"{model.in_channels} x {height} x {width}, {(height // model.patch_size) * (width // model.patch_size)} tokens",
@@ -186,7 +186,9 @@ def _checkpoint(path: Path, verify: bool) -> Report:
     elif state.is_file():  # a step folder alone knows no paths
         known = files.read_json(state)["config"]
         known["text"] = text_config(encoder).model_dump()
-        known["data"] = {"image_size": [image["height"], image["width"]]}
+        factor = image.get("factor", 1)
+        known["data"] = {"image_size": [image["height"] * factor, image["width"] * factor], "autoencoder": record["autoencoder"]}
+        known["data"] |= {"latent_factor": factor} if factor > 1 else {}
         config = Config.model_validate(known)
     rows = _module_rows(build(model, seed=None))
     return Report("run" if is_run else "checkpoint", str(path), facts, MODULE_COLUMNS, rows, config)

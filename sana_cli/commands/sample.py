@@ -14,13 +14,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sana_cli import checkpoint, draw, files
+from sana_cli import checkpoint, draw, files, hub
 from sana_cli.autoencoder import Autoencoder, AutoencoderInfo, read_info
 from sana_cli.config import SampleConfig
 from sana_cli.device import Stage, peak_memory, resolve_device, resolve_precision
 from sana_cli.errors import SanaError
 from sana_cli.pipeline import Pipeline, open_pipeline
-from sana_cli.text import CaptionEncoder, check_same_encoder, encoder_name, load_encoder
+from sana_cli.text import CaptionEncoder, check_same_encoder, load_encoder
 
 OFFLOADS = ("auto", "model", "none")
 WEIGHTS = ("ema", "raw")
@@ -286,7 +286,7 @@ def _write(
     place, name = _beside(checkpoint_place)
     more: dict[str, Any] = {"weights": options.weights, "size": list(pixels.shape[1:])}
     if info is not None:
-        more["autoencoder"] = encoder_name(info.source)
+        more["autoencoder"] = hub.model_name(info.source)
     if options.negative_prompt:
         more["negative_prompt"] = options.negative_prompt
     flat = [cell for row in cells for cell in row]

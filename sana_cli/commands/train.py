@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sana_cli import __version__, checkpoint, draw, files, flow, formats
+from sana_cli import __version__, checkpoint, draw, files, flow, formats, hub
+from sana_cli.autoencoder import Autoencoder
 from sana_cli.config import Config, ModelConfig, TrainConfig, differences
 from sana_cli.device import has_native_bf16, peak_memory, release_memory, resolve_device, resolve_precision
 from sana_cli.errors import Interrupted, SanaError
@@ -102,15 +103,22 @@ def _check_dataset(config: Config, dataset: Dataset) -> ModelConfig:
     where = str(dataset.directory)
     check_same_encoder(dataset.index["encoder"], asked_for(config.text), where, way_out)
     channels, height, width = dataset.image_shape
-    if (height, width) != config.data.size:
-        raise SanaError(f"data.image_size: {where} has {height}x{width}, not {'x'.join(map(str, config.data.size))}", way_out)
+    image, autoencoder = dataset.index["image"], config.data.autoencoder
+    recorded, asked = image.get("autoencoder"), None if autoencoder is None else hub.model_name(autoencoder)
+    if recorded != asked:
+        raise SanaError(f"data.autoencoder: {where} has {recorded or 'pixels'}, not {asked or 'pixels'}", way_out)
+    factor = image.get("factor", 1)
+    if (height * factor, width * factor) != config.data.size:
+        sizes = f"{height * factor}x{width * factor}", "x".join(map(str, config.data.size))
+        raise SanaError(f"data.image_size: {where} has {sizes[0]}, not {sizes[1]}", way_out)
     if channels != config.model.in_channels:
         raise SanaError(f"model.in_channels: {where} has {channels}, not {config.model.in_channels}", way_out)
     if config.model.caption_channels not in (None, dataset.index["caption_dim"]):
         raise SanaError(
             f"model.caption_channels: {where} has {dataset.index['caption_dim']}, not {config.model.caption_channels}", way_out
         )
-    return config.model.model_copy(update={"sample_size": max(height, width), "caption_channels": dataset.index["caption_dim"]})
+    size = config.model.sample_size or max(height, width)
+    return config.model.model_copy(update={"sample_size": size, "caption_channels": dataset.index["caption_dim"]})
 
 
 def plan(options: TrainOptions) -> TrainPlan:
@@ -321,7 +329,12 @@ class _Run:
         settings, shape = self.config.sample, self.dataset.image_shape
         nulls = [self.null_caption] * len(states)
         drawn = draw.draw(self.ema_model, states, nulls, seeds, shape, settings, self.precision)
-        images = draw.to_pixels(draw.final_images(drawn))
+        images = draw.final_images(drawn)
+        if self.config.data.autoencoder is not None:  # loaded for the picture alone, and freed
+            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            images = torch.cat(list(Autoencoder(self.config.data.autoencoder, self.device, dtype).decode(images)))
+            release_memory(self.device)
+        images = draw.to_pixels(images)
         path = self.dir / "samples" / f"{checkpoint.step_name(self.step)}.png"
         draw.save_png(draw.grid(images, cells), path, draw.grid_record(cells, settings, f"{self.dir.name}/{path.stem}"))
         return path
@@ -351,7 +364,7 @@ class _Run:
             "one_word_captions": self.dataset.index["one_word_captions"],
             "example_captions": [text for text in self.texts[: GRID_CAPTIONS + 1] if text],
             "image": self.dataset.index["image"],
-            "autoencoder": None,
+            "autoencoder": self.dataset.index["image"].get("autoencoder"),
             "precision": self.precision,
             "sample": config["sample"],
             "dataset": dataset,
