@@ -291,6 +291,12 @@ def sample(
             metavar="auto|model|none", help="model (and auto): encoder, transformer and decoder take turns; none: hold all."
         ),
     ] = "auto",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|bf16|fp32", help="What the transformer computes in. Default: as it was trained, or is stored."
+        ),
+    ] = None,
     encoder: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the caption encoder lies: a folder, a Hugging Face id, or tiny.")
     ] = None,
@@ -332,6 +338,7 @@ def sample(
             weights=weights,
             device=device,
             offload=offload,
+            precision=precision,
             encoder=encoder,
             instruction=instruction,
             autoencoder=autoencoder,

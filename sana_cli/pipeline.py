@@ -179,6 +179,8 @@ def _family_sampling(weights: formats.Weights) -> SampleConfig:
         return SampleConfig(guidance_scale=1.0)
     if weights.model.guidance_embeds:  # diffusers `pipeline_sana_sprint.py`
         return SampleConfig(solver="scm", steps=2, guidance_scale=4.5)
+    if weights.model.in_channels in (1, 3):  # pixels: nobody published any, so what suits ours
+        return SampleConfig()
     very_large = (weights.model.sample_size or 0) >= 128  # the 4K model
     return SampleConfig(solver="dpm++", steps=20, guidance_scale=4.5, flow_shift=6.0 if very_large else 3.0)
 

@@ -205,6 +205,8 @@ def _transformer(path: Path) -> Report:
     formats.check_tensors(weights.tensors, empty, weights.path, weights.compared_to)
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values())
     facts = _model_facts(weights.model)
+    if weights.origin == "lesson":
+        facts["family"] = "the lesson"
     facts["format"] = f"{ORIGINS[weights.origin]}, {', '.join(weights.dtypes)}, {human_bytes(size)}"
     if weights.left_out:
         facts["also holds"] = ", ".join(weights.left_out)

@@ -24,6 +24,7 @@ from sana_cli.text import CaptionEncoder, check_same_encoder, load_encoder
 
 OFFLOADS = ("auto", "model", "none")
 WEIGHTS = ("ema", "raw")
+PRECISIONS = ("auto", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class SampleOptions:
     weights: str = "ema"
     device: str = "auto"
     offload: str = "auto"
+    precision: str | None = None  # of the transformer; None: as trained, or as stored
     encoder: str | None = None  # where the caption encoder lies, if it is not where its name tells
     instruction: str | None = None  # in place of the family's
     autoencoder: str | None = None  # in place of the family's or the recorded one
@@ -209,7 +211,11 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
             full disk.
     """
     start = time.perf_counter()
-    for name, value, allowed in (("weights", options.weights, WEIGHTS), ("offload", options.offload, OFFLOADS)):
+    for name, value, allowed in (
+        ("weights", options.weights, WEIGHTS),
+        ("offload", options.offload, OFFLOADS),
+        ("precision", options.precision or "auto", PRECISIONS),
+    ):
         if value not in allowed:
             raise SanaError(f"--{name}: {value!r} is not one of {', '.join(allowed)}", exit_code=2)
     place = checkpoint.find_checkpoint(options.checkpoint)
@@ -221,7 +227,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     cells = draw.grid_cells(rows, options.images_per_prompt, settings.seed)
     flat = [cell for row in cells for cell in row]
     device = resolve_device(options.device)
-    precision = resolve_precision(pipeline.precision, device)
+    precision = resolve_precision(options.precision or pipeline.precision, device)
     stage = Stage(device, options.offload != "none", options.report)
 
     yield SampleStep("encode", 0, 1)
@@ -265,7 +271,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
             del decoder
         pixels, *shown = (torch.stack(images) for images in decoded)
     try:
-        saved, listing = _write(options, place, settings, cells, pixels, info)
+        saved, listing = _write(options, place, settings, cells, pixels, {"precision": precision} | _decoded_by(info))
         if options.trajectory is not None:
             draw.save_gif([draw.grid(sheet, cells) for sheet in shown], options.trajectory)
             saved = (*saved, options.trajectory)
@@ -274,19 +280,21 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     yield SampleSummary(place, saved, listing, settings, pixels, time.perf_counter() - start, peak_memory(device))
 
 
+def _decoded_by(info: AutoencoderInfo | None) -> dict[str, str]:
+    return {} if info is None else {"autoencoder": hub.model_name(info.source)}
+
+
 def _write(
     options: SampleOptions,
     checkpoint_place: Path,
     settings: SampleConfig,
     cells: list[list[draw.Cell]],
     pixels: Tensor,
-    info: AutoencoderInfo | None,
+    facts: dict[str, Any],
 ) -> tuple[tuple[Path, ...], tuple[dict[str, Any], ...]]:
     """The grid, or a file for each image; returns the files, and what each image is."""
     place, name = _beside(checkpoint_place)
-    more: dict[str, Any] = {"weights": options.weights, "size": list(pixels.shape[1:])}
-    if info is not None:
-        more["autoencoder"] = hub.model_name(info.source)
+    more: dict[str, Any] = {"weights": options.weights, "size": list(pixels.shape[1:]), **facts}
     if options.negative_prompt:
         more["negative_prompt"] = options.negative_prompt
     flat = [cell for row in cells for cell in row]
