@@ -120,12 +120,16 @@ def embed(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished dataset, once the new one is whole.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first entry that cannot be used, instead of listing it.")
+    ] = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Turn images and captions into a pre-embedded dataset.
 
-    Each distinct caption goes through the encoder once and is stored once, without padding.
+    Each distinct caption goes through the encoder once and is stored once, without padding. Interrupted, it goes on
+    where it was when it is run again.
 
     Examples: sana embed; sana embed --config sana --set text.encoder=Efficient-Large-Model/gemma-2-2b-it
     """
@@ -135,7 +139,7 @@ def embed(
         from sana_cli.commands.embed import embed as run
         from sana_cli.commands.embed import plan as make_plan
 
-        options = EmbedOptions(loaded, out, limit, overwrite)
+        options = EmbedOptions(loaded, out, limit, overwrite, strict)
         if dry_run:
             plan = make_plan(options)
             if json:
@@ -143,9 +147,9 @@ def embed(
             shape = " x ".join(map(str, plan.image_shape))
             console.facts(
                 {
-                    "images": plan.images,
-                    "each": f"{shape}, uint8",
-                    "image bytes": human_bytes(plan.image_bytes),
+                    "images": "as many as there are" if plan.images is None else plan.images,
+                    "each": shape,
+                    "image bytes": "unknown" if plan.image_bytes is None else human_bytes(plan.image_bytes),
                     "source": str(plan.source["source"]),
                     "encoder": plan.encoder["encoder"],
                     "dataset": f"{plan.directory}" + (" (there already)" if plan.exists else ""),
@@ -159,15 +163,25 @@ def embed(
             return Line("embed", step.images, step.total, f"{step.captions} distinct captions")
 
         summary = console.watch(run(options), describe, quiet=json)
+        if summary is None:  # one of several processes, of which the first alone speaks
+            return None
         if json:
             return console.print_json(summary)
+        if summary.resumed:
+            console.note(f"went on after {summary.resumed} windows that were there")
         if summary.was_there:
             console.note(f"{summary.directory} is finished and matches; nothing to do (--overwrite makes it anew)")
         saved = summary.lesson_bytes / summary.bytes
+        skipped = {}
+        if summary.skipped:
+            skipped["left out"] = f"{summary.skipped:,}, listed with reasons in {summary.directory / 'skipped.jsonl'}"
+            for line in summary.first_skipped:
+                console.note(f"left out: {line}")
         console.facts(
             {
                 "images": summary.images,
                 "captions": f"{summary.captions} distinct (the null caption is one of them), {summary.tokens} tokens",
+                **skipped,
                 "size": f"{human_bytes(summary.bytes)}, where the lesson's layout would take "
                 f"{human_bytes(summary.lesson_bytes)} ({saved:,.0f} times as much)",
                 "time": f"{summary.seconds:.1f} s, peak memory {human_bytes(summary.peak_memory)}",

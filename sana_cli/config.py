@@ -71,9 +71,23 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where images and captions come from, and where the pre-embedded dataset lies."""
 
-    source: Literal["mnist"] = Field("mnist", description="where images and captions come from; mnist is built in")
-    path: PathField | None = Field(None, description="where the source reads; null: the files that come with sana")
-    split: Literal["train", "test"] = Field("train", description="the part of the source to embed")
+    source: Literal["mnist", "folder", "idx", "webdataset", "datasets"] = Field(
+        "mnist", description="where images and captions come from; mnist is built in"
+    )
+    path: PathField | None = Field(
+        None, description="where the source reads: a folder, a .tar, or a Hugging Face id; null: the files that come with sana"
+    )
+    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] = Field("train", description="the part of the source to embed")
+    caption_field: Annotated[str, Field(min_length=1)] = Field(
+        "text", description="the field or column of captions: a string, or a list of them"
+    )
+    image_field: Annotated[str, Field(min_length=1)] = Field(
+        "image", description="the column of images, in Hugging Face datasets"
+    )
+    caption_template: str = Field("{}", description="the caption of a class, where {} is its name (class-named folders, idx)")
+    class_names: Prompts | None = Field(None, description="what labels 0, 1, ... are called (idx); null: their numbers")
+    fit: Literal["crop", "pad"] = Field("crop", description="crop: cut the centre out; pad: the whole image, on white")
+    workers: NonNegativeInt | None = Field(None, description="processes that decode images; null: as many as cores, at most 8")
     dir: PathField = Field(Path("data/quickstart"), description="the dataset directory that embed writes and train reads")
     image_size: Annotated[int | tuple[int, int], BeforeValidator(_is_size)] = Field(
         32, description="pixels: one number, or [height, width]"
@@ -223,6 +237,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         problems = []
+        if self.data.source == "mnist" and self.data.split not in ("train", "test"):
+            problems.append(f"data.split: mnist has train and test, not {self.data.split!r}")
         model, (height, width), factor = self.model, self.data.size, self.data.factor
         if height % factor or width % factor:
             problems.append(f"data.latent_factor: {factor} does not divide data.image_size {height}x{width}")

@@ -74,7 +74,7 @@ class Line:
 
     what: str
     done: int
-    total: int
+    total: int | None  # None: unknown
     info: str = ""
     event: str = ""
 
@@ -113,8 +113,9 @@ def watch(steps: Iterable[Any], describe: Callable[[Any], Line | None], quiet: b
                 continue
             now = time.monotonic()
             due = now - printed >= SECONDS_BETWEEN_LINES or line.done == line.total or line.what != what
-            if due and line.total > 0:
-                note(f"{line.what} {line.done}/{line.total}  {line.info}".rstrip())
+            if due and line.total != 0:
+                of = "" if line.total is None else f"/{line.total}"
+                note(f"{line.what} {line.done}{of}  {line.info}".rstrip())
                 printed, what = now, line.what
             if line.event:
                 note(line.event)

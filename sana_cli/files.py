@@ -174,23 +174,28 @@ def whole_folder(target: Path, partial: Path) -> Iterator[Path]:
     `partial` must be on the file system of `target`. A killed process leaves it behind, for the next one to replace. A
     `target` that is there already is put aside only now that the new one is whole, and then deleted.
     """
-    aside = partial.with_name(partial.name + ".replaced")
     try:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         yield partial
-        for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
-            sync(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            target.rename(aside)
-        partial.rename(target)
-        sync(target.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        put_in_place(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """A whole folder becomes `target`, on the same file system; one that was there is deleted once it is replaced."""
+    aside = partial.with_name(partial.name + ".replaced")
+    for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
+        sync(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(aside)
+    partial.rename(target)
+    sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def storage_error(error: OSError, doing: str) -> SanaError:

@@ -2,16 +2,20 @@
 
     index.json                  written last, knows its own hash: counts, fingerprints, the shards with their hashes
     captions-00000.safetensors  states (tokens, D) bf16 end to end without padding, offsets (n + 1,), and the texts
-    images-00000.safetensors    images (n, C, H, W) uint8 or latents (n, C, H, W) bf16, caption_ids (n, k), labels, sample ids
+    images-00000.safetensors    images (n, C, H, W) uint8 or latents (n, C, H, W) bf16, caption_ids (n, k), caption_weights
+                                (n, k) where given, labels, sample ids
+    skipped.jsonl               the entries that were left out, and why
 
-Every distinct caption is stored once. A dataset is written into a sibling `<name>.partial/` and renamed when whole. It
-knows nothing of encoders or sources: their fingerprints pass through as dictionaries.
+Every distinct caption is stored once. A dataset is written into a sibling `<name>.partial/`, window by window, and renamed
+when whole. It knows nothing of encoders or sources: their fingerprints pass through as dictionaries.
 
 Shapes: n rows of a shard, k captions of an image at most, C H W of an image, D width of a caption state.
 """
 
+import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,8 +29,11 @@ from sana_cli import files
 from sana_cli.errors import SanaError
 
 FORMAT_VERSION = 1
-WINDOW = 16384  # images of a shard
+WINDOW = 16384  # entries of the source in a shard, at most
+WINDOW_BYTES = 128 * 2**20  # of pixels, and of caption states, in a shard, at most
 INDEX = "index.json"
+SKIPPED = "skipped.jsonl"
+PLAN = "plan.json"
 
 # what the lesson stores: one array of 300 x 2304 float32 for each image, padding included
 LESSON_BYTES_PER_IMAGE = 300 * 2304 * 4
@@ -57,73 +64,141 @@ def _unpack_texts(joined: Tensor, offsets: Tensor) -> list[str]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
+class Images:
+    """The images of a window, (n, C, H, W) uint8, or bf16 if they are latents, and what belongs to each."""
+
+    pixels: Tensor
+    sample_ids: Sequence[str]
+    captions: Sequence[Sequence[str]]
+    weights: Sequence[Sequence[float] | None]
+    labels: Sequence[int | None]
+
+
 class DatasetWriter:
-    """Writes shards into `folder`; `finish` writes the index. Caption ids run on through the shards, by first appearance."""
+    """Writes a dataset window by window into `folder`, where it can be taken up again after the last whole window.
 
-    folder: Path
-    caption_ids: dict[str, int] = field(default_factory=dict)
-    caption_shards: list[dict[str, Any]] = field(default_factory=list)
-    image_shards: list[dict[str, Any]] = field(default_factory=list)
-    tokens: int = 0
+    A window is a fixed run of the source's entries. Its record, `window-00000.json`, is written after its shards: where
+    there is none, the window is not there. `finish` turns the records into the index. Windows may be written in any order,
+    by several processes, into the same bytes.
+    """
 
-    def add_captions(self, states: Mapping[str, Tensor]) -> None:
-        """A shard of captions that were not there yet, in this order, each with its states (tokens, D)."""
-        for caption in states:
-            assert caption not in self.caption_ids
-            self.caption_ids[caption] = len(self.caption_ids)
-        text, text_offsets = _pack_texts(list(states))
-        offsets = torch.tensor([0, *accumulate(map(len, states.values()))], dtype=torch.int64)
-        self.tokens += int(offsets[-1])
-        self._write(
-            "captions",
-            self.caption_shards,
-            len(states),
-            {"states": torch.cat(list(states.values())), "offsets": offsets, "text": text, "text_offsets": text_offsets},
-        )
+    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
+        """Go on in `folder`, or begin in it anew if what lies there was made by another plan."""
+        self.folder = folder
+        if not self._same_plan(plan):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            files.write_sealed_json(folder / PLAN, plan)
 
-    def add_images(
-        self, sample_ids: Sequence[str], images: Tensor, captions: Sequence[Sequence[str]], labels: Sequence[int | None]
+    def _same_plan(self, plan: Mapping[str, Any]) -> bool:
+        try:
+            return {k: v for k, v in files.read_sealed_json(self.folder / PLAN).items() if k != "sha256"} == dict(plan)
+        except (SanaError, OSError):
+            return False
+
+    def _record(self, window: int) -> Path:
+        return self.folder / f"window-{window:05d}.json"
+
+    def done(self, window: int) -> dict[str, Any] | None:
+        """A window's record, if it and its shards are whole."""
+        if not self._record(window).is_file():
+            return None
+        try:
+            record = files.read_sealed_json(self._record(window))
+            for shard in (*record["captions"], *record["images"]):
+                files.check_size(self.folder / shard["file"], shard["bytes"])
+        except SanaError:
+            return None
+        return record
+
+    def write(
+        self,
+        window: int,
+        captions: Sequence[Mapping[str, Tensor]],
+        images: Images,
+        caption_ids: Mapping[str, int],
+        skipped: Sequence[Mapping[str, str]],
     ) -> None:
-        """A shard of images (n, C, H, W), uint8, or bf16 if they are latents, whose captions are all there."""
-        most = max(map(len, captions))
-        rows = [[self.caption_ids[caption] for caption in row] + [-1] * (most - len(row)) for row in captions]
-        joined, offsets = _pack_texts(sample_ids)
-        tensors = {
-            "images" if images.dtype == torch.uint8 else "latents": images,
-            "caption_ids": torch.tensor(rows, dtype=torch.int32),
-            "sample_ids": joined,
-            "sample_id_offsets": offsets,
-        }
-        if all(label is not None for label in labels):
-            tensors["labels"] = torch.tensor(labels, dtype=torch.int16)
-        self._write("images", self.image_shards, len(images), tensors)
+        """A window: the captions that it is the first to bring, with their states (tokens, D), in shards; and its images."""
+        record: dict[str, Any] = {"captions": [], "images": [], "tokens": 0, "skipped": list(skipped)}
+        for number, states in enumerate(captions):
+            text, text_offsets = _pack_texts(list(states))
+            offsets = torch.tensor([0, *accumulate(map(len, states.values()))], dtype=torch.int64)
+            record["tokens"] += int(offsets[-1])
+            name = f"captions-{window:05d}" + (f"-{number}" if number else "")
+            tensors = {
+                "states": torch.cat(list(states.values())), "offsets": offsets, "text": text, "text_offsets": text_offsets
+            }  # fmt: skip
+            record["captions"].append(self._write(name, len(states), tensors))
+        if images.sample_ids:
+            record["images"].append(
+                self._write(f"images-{window:05d}", len(images.sample_ids), _pack_images(images, caption_ids))
+            )
+        files.write_sealed_json(self._record(window), record)
 
-    def _write(self, kind: str, shards: list[dict[str, Any]], count: int, tensors: Mapping[str, Tensor]) -> None:
-        path = self.folder / f"{kind}-{len(shards):05d}.safetensors"
+    def _write(self, name: str, count: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        path = self.folder / f"{name}.safetensors"
         files.write_tensors(path, tensors)
-        shards.append({"file": path.name, "count": count, "bytes": path.stat().st_size, "sha256": files.sha256_file(path)})
+        return {"file": path.name, "count": count, "bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
 
-    def finish(self, image: Mapping[str, Any], encoder: Mapping[str, Any], source: Mapping[str, Any], dim: int) -> None:
-        """Write the index: after it, and not before, this is a dataset."""
-        words = all(len(caption.split()) == 1 for caption in self.caption_ids if caption)
-        index = {
-            "format_version": FORMAT_VERSION,
-            "counts": {
-                "images": sum(shard["count"] for shard in self.image_shards),
-                "captions": len(self.caption_ids),
-                "tokens": self.tokens,
-            },
-            "image": dict(image),
-            "caption_dim": dim,
-            "one_word_captions": words,
-            "null_caption": self.caption_ids[""],
-            "encoder": dict(encoder),
-            "source": dict(source),
-            "captions": self.caption_shards,
-            "images": self.image_shards,
-        }
-        files.write_sealed_json(self.folder / INDEX, index)
+    def finish(self, windows: int, captions: Iterable[str], facts: Mapping[str, Any]) -> None:
+        """Write the index: after it, and not before, this is a dataset.
+
+        Args:
+            windows: how many there are; all are written.
+            captions: all distinct ones, the null caption first.
+            facts: what else the index says: image, encoder, source, caption_dim.
+        """
+        records = [self.done(window) for window in range(windows)]
+        if not (self.folder / INDEX).is_file():
+            whole = [record for record in records if record is not None]
+            assert len(whole) == windows, "a window is missing"
+            skipped = [entry for record in whole for entry in record["skipped"]]
+            if skipped:
+                lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+                files.write_text(self.folder / SKIPPED, lines)
+            image_shards = [shard for record in whole for shard in record["images"]]
+            texts = list(captions)
+            index = {
+                "format_version": FORMAT_VERSION,
+                "counts": {
+                    "images": sum(shard["count"] for shard in image_shards),
+                    "captions": len(texts),
+                    "tokens": sum(record["tokens"] for record in whole),
+                    "skipped": len(skipped),
+                },
+                **facts,
+                "one_word_captions": all(len(caption.split()) == 1 for caption in texts if caption),
+                "null_caption": texts.index(""),
+                "skipped_sha256": files.sha256_file(self.folder / SKIPPED) if skipped else None,
+                "captions": [shard for record in whole for shard in record["captions"]],
+                "images": image_shards,
+            }
+            files.write_sealed_json(self.folder / INDEX, index)
+        for path in (self.folder / PLAN, *(self._record(window) for window in range(windows))):
+            path.unlink(missing_ok=True)
+
+
+def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Tensor]:
+    most = max(map(len, images.captions))
+    rows = [[caption_ids[caption] for caption in row] + [-1] * (most - len(row)) for row in images.captions]
+    joined, offsets = _pack_texts(images.sample_ids)
+    tensors = {
+        "images" if images.pixels.dtype == torch.uint8 else "latents": images.pixels,
+        "caption_ids": torch.tensor(rows, dtype=torch.int32),
+        "sample_ids": joined,
+        "sample_id_offsets": offsets,
+    }
+    if any(weights is not None for weights in images.weights):
+        padded = [
+            [*(weights or [1.0] * len(row)), *[0.0] * (most - len(row))]
+            for row, weights in zip(images.captions, images.weights, strict=True)
+        ]
+        tensors["caption_weights"] = torch.tensor(padded, dtype=torch.float32)
+    if all(label is not None for label in images.labels):
+        tensors["labels"] = torch.tensor(images.labels, dtype=torch.int16)
+    return tensors
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -183,6 +258,15 @@ class Dataset:
         for shard in (*self.index["captions"], *self.index["images"]):
             files.check_hash(self.directory / shard["file"], shard["sha256"])
             yield shard["file"]
+        if self.index["counts"].get("skipped"):
+            files.check_hash(self.directory / SKIPPED, self.index["skipped_sha256"])
+            yield SKIPPED
+
+    def skipped(self) -> Iterator[dict[str, str]]:
+        """The entries that were left out: name and reason."""
+        if self.index["counts"].get("skipped"):
+            with (self.directory / SKIPPED).open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
 
     def states(self, caption_ids: Iterable[int]) -> list[Tensor]:
         """The states (tokens, D) of each caption."""
@@ -208,6 +292,13 @@ class Dataset:
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:
         """The ids of each image's captions."""
         return [[i for i in shard["caption_ids"][row].tolist() if i >= 0] for shard, row in self._rows(rows)]
+
+    def caption_weights(self, rows: np.ndarray) -> list[list[float] | None]:
+        """The weights of each image's captions, in the same order; None where all are alike."""
+        return [
+            shard["caption_weights"][row][shard["caption_ids"][row] >= 0].tolist() if "caption_weights" in shard else None
+            for shard, row in self._rows(rows)
+        ]
 
     def labels(self) -> Tensor | None:
         """All labels (n,), where the source had them."""

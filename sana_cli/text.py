@@ -138,7 +138,6 @@ class CaptionEncoder:
         tokens = len(self.tokenizer(instruction, MAX_INSTRUCTION))
         return self.tokenizer(instruction + caption, tokens + limit - 2), max(tokens - 2, 0)
 
-    @torch.inference_mode()
     def encode(
         self, captions: Iterable[str], dtype: torch.dtype = torch.bfloat16, instruct: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
@@ -149,7 +148,17 @@ class CaptionEncoder:
         Raises:
             SanaError: a state is not finite; names the caption.
         """
-        tokens = {caption: self.token_ids(caption, instruct) for caption in dict.fromkeys(captions)}
+        yield from self.encode_tokens(self.tokenize(captions, instruct), dtype)
+
+    def tokenize(self, captions: Iterable[str], instruct: bool = True) -> dict[str, tuple[list[int], int]]:
+        """`token_ids` of each distinct caption, in order of first appearance."""
+        return {caption: self.token_ids(caption, instruct) for caption in dict.fromkeys(captions)}
+
+    @torch.inference_mode()
+    def encode_tokens(
+        self, tokens: Mapping[str, tuple[list[int], int]], dtype: torch.dtype = torch.bfloat16
+    ) -> Iterator[tuple[str, Tensor]]:
+        """`encode`, for captions whose tokens are known."""
         order = sorted(tokens, key=lambda caption: len(tokens[caption][0]))
         for batch in _batches(order, [len(tokens[caption][0]) for caption in order]):
             ids = [tokens[caption][0] for caption in batch]

@@ -85,7 +85,7 @@ def test_what_is_stored_comes_back(config: Config) -> None:
     assert images.shape == (3, 1, 16, 16)
     assert images.dtype == torch.float32
     for at, row in enumerate(rows):
-        pixels = data.fit_image(source[row].image, (16, 16), 1)
+        pixels = data.fit_image(data.decode_image(source[row].image), (16, 16), 1)
         assert torch.equal(images[at], torch.from_numpy(pixels.copy()).float() / 127.5 - 1)
         texts = [dataset.texts()[i] for i in dataset.caption_ids(rows)[at]]
         assert tuple(texts) == source[row].captions
@@ -101,32 +101,40 @@ def test_what_is_stored_comes_back(config: Config) -> None:
 @given(
     captions=st.lists(st.lists(st.text(max_size=8), max_size=3, unique=True), min_size=1, max_size=6),
     channels=st.sampled_from([1, 3]),
-    shards=st.integers(1, 3),
+    windows_count=st.integers(1, 3),
 )
 def test_any_dataset_comes_back(
-    tmp_path_factory: pytest.TempPathFactory, captions: list[list[str]], channels: int, shards: int
+    tmp_path_factory: pytest.TempPathFactory, captions: list[list[str]], channels: int, windows_count: int
 ) -> None:
     folder = tmp_path_factory.mktemp("set")
-    writer = store.DatasetWriter(folder)
-    states, images = {}, []
-    for shard in range(shards):
-        new = [text for row in (captions if shard else [[""], *captions]) for text in row]
+    plan = {"source": "drawn"}
+    states: dict[str, torch.Tensor] = {}
+    ids: dict[str, int] = {}
+    windows, pixels = [], []
+    for number in range(windows_count):
+        new = [text for row in (captions if number else [[""], *captions]) for text in row]
         fresh = {text: torch.randn(1 + len(text), 4).bfloat16() for text in dict.fromkeys(new) if text not in states}
-        if fresh:
-            writer.add_captions(fresh)
+        ids |= {text: len(ids) + at for at, text in enumerate(fresh)}
         states |= fresh
-        images.append(np.random.default_rng(shard).integers(0, 256, (len(captions), channels, 2, 3), dtype=np.uint8))
-        writer.add_images([f"é/{shard}-{i}" for i in range(len(captions))], images[-1], captions, [None] * len(captions))
-    writer.finish({"kind": "pixels", "channels": channels, "height": 2, "width": 3}, {}, {}, 4)
+        pixels.append(np.random.default_rng(number).integers(0, 256, (len(captions), channels, 2, 3), dtype=np.uint8))
+        names = [f"é/{number}-{i}" for i in range(len(captions))]
+        nothing = [None] * len(captions)
+        images = store.Images(torch.from_numpy(pixels[-1]), names, captions, nothing, nothing)
+        windows.append(([fresh] if fresh else [], images))
+    for number in reversed(range(windows_count)):  # in any order, by any writer of the same plan
+        store.DatasetWriter(folder, plan).write(number, windows[number][0], windows[number][1], ids, [])
+    image = {"kind": "pixels", "channels": channels, "height": 2, "width": 3}
+    facts = {"image": image, "encoder": {}, "source": {}, "caption_dim": 4}
+    store.DatasetWriter(folder, plan).finish(windows_count, ids, facts)
     dataset = store.Dataset(folder)
     assert dataset.labels() is None
     assert dataset.texts() == list(states)
     for text, found in zip(dataset.texts(), dataset.states(range(len(states))), strict=True):
         assert torch.equal(found, states[text])
     rows = np.arange(len(dataset))[::-1].copy()
-    assert torch.equal(dataset.images(rows), torch.from_numpy(np.concatenate(images)[rows]).float() / 127.5 - 1)
-    assert [[dataset.texts()[i] for i in ids] for ids in dataset.caption_ids(rows)] == (captions * shards)[::-1]
-    assert dataset.sample_ids(rows)[0] == f"é/{shards - 1}-{len(captions) - 1}"
+    assert torch.equal(dataset.images(rows), torch.from_numpy(np.concatenate(pixels)[rows]).float() / 127.5 - 1)
+    assert [[dataset.texts()[i] for i in ids] for ids in dataset.caption_ids(rows)] == (captions * windows_count)[::-1]
+    assert dataset.sample_ids(rows)[0] == f"é/{windows_count - 1}-{len(captions) - 1}"
 
 
 def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -140,7 +148,7 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_every_flipped_byte_is_found(config: Config) -> None:
     chosen = random.Random(0)
     paths = sorted(config.data.dir.iterdir())
-    for trial in range(60):
+    for trial in range(200):
         path = paths[trial % len(paths)]
         whole = path.read_bytes()
         at = chosen.randrange(len(whole))
@@ -190,10 +198,13 @@ def test_a_failing_overwrite_keeps_the_old_dataset(config: Config, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write_sealed_json", full)
-    with pytest.raises(SanaError, match="the disk is full"):
-        list(embed(EmbedOptions(small_config(config.data.dir.parent, "data.image_size=24"), limit=9, overwrite=True)))
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_sealed_json", full)
+        with pytest.raises(SanaError, match="the disk is full"):
+            list(embed(EmbedOptions(small_config(config.data.dir.parent, "data.image_size=24"), limit=9, overwrite=True)))
     assert store.Dataset(config.data.dir).image_shape == (1, 16, 16)
+    list(embed(EmbedOptions(small_config(config.data.dir.parent, "data.image_size=24"), limit=9, overwrite=True)))
+    assert store.Dataset(config.data.dir).image_shape == (1, 24, 24)
     assert sorted(path.name for path in config.data.dir.parent.iterdir()) == ["data"]
 
 

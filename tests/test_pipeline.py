@@ -313,9 +313,9 @@ def test_training_on_latents_from_published_weights(pipelines: dict[str, Path], 
     assert dataset.image_shape == (8, 4, 2)
     assert dataset.index["image"]["autoencoder"] == "vae"
     vae = diffusers.AutoencoderDC.from_pretrained(source / "vae").eval()
-    from sana_cli.data import fit_image, open_source
+    from sana_cli.data import decode_image, fit_image, open_source
 
-    pixels = np.stack([fit_image(s.image, (32, 16), 3) for s in itertools.islice(open_source(config.data), 6)])
+    pixels = np.stack([fit_image(decode_image(s.image), (32, 16), 3) for s in itertools.islice(open_source(config.data), 6)])
     with torch.no_grad():
         expected = vae.encode(torch.from_numpy(pixels).float() / 127.5 - 1).latent * 0.41407
     assert torch.allclose(dataset.images(np.arange(6)), expected, rtol=2**-7, atol=1e-3)

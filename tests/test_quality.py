@@ -16,12 +16,12 @@ from conftest import process_environment
 from torch import Tensor, nn
 
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
-from sana_cli.data import DIGIT_WORDS, MNIST, fit_image
+from sana_cli.data import DIGIT_WORDS, MNIST, decode_image, fit_image
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
     source = MNIST(split)
-    images = np.stack([fit_image(sample.image, (32, 32), 1) for sample in source])
+    images = np.stack([fit_image(decode_image(sample.image), (32, 32), 1) for sample in source])
     return torch.from_numpy(images), torch.from_numpy(source.labels.astype(np.int64))
 
 

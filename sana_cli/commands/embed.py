@@ -1,22 +1,40 @@
-"""`sana embed`: images and captions to a pre-embedded dataset. It prints nothing and knows nothing of training."""
+"""`sana embed`: images and captions to a pre-embedded dataset. It prints nothing and knows nothing of training.
+
+The source is taken in fixed windows. While captions of one are encoded, the next is read and decoded (in processes of their
+own) and the one before is written, so that what is in memory is three windows, however large the source.
+"""
 
 import itertools
+import os
+import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sana_cli import files, hub, store
 from sana_cli.autoencoder import Autoencoder, read_info
 from sana_cli.config import Config
-from sana_cli.data import Sample, Source, fit_image, open_source
+from sana_cli.data import Entry, Skipped, Source, open_source
+from sana_cli.data.images import decode_all
 from sana_cli.device import peak_memory, resolve_device
+from sana_cli.distributed import World, world
 from sana_cli.errors import SanaError
 from sana_cli.text import CaptionEncoder, asked_for, check_same_encoder, load_encoder
+
+IMAGES_AT_ONCE = 64  # handed to a worker, and put through an autoencoder
+FEW = 256  # images that are not worth starting workers for
+MOST_WORKERS = 8
+FIRST_SKIPPED = 5  # that a summary tells
 
 
 @dataclass(frozen=True)
@@ -25,8 +43,9 @@ class EmbedOptions:
 
     config: Config
     out: Path | None = None  # None: config.data.dir
-    limit: int | None = None  # None: all images
+    limit: int | None = None  # None: all entries
     overwrite: bool = False
+    strict: bool = False  # stop at the first entry that cannot be used
 
     @property
     def directory(self) -> Path:
@@ -42,18 +61,18 @@ class EmbedPlan:
     exists: bool  # a finished dataset lies there
     source: dict[str, Any]
     encoder: dict[str, Any]
-    images: int
+    images: int | None  # None: only reading the source would tell
     image_shape: tuple[int, int, int]
-    image_bytes: int
-    lesson_bytes: int
+    image_bytes: int | None
+    lesson_bytes: int | None
 
 
 @dataclass(frozen=True)
 class EmbedStep:
-    """Progress: images written so far, and distinct captions encoded for them."""
+    """Progress: entries of the source taken so far, and distinct captions found in them."""
 
     images: int
-    total: int
+    total: int | None
     captions: int
 
 
@@ -63,28 +82,331 @@ class EmbedSummary:
 
     directory: Path
     was_there: bool  # it matched already, and nothing was done
+    resumed: int  # windows that an earlier embed had left
     images: int
     captions: int
     tokens: int
+    skipped: int  # entries that were left out
+    first_skipped: tuple[str, ...]  # name and reason of some of them
     bytes: int
     lesson_bytes: int  # what one padded float32 array for each image, the lesson's layout, would have taken
     seconds: float
     peak_memory: int
 
 
-def _source(options: EmbedOptions) -> tuple[Source, int, dict[str, Any]]:
+# --- what, and whether it is there already ----------------------------------------------------------------------------
+
+
+def _source(options: EmbedOptions) -> tuple[Source, int | None, dict[str, Any]]:
     source = open_source(options.config.data)
-    count = min(len(source), options.limit or len(source))
+    there = source.count()
     fingerprint = source.fingerprint()
-    return source, count, fingerprint if count == len(source) else fingerprint | {"limit": count}
+    if options.limit is None or (there is not None and options.limit >= there):
+        return source, there, fingerprint
+    return source, options.limit, fingerprint | {"limit": options.limit}
 
 
 def _image(config: Config) -> dict[str, Any]:
     height, width = config.data.sample_sides
     shape = {"channels": config.model.in_channels, "height": height, "width": width}
+    fit = {} if config.data.fit == "crop" else {"fit": config.data.fit}
     if config.data.autoencoder is None:
-        return {"kind": "pixels", **shape}
-    return {"kind": "latents", **shape, "factor": config.data.factor, "autoencoder": hub.model_name(config.data.autoencoder)}
+        return {"kind": "pixels", **shape, **fit}
+    name = hub.model_name(config.data.autoencoder)
+    return {"kind": "latents", **shape, **fit, "factor": config.data.factor, "autoencoder": name}
+
+
+def plan(options: EmbedOptions) -> EmbedPlan:
+    """What would be done (`--dry-run`)."""
+    _, count, fingerprint = _source(options)
+    image = _image(options.config)
+    return EmbedPlan(
+        directory=options.directory,
+        exists=store.is_dataset(options.directory),
+        source=fingerprint,
+        encoder=asked_for(options.config.text),
+        images=count,
+        image_shape=(image["channels"], image["height"], image["width"]),
+        image_bytes=None if count is None else count * _sample_bytes(image),
+        lesson_bytes=None if count is None else count * store.LESSON_BYTES_PER_IMAGE,
+    )
+
+
+def _sample_bytes(image: dict[str, Any]) -> int:
+    return image["channels"] * image["height"] * image["width"] * (1 if image["kind"] == "pixels" else 2)
+
+
+def _check_same(dataset: store.Dataset, source: dict[str, Any], config: Config) -> None:
+    where, way_out = str(dataset.directory), "make it anew with --overwrite, or another beside it with --set data.dir=DIR"
+    for name, recorded, given in (("source", dataset.index["source"], source), ("image", dataset.index["image"], _image(config))):
+        extra = [key for key in recorded if key not in given and key != "autoencoder_fingerprint"]  # known once it is loaded
+        for key in (*given, *extra):
+            if recorded.get(key) != given.get(key):
+                raise SanaError(f"{where} was made with {name}.{key} {recorded.get(key)!r}, not {given.get(key)!r}", way_out)
+    check_same_encoder(dataset.index["encoder"], asked_for(config.text), where, way_out)
+
+
+def _check_room(directory: Path, needed: int) -> None:
+    """Refuse before the first byte what cannot fit on the disk.
+
+    Raises:
+        SanaError: it cannot.
+    """
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise SanaError(
+            f"{directory} needs at least {needed:,} bytes, and its disk has {free:,} free",
+            "free some space, or put it elsewhere with --out DIR or --set data.dir=DIR",
+        )
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Window:
+    """A run of the source's entries. Their captions are known at once; the images of a window to be written are decoded."""
+
+    number: int
+    captions: dict[str, None] = field(default_factory=dict)  # distinct, in order; those of images left out are among them
+    entries: list[Entry] = field(default_factory=list)  # whose images could be used, and are in `pixels` instead
+    pixels: list[np.ndarray] = field(default_factory=list)  # (C, H, W) uint8 of each
+    skipped: list[tuple[int, Skipped]] = field(default_factory=list)  # with their place in the window
+
+    def skip(self, place: int, name: str, reason: str) -> None:
+        """Leave an entry out; its name may be no text, as file names need not be."""
+        self.skipped.append((place, Skipped(name.encode("utf-8", "backslashreplace").decode(), reason)))
+
+
+class _Reader:
+    """Reads windows one after another. Images of wanted ones are decoded, in worker processes where that pays."""
+
+    def __init__(self, config: Config, entries: Iterable[Entry | Skipped], size: int, few: bool) -> None:
+        self.entries, self.size = iter(entries), size
+        self.fitting = (config.data.size, config.model.in_channels if config.data.autoencoder is None else 3, config.data.fit)
+        workers = config.data.workers
+        self.workers = (0 if few else min(MOST_WORKERS, os.cpu_count() or 1)) if workers is None else workers
+        self.pool: ProcessPoolExecutor | None = None
+        self.taken = 0  # entries so far, for whoever watches
+        self.windows = 0
+
+    def close(self) -> None:
+        """End the workers."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def next(self, wanted: bool) -> _Window | None:
+        """The next window; None after the last."""
+        window, place = _Window(self.windows), 0
+        pending: deque[tuple[list[tuple[int, Entry]], Future[list[np.ndarray | str]]]] = deque()
+        entries = itertools.islice(self.entries, self.size)
+        while chunk := list(itertools.islice(entries, IMAGES_AT_ONCE)):
+            found: list[tuple[int, Entry]] = []
+            for entry in chunk:
+                if isinstance(entry, Skipped):
+                    window.skip(place, entry.name, entry.reason)
+                else:
+                    window.captions |= dict.fromkeys(entry.captions)
+                    found.append((place, entry))
+                place += 1
+            if wanted and found:
+                pending.append(
+                    ([(at, replace(entry, image=b"")) for at, entry in found], self._decode([e.image for _, e in found]))
+                )
+            while len(pending) > 2 * self.workers:
+                self._take(window, *pending.popleft())
+            self.taken += len(chunk)
+        while pending:
+            self._take(window, *pending.popleft())
+        if place == 0:
+            return None
+        self.windows += 1
+        window.skipped.sort(key=lambda pair: pair[0])
+        return window
+
+    def _decode(self, images: list[Any]) -> Future[list[np.ndarray | str]]:
+        if self.workers and not all(isinstance(image, np.ndarray) for image in images):
+            if self.pool is None:
+                self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"))
+            return self.pool.submit(decode_all, images, *self.fitting)
+        future: Future[list[np.ndarray | str]] = Future()
+        future.set_result(decode_all(images, *self.fitting))
+        return future
+
+    @staticmethod
+    def _take(window: _Window, entries: list[tuple[int, Entry]], decoded: Future[list[np.ndarray | str]]) -> None:
+        for (place, entry), pixels in zip(entries, decoded.result(), strict=True):
+            if isinstance(pixels, str):
+                window.skip(place, entry.id, pixels)
+            else:
+                window.entries.append(entry)
+                window.pixels.append(pixels)
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
+    """Embed the config's source; yields progress, and at the end an `EmbedSummary`.
+
+    A finished dataset of the same source, encoder and image size is left as it is. Work that was interrupted goes on after
+    its last whole window. Under torchrun the windows are shared out, and the first process alone yields anything.
+
+    Raises:
+        SanaError: a finished dataset differs, naming the field (unless `overwrite`, which replaces it once the new one is
+            whole); the source, the encoder or the disk fails; no entry can be used, or with `strict`, one cannot.
+    """
+    start = time.perf_counter()
+    directory, config = options.directory, options.config
+    source, count, fingerprint = _source(options)
+    device = resolve_device(config.run.device)
+    if store.is_dataset(directory) and not options.overwrite:
+        dataset = store.Dataset(directory)
+        _check_same(dataset, fingerprint, config)
+        yield _summary(dataset, start, peak_memory(device), was_there=True)
+        return
+    if directory.exists() and not store.is_dataset(directory) and any(directory.iterdir()):
+        raise SanaError(
+            f"{directory} is not empty and no dataset of sana's",
+            "give another place with --out or --set data.dir=DIR",
+            exit_code=2,
+        )
+    partial, image = store.partial_dir(directory), _image(config)
+    _check_room(directory, 0 if count is None or partial.exists() else count * _sample_bytes(image))
+    autoencoder = _load_autoencoder(config, device)
+    encoder = load_encoder(config.text, device)
+    if autoencoder is not None:
+        image["autoencoder_fingerprint"] = autoencoder.fingerprint
+    pixels = int(np.prod(config.data.size)) * (3 if autoencoder is not None else config.model.in_channels)
+    size = max(IMAGES_AT_ONCE, min(store.WINDOW, store.WINDOW_BYTES // pixels))
+    made = {"source": fingerprint, "image": image, "encoder": encoder.fingerprint, "window": size}
+    facts = {"image": image, "caption_dim": encoder.dim, "encoder": encoder.fingerprint, "source": fingerprint}
+    entries = source if count is None else itertools.islice(iter(source), count)
+    reader = _Reader(config, entries, size, few=count is not None and count < FEW)
+    work = _Work(encoder, autoencoder, partial, options.strict)
+    try:
+        with world() as here:
+            if here.first:
+                work.begin(made)
+            here.wait()
+            work.writer = store.DatasetWriter(partial, made)
+            for _ in work.windows(reader, here):
+                if here.first:
+                    yield EmbedStep(reader.taken, count, len(work.caption_ids))
+            here.wait()
+            if here.first:
+                if not any(record["images"] for record in map(work.writer.done, range(reader.windows)) if record):
+                    raise SanaError(f"{options.config.data.source}: no entry can be used", *work.reasons())
+                work.writer.finish(reader.windows, work.caption_ids, facts)
+                files.put_in_place(partial, directory)
+                yield _summary(store.Dataset(directory), start, peak_memory(device), was_there=False, resumed=work.resumed)
+            here.wait()
+    except OSError as error:
+        raise files.storage_error(error, f"writing {directory}") from error
+    except BrokenProcessPool as error:
+        raise SanaError(
+            "a process that decodes images was killed, for want of memory perhaps",
+            "run the command again to go on, with fewer: --set data.workers=1",
+        ) from error
+
+
+class _Work:
+    """Captions and images of each window, encoded and written."""
+
+    def __init__(self, encoder: CaptionEncoder, autoencoder: Autoencoder | None, partial: Path, strict: bool) -> None:
+        self.encoder, self.autoencoder, self.partial, self.strict = encoder, autoencoder, partial, strict
+        self.caption_ids: dict[str, int] = {"": 0}  # the null caption leads
+        self.resumed = 0
+        self.writer: store.DatasetWriter
+
+    def begin(self, made: dict[str, Any]) -> None:
+        """Take up what an earlier embed of the same plan left, or make room for this one."""
+        store.DatasetWriter(self.partial, made)
+
+    def windows(self, reader: _Reader, here: World) -> Iterator[None]:
+        """Every window of the source, those of this process written. Yields often, for progress."""
+
+        def read() -> tuple[_Window | None, bool]:
+            number = reader.windows
+            there = self.writer.done(number) is not None
+            self.resumed += there
+            return reader.next(wanted=not there and number % here.size == here.rank), there
+
+        writing: Future[None] | None = None
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writers:
+            ahead = reading.submit(read)
+            try:
+                while True:
+                    while not ahead.done():
+                        wait([ahead], timeout=0.5)
+                        yield
+                    window, there = ahead.result()
+                    if window is None:
+                        break
+                    ahead = reading.submit(read)
+                    new = [caption for caption in window.captions if caption not in self.caption_ids]
+                    leads = [""] if window.number == 0 else []
+                    self.caption_ids |= {caption: len(self.caption_ids) + at for at, caption in enumerate(new)}
+                    if self.strict and window.skipped:
+                        _, first = window.skipped[0]
+                        raise SanaError(f"{first.name}: {first.reason}", "leave out --strict to go on without such entries")
+                    if there or window.number % here.size != here.rank:
+                        yield
+                        continue
+                    shards: list[dict[str, Tensor]] = []
+                    for states in self._captions([*leads, *new]):
+                        shards.append(states)
+                        yield
+                    images = self._images(window)
+                    if writing is not None:
+                        writing.result()
+                    skipped = [{"name": entry.name, "reason": entry.reason} for _, entry in window.skipped]
+                    writing = writers.submit(self.writer.write, window.number, shards, images, self.caption_ids, skipped)
+                    yield
+                if writing is not None:
+                    writing.result()
+            finally:
+                reader.close()
+
+    def _captions(self, captions: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """States of captions in this order, in shards of a bounded size."""
+        tokens = self.encoder.tokenize(captions)
+        run: list[str] = []
+        budget = room = store.WINDOW_BYTES // (2 * self.encoder.dim)  # tokens of a shard
+        for caption in captions:
+            length = len(tokens[caption][0])
+            if run and length > room:
+                yield self._states(run, tokens)
+                run, room = [], budget
+            run.append(caption)
+            room -= length
+        if run:
+            yield self._states(run, tokens)
+
+    def _states(self, captions: Sequence[str], tokens: dict[str, tuple[list[int], int]]) -> dict[str, Tensor]:
+        states = dict(self.encoder.encode_tokens({caption: tokens[caption] for caption in captions}))
+        return {caption: states[caption] for caption in captions}
+
+    def _images(self, window: _Window) -> store.Images:
+        entries, parts = window.entries, []
+        for begin in range(0, len(entries), IMAGES_AT_ONCE):
+            pixels = torch.from_numpy(np.stack(window.pixels[begin : begin + IMAGES_AT_ONCE]))
+            parts.append(pixels if self.autoencoder is None else self.autoencoder.encode(pixels.float() / 127.5 - 1))
+            if not parts[-1].isfinite().all():
+                raise SanaError(f"the autoencoder gave latents that are not finite, from {entries[begin].id} on")
+        return store.Images(
+            pixels=torch.cat(parts) if parts else torch.empty(0),
+            sample_ids=[entry.id for entry in entries],
+            captions=[entry.captions for entry in entries],
+            weights=[entry.weights for entry in entries],
+            labels=[entry.label for entry in entries],
+        )
+
+    def reasons(self) -> Iterator[str]:
+        """Why entries were left out, a few of them."""
+        record = self.writer.done(0) or {"skipped": []}
+        return (f"{entry['name']}: {entry['reason']}" for entry in record["skipped"][:FIRST_SKIPPED])
 
 
 def _load_autoencoder(config: Config, device: torch.device) -> Autoencoder | None:
@@ -102,117 +424,18 @@ def _load_autoencoder(config: Config, device: torch.device) -> Autoencoder | Non
     return Autoencoder(source, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
-def plan(options: EmbedOptions) -> EmbedPlan:
-    """What would be done (`--dry-run`)."""
-    _, count, fingerprint = _source(options)
-    image = _image(options.config)
-    shape = image["channels"], image["height"], image["width"]
-    return EmbedPlan(
-        directory=options.directory,
-        exists=store.is_dataset(options.directory),
-        source=fingerprint,
-        encoder=asked_for(options.config.text),
-        images=count,
-        image_shape=shape,
-        image_bytes=count * int(np.prod(shape)) * (1 if image["kind"] == "pixels" else 2),
-        lesson_bytes=count * store.LESSON_BYTES_PER_IMAGE,
-    )
-
-
-def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
-    """Embed the config's source; yields progress, and at the end an `EmbedSummary`.
-
-    A finished dataset of the same source, encoder and image size is left as it is.
-
-    Raises:
-        SanaError: a finished dataset differs, naming the field (unless `overwrite`, which replaces it once the new one is
-            whole); the source, the encoder or the disk fails.
-    """
-    start = time.perf_counter()
-    directory, config = options.directory, options.config
-    source, count, fingerprint = _source(options)
-    device = resolve_device(config.run.device)
-    if store.is_dataset(directory) and not options.overwrite:
-        dataset = store.Dataset(directory)
-        _check_same(dataset, fingerprint, config)
-        yield _summary(dataset, start, peak_memory(device), was_there=True)
-        return
-    if directory.exists() and not store.is_dataset(directory) and any(directory.iterdir()):
-        raise SanaError(
-            f"{directory} is not empty and no dataset of sana's",
-            "give another place with --out or --set data.dir=DIR",
-            exit_code=2,
-        )
-    autoencoder = _load_autoencoder(config, device)
-    encoder = load_encoder(config.text, device)
-    image = _image(config) | ({} if autoencoder is None else {"autoencoder_fingerprint": autoencoder.fingerprint})
-    try:
-        with files.whole_folder(directory, store.partial_dir(directory)) as folder:
-            writer = store.DatasetWriter(folder)
-            samples = itertools.islice(iter(source), count)
-            done = 0
-            while window := list(itertools.islice(samples, store.WINDOW)):
-                for step in _write_window(writer, window, encoder, autoencoder, config):
-                    yield EmbedStep(done + step, count, len(writer.caption_ids))
-                done += len(window)
-            writer.finish(image, encoder.fingerprint, fingerprint, encoder.dim)
-    except OSError as error:
-        raise files.storage_error(error, f"writing {directory}") from error
-    yield _summary(store.Dataset(directory), start, peak_memory(device), was_there=False)
-
-
-IMAGES_AT_ONCE = 64  # through an autoencoder
-
-
-def _write_window(
-    writer: store.DatasetWriter,
-    window: list[Sample],
-    encoder: CaptionEncoder,
-    autoencoder: Autoencoder | None,
-    config: Config,
-) -> Iterator[int]:
-    """One shard of images, and one of the captions that it is the first to bring. Yields how many images are ready."""
-    first = [] if writer.caption_ids else [""]  # the null caption leads
-    captions = (caption for sample in window for caption in sample.captions)
-    new = [caption for caption in dict.fromkeys([*first, *captions]) if caption not in writer.caption_ids]
-    if new:
-        states = dict(encoder.encode(new))
-        writer.add_captions({caption: states[caption] for caption in new})
-    channels = config.model.in_channels if autoencoder is None else 3
-    parts = []
-    for begin in range(0, len(window), IMAGES_AT_ONCE):
-        fitted = [fit_image(sample.image, config.data.size, channels) for sample in window[begin : begin + IMAGES_AT_ONCE]]
-        pixels = torch.from_numpy(np.stack(fitted))
-        parts.append(pixels if autoencoder is None else autoencoder.encode(pixels.float() / 127.5 - 1))
-        if not parts[-1].isfinite().all():
-            raise SanaError(f"the autoencoder gave latents that are not finite, in samples {begin} on of a window")
-        yield begin + len(pixels)
-    writer.add_images(
-        [sample.id for sample in window],
-        torch.cat(parts),
-        [sample.captions for sample in window],
-        [sample.label for sample in window],
-    )
-
-
-def _check_same(dataset: store.Dataset, source: dict[str, Any], config: Config) -> None:
-    where, way_out = str(dataset.directory), "make it anew with --overwrite, or another beside it with --set data.dir=DIR"
-    for name, recorded, given in (("source", dataset.index["source"], source), ("image", dataset.index["image"], _image(config))):
-        extra = [key for key in recorded if key not in given and key != "autoencoder_fingerprint"]  # known once it is loaded
-        for key in (*given, *extra):
-            if recorded.get(key) != given.get(key):
-                raise SanaError(f"{where} was made with {name}.{key} {recorded.get(key)!r}, not {given.get(key)!r}", way_out)
-    check_same_encoder(dataset.index["encoder"], asked_for(config.text), where, way_out)
-
-
-def _summary(dataset: store.Dataset, start: float, memory: int, was_there: bool) -> EmbedSummary:
+def _summary(dataset: store.Dataset, start: float, memory: int, was_there: bool, resumed: int = 0) -> EmbedSummary:
     counts = dataset.index["counts"]
+    skipped = itertools.islice(dataset.skipped(), FIRST_SKIPPED)
     return EmbedSummary(
         directory=dataset.directory,
         was_there=was_there,
+        resumed=resumed,
         images=counts["images"],
         captions=counts["captions"],
         tokens=counts["tokens"],
+        skipped=counts.get("skipped", 0),
+        first_skipped=tuple(f"{entry['name']}: {entry['reason']}" for entry in skipped),
         bytes=dataset.bytes,
         lesson_bytes=counts["images"] * store.LESSON_BYTES_PER_IMAGE,
         seconds=time.perf_counter() - start,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,22 +166,30 @@ def make_batch(dataset: Dataset, train: TrainConfig, first: int, count: int) -> 
     """Samples `first` .. `first + count` of a run with everything drawn for them, from (seed, sample number) alone."""
     shape = dataset.image_shape
     rows = sample_rows(first, count, len(dataset), train.seed)
-    choices = dataset.caption_ids(rows)
+    choices = list(zip(dataset.caption_ids(rows), dataset.caption_weights(rows), strict=True))
     chosen, z = [], np.empty(count, dtype=np.float32)
     noise = np.empty((count, *shape), dtype=np.float32)
-    for i, ids in enumerate(choices):
+    for i, (ids, weights) in enumerate(choices):
         generator = np.random.Generator(np.random.Philox(key=[train.seed, first + i], counter=[0, 0, 0, DRAWS]))
         which, dropped = generator.random(2)
         z[i] = generator.standard_normal(dtype=np.float32)
         noise[i] = generator.standard_normal(shape, dtype=np.float32)
         null = dropped < train.caption_dropout
-        chosen.append(dataset.index["null_caption"] if null else ids[int(which * len(ids))])
+        chosen.append(dataset.index["null_caption"] if null else ids[pick(which, weights, len(ids))])
     drawn = torch.from_numpy(z)
     sigma = flow.uniform(drawn)
     if train.sigma_density == "logit_normal":
         sigma = flow.logit_normal(drawn, train.logit_mean, train.logit_std)
     states, mask = pad_states(dataset.states(chosen))
     return Batch(rows, dataset.images(rows), torch.from_numpy(noise), flow.shift_sigma(sigma, train.flow_shift), states, mask)
+
+
+def pick(which: float, weights: Sequence[float] | None, count: int) -> int:
+    """Which of `count` a uniform number in [0, 1) means, in proportion to `weights`."""
+    if weights is None:
+        return int(which * count)
+    ends = np.cumsum(weights)
+    return int(np.searchsorted(ends, which * ends[-1], side="right"))
 
 
 def batch_loss(model: nn.Module, batch: Batch, timestep_scale: float, device: torch.device, precision: str) -> Tensor:

@@ -1,51 +1,21 @@
-"""Sources of images and captions, and the one way an image is fitted to the size and channels asked for.
-
-A source yields `Sample`s in a fixed order. It knows nothing of encoders, nor of how a dataset is stored.
-
-Shapes: H W height and width in pixels, C channels.
-"""
+"""MNIST, which comes with the package, and other datasets in its IDX files."""
 
 import gzip
 import hashlib
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sana_cli.config import DataConfig
+from sana_cli.data.entry import Entry, need_folder
 from sana_cli.errors import SanaError
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with its captions: any of them may describe it at a training step."""
-
-    id: str
-    image: Image.Image
-    captions: tuple[str, ...]
-    label: int | None = None
-
-
-class Source(Protocol):
-    """Images and captions in a fixed order."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Sample]: ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells this source's content from another's."""
-        ...
-
-
-# --- MNIST ------------------------------------------------------------------------------------------------------------
 
 # sha256 of the raw (decompressed) canonical files by Yann LeCun, Corinna Cortes and Christopher Burges (CC BY-SA 3.0)
 MNIST_SHA256 = {
@@ -103,37 +73,68 @@ class MNIST:
         self.images = _mnist_file(folder, f"{self.stem}-images-idx3-ubyte")  # (n, 28, 28)
         self.labels = _mnist_file(folder, f"{self.stem}-labels-idx1-ubyte")  # (n,)
 
-    def __len__(self) -> int:
+    def count(self) -> int | None:
+        """Images of the split."""
         return len(self.images)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Entry]:
         for index, (image, label) in enumerate(zip(self.images, self.labels.tolist(), strict=True)):
             captions = (str(label), DIGIT_WORDS[label])
-            yield Sample(f"{self.split}-{index:05d}", Image.fromarray(image), captions, label)
+            yield Entry(f"{self.split}-{index:05d}", image, captions, label)
 
     def fingerprint(self) -> dict[str, Any]:
         """The source, its split and the hash of its images."""
         return {"source": "mnist", "split": self.split, "sha256": MNIST_SHA256[f"{self.stem}-images-idx3-ubyte"]}
 
 
-def open_source(data: DataConfig) -> Source:
-    """The source that a config names."""
-    return MNIST(data.split, data.path)
+MAX_RAW_BYTES = 8 * 2**30
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
+def _read_file(folder: Path, pattern: str) -> np.ndarray:
+    """The IDX file, plain or gzip, that a pattern finds."""
+    found = sorted(path for path in folder.glob(pattern) if path.is_file())
+    if not found:
+        raise SanaError(
+            f"data.path: {folder} has no {pattern}", "IDX files are called as MNIST's, with or without .gz", exit_code=2
+        )
+    try:
+        with gzip.open(found[0]) if found[0].suffix == ".gz" else found[0].open("rb") as file:
+            raw = file.read(MAX_RAW_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SanaError(f"{found[0]} cannot be read: {error}") from error
+    return read_idx(raw, str(found[0]))
 
 
-def fit_image(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Resize (bicubic, antialiased) so that the image covers `size`, crop the centre, convert: (C, H, W) uint8."""
-    height, width = size
-    if channels not in (1, 3):
-        raise SanaError(f"model.in_channels: images have 1 or 3 channels, not {channels}", exit_code=2)
-    image = image.convert("L" if channels == 1 else "RGB")
-    scale = max(height / image.height, width / image.width)
-    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if covering != image.size:
-        image = image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+class IdxFiles:
+    """A folder of IDX files like MNIST's (Fashion-MNIST, KMNIST, EMNIST): images (n, H, W) or (n, H, W, 3), and labels.
+
+    The caption of a label is its name among `data.class_names`, or its number, in `data.caption_template`.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data, folder = data, need_folder(data.path)
+        stem = {"train": "train", "test": "t10k"}.get(data.split, data.split)
+        self.images, self.labels = _read_file(folder, f"{stem}-images*"), _read_file(folder, f"{stem}-labels*")
+        if self.images.ndim not in (3, 4) or (self.images.ndim == 4 and self.images.shape[3] != 3):
+            raise SanaError(f"data.path: images of shape {self.images.shape}, not (n, height, width) or (n, height, width, 3)")
+        if self.labels.shape != self.images.shape[:1]:
+            raise SanaError(f"data.path: {len(self.images)} images, but labels of shape {self.labels.shape}")
+        most = int(self.labels.max(initial=0))
+        if data.class_names is not None and most >= len(data.class_names):
+            raise SanaError(f"data.class_names: {len(data.class_names)} names, where a label is {most}", exit_code=2)
+
+    def count(self) -> int | None:
+        """Images of the split."""
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Entry]:
+        names = self.data.class_names
+        for index, (image, label) in enumerate(zip(self.images, self.labels.tolist(), strict=True)):
+            caption = self.data.caption_template.replace("{}", str(label) if names is None else names[label])
+            yield Entry(f"{self.data.split}-{index:06d}", image, (caption,), label)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The hash of images and labels, and how labels become captions."""
+        digest = hashlib.sha256(self.images.tobytes() + self.labels.tobytes())
+        naming = [self.data.caption_template, *(self.data.class_names or ())]
+        return {"source": "idx", "split": self.data.split, "sha256": digest.hexdigest(), "captions": naming}
