@@ -176,8 +176,11 @@ class DatasetWriter:
                 "images": image_shards,
             }
             files.write_sealed_json(self.folder / INDEX, index)
-        for path in (self.folder / PLAN, *(self._record(window) for window in range(windows))):
-            path.unlink(missing_ok=True)
+        index = files.read_sealed_json(self.folder / INDEX)
+        keep = {INDEX, SKIPPED, *(shard["file"] for shard in (*index["captions"], *index["images"]))}
+        for path in self.folder.iterdir():  # plan, records, and what killed processes left half written
+            if path.name not in keep:
+                path.unlink()
 
 
 def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Tensor]:
