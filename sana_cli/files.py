@@ -60,6 +60,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write and sync a safetensors file."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(whole, path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(0o644)  # it is written through a private temporary file
     sync(path)
 
 
