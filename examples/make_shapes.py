@@ -24,13 +24,14 @@ def draw(color: str, shape: str, chosen: random.Random) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     hue = (COLORS[color] + chosen.uniform(-0.02, 0.02)) % 1
     fill = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, chosen.uniform(0.75, 1), chosen.uniform(0.75, 0.95)))
-    radius = chosen.uniform(7, 12) * FINE
+    radius = chosen.uniform(9, 12.5) * FINE
     x, y = (chosen.uniform(radius, SIDE * FINE - radius) for _ in "xy")
     if shape == "circle":
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         return sheet.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    turn, points = chosen.uniform(0, math.tau), CORNERS[shape] * (2 if shape == "star" else 1)
-    corners = []
+    points = CORNERS[shape] * (2 if shape == "star" else 1)
+    turn = math.pi / 4 if shape == "square" else -math.pi / 2  # the base is level, the tip above
+    turn, corners = turn + chosen.uniform(-0.15, 0.15), []
     for corner in range(points):
         length = radius * (0.4 if shape == "star" and corner % 2 else 1.0)
         angle = turn + math.tau * corner / points

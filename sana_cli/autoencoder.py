@@ -5,6 +5,7 @@ The transformer sees latents times the autoencoder's `scaling_factor`; here they
 Shapes: B images, C latent channels, h w of a latent, f the factor by which it is smaller than its image.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from sana_cli.errors import SanaError
 PIXELS_AT_ONCE = 1024 * 1024  # decoded in one go; the decoder's activations take far more room than its weights
 TILE, STRIDE = 1024, 896  # of images larger than TILED, as for the published 4K models
 TILED = 2048
+MOST_BLOCKS = 10  # a factor of 512
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,19 @@ def read_info(source: str) -> AutoencoderInfo:
         config = hub.load("autoencoder", source, lambda local: _diffusers().load_config(source, local_files_only=local))
     if config.get("_class_name") != "AutoencoderDC":
         raise SanaError(f"autoencoder: {source} is a {config.get('_class_name')}, not an AutoencoderDC")
-    try:
-        return AutoencoderInfo(source, int(config["latent_channels"]), 2 ** (len(config["encoder_block_out_channels"]) - 1))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SanaError(f"autoencoder: the config of {source} lacks {error}") from error
+    channels, blocks, scale = (config.get(key) for key in ("latent_channels", "encoder_block_out_channels", "scaling_factor"))
+    if not (
+        isinstance(channels, int)
+        and channels > 0
+        and isinstance(blocks, list)
+        and 0 < len(blocks) <= MOST_BLOCKS
+        and isinstance(scale, int | float)
+        and 0 < scale < math.inf
+    ):
+        raise SanaError(
+            f"autoencoder: the config of {source} has no usable latent_channels, encoder_block_out_channels and scaling_factor"
+        )
+    return AutoencoderInfo(source, channels, 2 ** (len(blocks) - 1))
 
 
 def _diffusers() -> Any:
@@ -76,10 +87,20 @@ class Autoencoder:
             SanaError: diffusers is not installed, or the autoencoder cannot be had.
         """
         loader, folder = _diffusers(), _folder(source)
+        self.source = source
 
         def load(local_files_only: bool) -> Any:
             place = source if folder is None else str(folder)
-            return loader.from_pretrained(place, torch_dtype=dtype, local_files_only=local_files_only, low_cpu_mem_usage=False)
+            model, info = loader.from_pretrained(
+                place,
+                torch_dtype=dtype,
+                local_files_only=local_files_only,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+            hub.check_whole("autoencoder", source, info)
+            return model
 
         self.model = hub.load("autoencoder", source, load, is_local=folder is not None)
         self.model.requires_grad_(False).eval().to(device)
@@ -102,10 +123,17 @@ class Autoencoder:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Images (b, 3, f h, f w) in about [-1, 1], float32 on the CPU, a few at a time, from latents (B, C, h, w)."""
+        """Images (b, 3, f h, f w) in about [-1, 1], float32 on the CPU, a few at a time, from latents (B, C, h, w).
+
+        Raises:
+            SanaError: one is not finite.
+        """
         height, width = (side * self.factor for side in latents.shape[-2:])
         if max(height, width) > TILED:
             self.model.enable_tiling(TILE, TILE, STRIDE, STRIDE)
         for some in latents.split(max(1, PIXELS_AT_ONCE // (height * width))):
             scaled = some.to(self.device, self.dtype) / self.scale
-            yield self.model.decode(scaled, return_dict=False)[0].float().cpu()
+            images = self.model.decode(scaled, return_dict=False)[0].float().cpu()
+            if not images.isfinite().all():
+                raise SanaError(f"the autoencoder {self.source} decodes to images that are not finite")
+            yield images

@@ -257,8 +257,8 @@ def load_transformer(
         if not file.is_file():
             raise SanaError(f"{place} has no raw weights ({RAW_WEIGHTS})", "leave out --weights raw")
         found = replace(found, path=file, tensors=files.read_tensors(file))
+        formats.check_tensors(found.tensors, build(found.model, seed=None), file, found.compared_to)
     model = build(found.model, seed=None)
-    formats.check_tensors(found.tensors, model, found.path, found.compared_to)
 
     def kept(stored: torch.dtype) -> torch.dtype:
         return dtype or (torch.bfloat16 if stored == torch.bfloat16 else torch.float32)

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sana_cli.errors import SanaError
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_WIDTH = 65536
 DEFAULT_CONFIG = "quickstart"
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -129,23 +130,32 @@ class TextConfig(Section):
     instruction: str | None = Field(
         None, description="put before each caption and cut off its states (the paper's complex human instruction)"
     )
-    template: Literal["none", "chat"] = Field("none", description="chat: the tokenizer's chat template around each caption")
+    template: Literal["none", "chat", "lesson"] = Field(
+        "none",
+        description="chat: the tokenizer's chat template around each caption; lesson: the same, begun twice, as the lesson did",
+    )
     lowercase: bool = Field(False, description="lower-case and strip captions first, as diffusers' SanaPipeline does")
 
 
 class ModelConfig(Section):
     """The transformer, in the names of diffusers' `SanaTransformer2DModel`."""
 
-    in_channels: PositiveInt = Field(1, description="channels of a sample; images are converted to this many")
-    patch_size: PositiveInt = Field(8, description="side of the square patch that becomes one token")
-    sample_size: PositiveInt | None = Field(None, description="side of a sample; null: the dataset's")
-    num_layers: PositiveInt = Field(4, description="transformer blocks")
-    num_attention_heads: PositiveInt = Field(4, description="heads of the linear self-attention")
-    attention_head_dim: PositiveInt = Field(32, description="width of a self-attention head")
-    num_cross_attention_heads: PositiveInt = Field(2, description="heads of the cross-attention over captions")
-    cross_attention_head_dim: PositiveInt = Field(64, description="width of a cross-attention head")
-    caption_channels: PositiveInt | None = Field(None, description="width of a caption state; null: the dataset's")
-    mlp_ratio: Annotated[float, Field(gt=0)] = Field(2.5, description="hidden width of the Mix-FFN over the inner width")
+    in_channels: Annotated[int, Field(gt=0, le=65536)] = Field(
+        1, description="channels of a sample; images are converted to this many"
+    )
+    patch_size: Annotated[int, Field(gt=0, le=1024)] = Field(8, description="side of the square patch that becomes one token")
+    sample_size: Annotated[int, Field(gt=0, le=2**20)] | None = Field(None, description="side of a sample; null: the dataset's")
+    num_layers: Annotated[int, Field(gt=0, le=1000)] = Field(4, description="transformer blocks")
+    num_attention_heads: Annotated[int, Field(gt=0, le=65536)] = Field(4, description="heads of the linear self-attention")
+    attention_head_dim: Annotated[int, Field(gt=0, le=65536)] = Field(32, description="width of a self-attention head")
+    num_cross_attention_heads: Annotated[int, Field(gt=0, le=65536)] = Field(
+        2, description="heads of the cross-attention over captions"
+    )
+    cross_attention_head_dim: Annotated[int, Field(gt=0, le=65536)] = Field(64, description="width of a cross-attention head")
+    caption_channels: Annotated[int, Field(gt=0, le=2**20)] | None = Field(
+        None, description="width of a caption state; null: the dataset's"
+    )
+    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = Field(2.5, description="hidden width of the Mix-FFN over the inner width")
     attention_bias: bool = Field(False, description="biases in self-attention's query, key and value")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout after each attention")
     qk_norm: Literal["rms_norm_across_heads"] | None = Field(None, description="norm of queries and keys (SANA-1.5 and Sprint)")
@@ -160,6 +170,18 @@ class ModelConfig(Section):
     def inner_dim(self) -> int:
         """Width of the residual stream."""
         return self.num_attention_heads * self.attention_head_dim
+
+    def problems(self) -> Iterator[str]:
+        """What no single field shows: each line begins with the field to change."""
+        if self.inner_dim > MAX_WIDTH:
+            yield f"num_attention_heads: a width of {self.inner_dim:,}; the most is {MAX_WIDTH:,}"
+        if int(self.mlp_ratio * self.inner_dim) < 1:
+            yield f"mlp_ratio: {self.mlp_ratio:g} of the width {self.inner_dim} leaves the Mix-FFN nothing"
+        if self.interpolation_scale is not None:
+            if self.inner_dim % 4:
+                yield f"interpolation_scale: positions need an inner width that 4 divides, not {self.inner_dim}"
+            if self.sample_size is not None and self.sample_size < self.patch_size:
+                yield f"interpolation_scale: positions need a sample_size of a patch at least, {self.patch_size}"
 
 
 class TrainConfig(Section):
@@ -210,10 +232,10 @@ class SampleConfig(Section):
     solver: Literal["dpm++", "euler", "heun", "scm"] = Field(
         "dpm++", description="dpm++: DPM-Solver++ 2M; euler; heun; scm: the consistency sampler of Sprint models"
     )
-    flow_shift: Annotated[float, Field(gt=0)] = Field(
+    flow_shift: Annotated[float, Field(gt=0, le=1000)] = Field(
         1.0, description="as train.flow_shift, for the solver's steps; euler and heun apply it twice, as diffusers' do"
     )
-    seed: NonNegativeInt = Field(0, description="image i of a grid has seed + i")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="image i of a grid has seed + i")
     prompts: Prompts | None = Field(None, description="of the grids drawn while training; null: captions of the dataset")
 
 
@@ -245,12 +267,13 @@ class Config(Section):
         elif height // factor % model.patch_size or width // factor % model.patch_size:
             of = "" if factor == 1 else f" / {factor}"
             problems.append(f"model.patch_size: {model.patch_size} does not divide data.image_size {height}x{width}{of}")
-        if model.interpolation_scale is not None and model.inner_dim % 4:
-            problems.append(f"model.interpolation_scale: positions need an inner width that 4 divides, not {model.inner_dim}")
+        problems += [f"model.{problem}" for problem in model.problems()]
         if self.text.instruction is not None and self.text.template != "none":
             problems.append("text.instruction: and text.template exclude each other; keep one")
         if model.guidance_embeds:
             problems.append("model.guidance_embeds: is for distilled models that are sampled, and cannot be trained here")
+        if self.sample.solver == "scm" and not model.guidance_embeds:
+            problems.append("sample.solver: scm is for Sprint models, which have model.guidance_embeds")
         if self.train.warmup_steps >= self.train.steps:
             problems.append(f"train.warmup_steps: {self.train.warmup_steps} leaves none of train.steps {self.train.steps}")
         low, high = self.sample.guidance_interval

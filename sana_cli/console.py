@@ -29,14 +29,19 @@ if not out.is_terminal:
     out.width = 200  # nobody's window: leave no table cell out
 
 
+def shown(text: str) -> str:
+    """Text that others wrote, without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def note(text: str) -> None:
     """One line for a person, on stderr."""
-    err.print(Text(text))
+    err.print(Text(shown(text)))
 
 
 def error(problem: SanaError) -> None:
     """The message of a user's mistake: what, where, what next. Lines are never wrapped, so that paths can be clicked."""
-    first, *rest = str(problem).splitlines() or [""]
+    first, *rest = shown(str(problem)).splitlines() or [""]
     err.print(Text.assemble(("error: ", "bold red"), first))
     for line in rest:
         err.print(Text(line))
@@ -44,7 +49,7 @@ def error(problem: SanaError) -> None:
 
 def result(text: str) -> None:
     """One line of a result, on stdout."""
-    out.print(Text(text))
+    out.print(Text(shown(text)))
 
 
 def plain(value: Any) -> Any:
@@ -127,10 +132,10 @@ def facts(values: Mapping[str, Any]) -> None:
     width = max(map(len, values), default=0)
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int):
-            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            told = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         else:
-            shown = f"{value:,}" + (f" ({human_bytes(value)})" if name == "bytes" else "")
-        out.print(Text.assemble((f"{name:<{width}}  ", "bold"), shown))
+            told = f"{value:,}" + (f" ({human_bytes(value)})" if name == "bytes" else "")
+        out.print(Text.assemble((f"{name:<{width}}  ", "bold"), shown(told)))
 
 
 def table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> None:
@@ -144,5 +149,5 @@ def table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> None:
         least = None if last else max(len(name), *(len(row[index]) for row in cells))
         sheet.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=least)
     for row in cells:
-        sheet.add_row(*map(Text, row))
+        sheet.add_row(*(Text(shown(cell)) for cell in row))
     out.print(sheet)

@@ -28,6 +28,8 @@ IMAGES_PER_BATCH = 64
 PNG_KEY = "sana"
 GRID_GAP = 4
 MIN_CELL = 64  # small images are enlarged by a whole factor, so that a person sees them
+MAX_CELL = 192  # and no further, for the sake of a long label
+FONT_SIZE = 12  # the smallest
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -177,8 +179,12 @@ def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]]) -> Image.Image:
     """A picture of all images (B, C, H, W), row by row, each under its prompt."""
     height, width = pixels.shape[-2:]
     factor = max(1, -(-MIN_CELL // min(height, width)))
+    smallest = ImageFont.load_default(FONT_SIZE)
+    longest = max(smallest.getlength(_one_line(cell.prompt)) for row in rows for cell in row)
+    while factor * width < longest and (factor + 1) * width <= MAX_CELL:
+        factor += 1
     cell_height, cell_width = height * factor, width * factor
-    font = ImageFont.load_default(max(12, min(cell_height // 5, 20)))
+    font = smallest if longest > cell_width / 2 else ImageFont.load_default(max(FONT_SIZE, min(cell_height // 5, 20)))
     label_height = int(font.getbbox("Aygj")[3]) + 4
     columns = max(map(len, rows))
     size = (
@@ -199,8 +205,12 @@ def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]]) -> Image.Image:
     return sheet
 
 
+def _one_line(label: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in label[:200]).split())
+
+
 def _fit(label: str, font: Any, width: int) -> str:
-    label = " ".join("".join(c if c.isprintable() else " " for c in label[:200]).split())
+    label = _one_line(label)
     if font.getlength(label) <= width:
         return label
     while label and font.getlength(label + "…") > width:
@@ -232,7 +242,7 @@ def read_record(path: Path) -> dict[str, Any]:
             image.load()
             text = getattr(image, "text", {}).get(PNG_KEY)
             return dict(json.loads(text)) if text else _not_ours(path)
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
         raise SanaError(f"{path} is not a PNG that can be read: {error}") from error
 
 

@@ -51,7 +51,7 @@ def guide(conditional: Tensor, null: Tensor, guidance_scale: float) -> Tensor:
 
 def in_interval(sigma: float, interval: tuple[float, float]) -> bool:
     """Whether guidance is used at sigma (guidance in a limited interval, arXiv 2404.07724)."""
-    return interval[0] <= sigma <= interval[1]
+    return interval[0] <= min(sigma, 1.0) <= interval[1]  # solvers may begin a rounding error above 1
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from sana_cli import files
 from sana_cli.config import ModelConfig, SampleConfig
 from sana_cli.errors import SanaError
-from sana_cli.model import TIMESTEP_CHANNELS, SanaTransformer, positions
+from sana_cli.model import TIMESTEP_CHANNELS, SanaTransformer, build, positions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_VERSION = "0.42.1"  # the version whose format is written
@@ -76,17 +76,24 @@ def model_config(content: Mapping[str, Any], where: Path) -> ModelConfig:
         "in_channels": 32, "num_attention_heads": 70, "num_layers": 20, "num_cross_attention_heads": 20,
         "cross_attention_head_dim": 112, "caption_channels": 2304, "sample_size": 32, "patch_size": 1,
     }  # fmt: skip
-    known = {key: given[key] for key in ModelConfig.model_fields if key in given}
-    try:
-        config = ModelConfig.model_validate(defaults | known)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SanaError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    known = {key: given[key] for key in ModelConfig.model_fields if given.get(key) is not None}
+    config = _validated(defaults | known, where)
     supported = diffusers_config(config)
     for key, value in given.items():
         expected = supported.get(key)
-        if value != expected and not (key == "out_channels" and value is None):
+        if value != expected and value is not None:
             raise SanaError(f"{where}: {key} = {value!r} is not supported; this sana has {key} = {expected!r}")
+    return config
+
+
+def _validated(fields: Mapping[str, Any], where: Path) -> ModelConfig:
+    try:
+        config = ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SanaError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    for problem in config.problems():
+        raise SanaError(f"{where}: {problem}")
     return config
 
 
@@ -134,7 +141,7 @@ def solver_of(content: Mapping[str, Any], where: Path) -> dict[str, Any]:
     name = content.get("_class_name")
     solvers = {"DPMSolverMultistepScheduler": "dpm++", "FlowMatchEulerDiscreteScheduler": "euler"}
     solvers |= {"FlowMatchHeunDiscreteScheduler": "heun", "SCMScheduler": "scm"}
-    if name not in solvers:
+    if not isinstance(name, str) or name not in solvers:
         raise SanaError(
             f"{where}: the scheduler {name} is not supported", f"choose another: --solver {' or '.join(solvers.values())}"
         )
@@ -145,8 +152,9 @@ def solver_of(content: Mapping[str, Any], where: Path) -> dict[str, Any]:
     except ValidationError as error:
         raise SanaError(f"{where}: shift {shift!r} is not a positive number") from error
     for key, expected in (scheduler_config(sample) | dict.fromkeys(_OTHER_LEVELS, False)).items():
-        if not key.startswith("_") and given.get(key) not in (expected, None) and not (expected is False and not given[key]):
-            raise SanaError(f"{where}: {key} = {given[key]!r} is not supported; this sana has {expected!r}")
+        value = given.get(key, expected)
+        if not key.startswith("_") and value != expected and not (expected is False and not value):
+            raise SanaError(f"{where}: {key} = {value!r} is not supported; this sana has {expected!r}")
     return {"solver": sample.solver, "flow_shift": sample.flow_shift}
 
 
@@ -178,18 +186,38 @@ def read_weights(path: Path) -> Weights:
     A pickled file (.pth, .pt, .bin) is opened only because `path` names it, and only for tensors and plain values.
 
     Raises:
-        SanaError: nothing is there, it is damaged, no SANA, or its config asks for what is not implemented.
+        SanaError: nothing is there, it is damaged, no SANA, its config asks for what is not implemented, or tensors are
+            missing, unexpected or of another shape; names them.
     """
     if path.is_dir():
         config = path / "config.json"
-        return Weights("diffusers", path, model_config(files.read_json(config), config), _read_folder(path), str(config))
-    if files.is_safetensors(path):
-        return identify(files.read_tensors(path), path, _recorded_model(path))
-    content = _read_pickle(path)
-    if isinstance(content.get("model_state_dict"), dict):
-        return _lesson(content, path)
-    inner = content.get("state_dict", content)
-    return identify({name: t for name, t in inner.items() if isinstance(t, Tensor)} if isinstance(inner, dict) else {}, path)
+        model = model_config(files.read_json(config), config)
+        found = Weights("diffusers", path, model, _plain_tensors(_read_folder(path), path), str(config))
+    elif files.is_safetensors(path):
+        found = identify(_plain_tensors(files.read_tensors(path), path), path, _recorded_model(path))
+    else:
+        content = _read_pickle(path)
+        if isinstance(content.get("model_state_dict"), dict):
+            found = _lesson(content, path)
+        else:
+            inner = content.get("state_dict", content)
+            found = identify(_plain_tensors(inner if isinstance(inner, dict) else {}, path), path)
+    check_tensors(found.tensors, build(found.model, seed=None), path, found.compared_to)
+    return found
+
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _plain_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of a dictionary, found to be dense arrays of floating-point numbers; other values are passed over."""
+    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    for name, tensor in tensors.items():
+        dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+        if not dense or tensor.dtype not in _FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.") + ("" if dense else ", not dense")
+            raise SanaError(f"{path}: {name} is a tensor of {kind}; weights are float32, bfloat16, float16 or float64")
+    return tensors
 
 
 def _recorded_model(path: Path) -> dict[str, Any] | None:
@@ -270,19 +298,22 @@ def identify(tensors: Mapping[str, Tensor], path: Path, recorded: Mapping[str, A
     Raises:
         SanaError: these are no SANA's, or a size cannot be told from them; says what was found.
     """
-    for wrapper in _WRAPPERS:
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    while tensors and (wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in tensors)), None)):
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     if "x_embedder.proj.weight" in tensors:
         return _official(tensors, path)
     if "patch_embed.proj.weight" not in tensors:
         names = ", ".join(list(tensors)[:3]) or "none"
         raise SanaError(f"{path} holds no SANA: its tensors are called {names}{', ...' if len(tensors) > 3 else ''}")
-    beside = path.parent / "config.json"
     if recorded is not None:
         return Weights("diffusers", path, model_config(recorded, path), tensors, "the model that it records")
-    if beside.is_file() and files.read_json(beside).get("_class_name") == "SanaTransformer2DModel":
-        return Weights("diffusers", path, model_config(files.read_json(beside), beside), tensors, str(beside))
+    beside = path.parent / "config.json"
+    try:
+        content = files.read_json(beside)
+    except SanaError:  # none, or that of something else
+        content = {}
+    if content.get("_class_name") == "SanaTransformer2DModel":
+        return Weights("diffusers", path, model_config(content, beside), tensors, str(beside))
     return Weights("diffusers", path, _infer(tensors, path), tensors, "the SANA that its shapes describe")
 
 
@@ -295,17 +326,18 @@ _CROSS_HEADS = {1152: 16, 2240: 20}
 def _infer(tensors: Mapping[str, Tensor], path: Path, **known: Any) -> ModelConfig:
     """The config that names and shapes imply, in diffusers' naming. `known` is what they do not tell."""
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in tensors:
             raise SanaError(f"{path} does not look like a whole SANA:", f"  missing: {name}")
-        return tuple(tensors[name].shape)
+        found = tuple(tensors[name].shape)
+        if len(found) != dimensions or 0 in found:
+            raise SanaError(f"{path}: {name} is {found}, where {dimensions} dimensions are expected")
+        return found
 
     def has(part: str) -> bool:
         return any(part in name for name in tensors)
 
-    patch = shape("patch_embed.proj.weight")
-    if len(patch) != 4:
-        raise SanaError(f"{path}: patch_embed.proj.weight is {patch}, not (width, channels, patch, patch)")
+    patch = shape("patch_embed.proj.weight", 4)  # (width, channels, patch, patch)
     width = patch[0]
     if "num_attention_heads" not in known:
         heads = _CROSS_HEADS.get(width)
@@ -316,26 +348,24 @@ def _infer(tensors: Mapping[str, Tensor], path: Path, **known: Any) -> ModelConf
             )
         known |= {"num_attention_heads": width // _SELF_HEAD_DIM, "attention_head_dim": _SELF_HEAD_DIM}
         known |= {"num_cross_attention_heads": heads, "cross_attention_head_dim": width // heads}
-    hidden = shape("transformer_blocks.0.ff.conv_point.weight")[1]
+    hidden = shape("transformer_blocks.0.ff.conv_point.weight", 4)[1]
     ratio = 2.5 if int(2.5 * width) == hidden else hidden / width
     known = {"sample_size": 32} | known
     blocks = {int(number[1]) for name in tensors if (number := re.match(r"transformer_blocks\.(\d{1,6})\.", name))}
-    try:
-        return ModelConfig.model_validate(
-            {
-                "in_channels": patch[1],
-                "patch_size": patch[2],
-                "num_layers": len(blocks),
-                "caption_channels": shape("caption_projection.linear_1.weight")[1],
-                "mlp_ratio": ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf),
-                "attention_bias": has("attn1.to_q.bias"),
-                "qk_norm": "rms_norm_across_heads" if has("attn1.norm_q.") else None,
-                "guidance_embeds": has("time_embed.guidance_embedder."),
-                **known,
-            }
-        )
-    except ValidationError as error:
-        raise SanaError(f"{path}: its shapes are no SANA's: {error.errors()[0]['msg']}") from error
+    return _validated(
+        {
+            "in_channels": patch[1],
+            "patch_size": patch[2],
+            "num_layers": len(blocks),
+            "caption_channels": shape("caption_projection.linear_1.weight", 2)[1],
+            "mlp_ratio": ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf),
+            "attention_bias": has("attn1.to_q.bias"),
+            "qk_norm": "rms_norm_across_heads" if has("attn1.norm_q.") else None,
+            "guidance_embeds": has("time_embed.guidance_embedder."),
+            **known,
+        },
+        path,
+    )
 
 
 # --- official files ---------------------------------------------------------------------------------------------------
@@ -393,12 +423,12 @@ def _official(tensors: Mapping[str, Tensor], path: Path) -> Weights:
             renamed[f"{modules[module]}.{leaf}" if module in modules else name] = tensor
     known: dict[str, Any] = {}
     if "pos_embed" in tensors:
-        known = _read_positions(tensors["pos_embed"], renamed["patch_embed.proj.weight"].shape[-1], path)
+        known = _read_positions(tensors["pos_embed"], renamed["patch_embed.proj.weight"].shape[-1:], path)
     left_out = tuple(name for name in _NOT_THE_TRANSFORMER if name in tensors)
     return Weights("official", path, _infer(renamed, path, **known), renamed, "the SANA that its shapes describe", left_out)
 
 
-def _read_positions(buffer: Tensor, patch: int, path: Path) -> dict[str, Any]:
+def _read_positions(buffer: Tensor, patch: tuple[int, ...], path: Path) -> dict[str, Any]:
     """`sample_size` and `interpolation_scale` from the official `pos_embed` (1, N, D): zeros where there are no positions.
 
     Its second token lies one column on, at the angle 1 / interpolation_scale, whose sine and cosine it holds.
@@ -406,7 +436,7 @@ def _read_positions(buffer: Tensor, patch: int, path: Path) -> dict[str, Any]:
     side = math.isqrt(buffer.shape[1]) if buffer.ndim == 3 else 0
     if side == 0 or side * side != buffer.shape[1] or buffer.shape[2] % 4:
         raise SanaError(f"{path}: pos_embed is {tuple(buffer.shape)}, not (1, side * side, width)")
-    known: dict[str, Any] = {"sample_size": side * patch}
+    known: dict[str, Any] = {"sample_size": side * math.prod(patch)}
     if buffer.is_meta or not buffer.any():
         return known
     table, dim = buffer[0].float(), buffer.shape[2]
@@ -431,11 +461,11 @@ def _lesson(content: Mapping[str, Any], path: Path) -> Weights:
     cos((1 - s) f) = cos f cos(s f) + sin f sin(s f) and sin((1 - s) f) = sin f cos(s f) - cos f sin(s f), so that its
     columns are rotated; `timestep_scale` 0.001 undoes the 1000.
     """
-    state = content["model_state_dict"]
+    state = _plain_tensors(content["model_state_dict"], path)
     tensors = {
         name.removeprefix(_LESSON_PREFIX).replace(".cross_attn.", ".attn2."): tensor
         for name, tensor in state.items()
-        if isinstance(tensor, Tensor) and name.startswith(_LESSON_PREFIX)
+        if name.startswith(_LESSON_PREFIX)
     }
     try:
         params = content["config"]["diffusion"]["score_network"]["params"]
@@ -446,24 +476,20 @@ def _lesson(content: Mapping[str, Any], path: Path) -> Weights:
             f"{path} has a model_state_dict, but not the lesson's config beside it",
             "its number of attention heads stands in config.diffusion.score_network.params",
         ) from error
-    config = _infer(tensors, path, **known, timestep_scale=0.001)
-    first = "time_embed.emb.timestep_embedder.linear_1.weight"
-    for name in (first, "proj_out.weight", "proj_out.bias"):
-        if name not in tensors:
-            raise SanaError(f"{path} does not look like a whole SANA:", f"  missing: {name}")
-    if tensors[first].shape[-1] == TIMESTEP_CHANNELS:
-        half = TIMESTEP_CHANNELS // 2
-        frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float64))
-        cosine, sine = tensors[first].double().split(half, dim=1)  # (D, 128) each
-        turned = cosine * frequency.cos() + sine * frequency.sin(), cosine * frequency.sin() - sine * frequency.cos()
-        tensors[first] = torch.cat(turned, dim=1).to(tensors[first].dtype)
+    config, compared_to = _infer(tensors, path, **known, timestep_scale=0.001), "the model in its config"
+    check_tensors(tensors, build(config, seed=None), path, compared_to)
+    half, first = TIMESTEP_CHANNELS // 2, "time_embed.emb.timestep_embedder.linear_1.weight"
+    frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float64))
+    cosine, sine = tensors[first].double().split(half, dim=1)  # (D, 128) each
+    turned = cosine * frequency.cos() + sine * frequency.sin(), cosine * frequency.sin() - sine * frequency.cos()
+    tensors[first] = torch.cat(turned, dim=1).to(tensors[first].dtype)
     for name in ("proj_out.weight", "proj_out.bias"):
         tensors[name] = -tensors[name]
     left_out = tuple(name for name in state if not name.startswith(_LESSON_PREFIX))
     null = state.get(_LESSON_NULL)
-    if not (isinstance(null, Tensor) and null.ndim == 2 and null.shape[1] == config.caption_channels):
+    if null is None or null.ndim != 2 or null.shape[1] != config.caption_channels or len(null) == 0:
         null = None
-    return Weights("lesson", path, config, tensors, "the model in its config", left_out, null)
+    return Weights("lesson", path, config, tensors, compared_to, left_out, null)
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -81,8 +81,32 @@ def load(
         offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
         try:
             return loader(offline)
+        except SanaError:
+            raise
         except Exception as error:
             raise _explain(error, key, source, is_local, what, revision_key, advice) from error
+
+
+def check_whole(key: str, source: str, info: Mapping[str, Any], unused: Sequence[str] = ()) -> None:
+    """Refuse a model whose files lack weights, which its library would fill with random numbers.
+
+    Args:
+        key: the setting that names the model.
+        source: id or path.
+        info: what `from_pretrained(..., output_loading_info=True)` gave beside the model.
+        unused: parts whose weights may be missing.
+
+    Raises:
+        SanaError: listing what is missing or of another shape.
+    """
+    missing = sorted(name for name in info.get("missing_keys", ()) if not any(part in name for part in unused))
+    wrong = [f"  missing: {name}" for name in missing]
+    wrong += [
+        f"  of another shape: {entry[0] if isinstance(entry, tuple) else entry}" for entry in info.get("mismatched_keys", ())
+    ]
+    if wrong:
+        more = [f"  ... and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+        raise SanaError(f"{key}: the files of {source} lack weights:", *wrong[:10], *more)
 
 
 @contextlib.contextmanager

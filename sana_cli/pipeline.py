@@ -1,7 +1,7 @@
 """What stands around a transformer when it is sampled: caption encoder, autoencoder, solver and their settings.
 
 It is on record in our step folders and in diffusers pipelines. A transformer on its own is given what its family was
-published with. This module loads no weights but a null caption's, and knows neither prompts nor devices.
+published with. This module keeps no weights but a null caption's, and knows neither prompts nor devices.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from sana_cli.errors import SanaError
 from sana_cli.text import UNGATED_GEMMA, text_config
 
 INDEX = "model_index.json"
+PIPELINES = ("SanaPipeline", "SanaSprintPipeline")
 GEMMA_DIM = 2304  # width of Gemma 2 2B's states
 DC_AE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 
@@ -58,6 +59,7 @@ class Pipeline:
     sample_shape: tuple[int, int, int]  # channels, height and width of a sample, as trained
     precision: str  # bf16, fp32 or auto
     sample: SampleConfig
+    unknown_scheduler: SanaError | None = None  # why the pipeline's own solver cannot be had; another can
 
     @property
     def null_follows_prompt(self) -> bool:
@@ -66,7 +68,11 @@ class Pipeline:
 
 
 def open_pipeline(
-    place: Path, encoder: str | None = None, instruction: str | None = None, autoencoder: str | None = None
+    place: Path,
+    encoder: str | None = None,
+    instruction: str | None = None,
+    autoencoder: str | None = None,
+    weights: formats.Weights | None = None,
 ) -> Pipeline:
     """What stands around the transformer at `place`, with what the caller gives instead.
 
@@ -75,12 +81,13 @@ def open_pipeline(
         encoder: where the caption encoder lies; it must be the one on record, where one is.
         instruction: in place of the family's; "" for none.
         autoencoder: in place of the one on record or the family's.
+        weights: of the transformer there, if the caller has read them already.
 
     Raises:
         SanaError: nothing is there, or it cannot be understood.
     """
     around = _around(place)
-    pipeline = _ours(place, around) if (around / checkpoint.RECORD).is_file() else _theirs(place, around)
+    pipeline = _ours(place, around) if (around / checkpoint.RECORD).is_file() else _theirs(place, around, weights)
     text = pipeline.text
     if encoder is not None:
         text = TextConfig(encoder=encoder) if text is None else text.model_copy(update={"encoder": encoder})
@@ -95,7 +102,7 @@ def open_pipeline(
 
 def _around(place: Path) -> Path:
     """The folder whose records speak of `place`: a file or folder named inside a pipeline has that pipeline around it."""
-    folder = place if place.is_dir() else place.parent
+    folder = (place if place.is_dir() else place.parent).absolute()
     if folder.name == "transformer" and any((folder.parent / name).is_file() for name in (checkpoint.RECORD, INDEX)):
         return folder.parent
     return folder
@@ -104,6 +111,15 @@ def _around(place: Path) -> Path:
 def _ours(place: Path, folder: Path) -> Pipeline:
     """From `sana.json`."""
     record = checkpoint.read_record(folder)
+    try:
+        return _from_record(place, folder, record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SanaError(
+            f"{folder / checkpoint.RECORD} is damaged: {type(error).__name__} {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _from_record(place: Path, folder: Path, record: Mapping[str, Any]) -> Pipeline:
     image, fingerprint = record["image"], record["encoder"]
     return Pipeline(
         place=place,
@@ -139,17 +155,24 @@ def _whereabouts(folder: Path, what: str, name: str) -> str:
     return name
 
 
-def _theirs(place: Path, folder: Path) -> Pipeline:
+def _theirs(place: Path, folder: Path, weights: formats.Weights | None) -> Pipeline:
     """From the folders of a diffusers pipeline, or for a transformer alone, from its family."""
-    weights = formats.read_weights(checkpoint.transformer_path(place))
+    weights = weights or formats.read_weights(checkpoint.transformer_path(place))
     model, sample = weights.model, _family_sampling(weights)
     text: TextConfig | None = _family_text(weights)
     is_pipeline = (folder / INDEX).is_file()
     autoencoder = DC_AE if model.in_channels == formats.LATENT_CHANNELS else None
+    unknown: SanaError | None = None
     if is_pipeline:
+        kind = files.read_json(folder / INDEX).get("_class_name")
+        if kind not in PIPELINES:
+            raise SanaError(f"{folder} is a {kind}; the pipelines that can be sampled are {' and '.join(PIPELINES)}")
         scheduler = folder / "scheduler" / "scheduler_config.json"
         if scheduler.is_file():
-            sample = sample.model_copy(update=formats.solver_of(files.read_json(scheduler), scheduler))
+            try:
+                sample = sample.model_copy(update=formats.solver_of(files.read_json(scheduler), scheduler))
+            except SanaError as error:
+                unknown = error
         if (folder / "text_encoder").is_dir():
             text = TextConfig(encoder=str(folder.resolve()), instruction=DIFFUSERS_INSTRUCTION, lowercase=True)
         if (folder / "vae").is_dir():
@@ -170,6 +193,7 @@ def _theirs(place: Path, folder: Path) -> Pipeline:
         sample_shape=(model.in_channels, side, side),
         precision="fp32" if weights.dtypes == ("float32",) else "auto",
         sample=sample,
+        unknown_scheduler=unknown,
     )
 
 
@@ -181,8 +205,10 @@ def _family_sampling(weights: formats.Weights) -> SampleConfig:
         return SampleConfig(solver="scm", steps=2, guidance_scale=4.5)
     if weights.model.in_channels in (1, 3):  # pixels: nobody published any, so what suits ours
         return SampleConfig()
-    very_large = (weights.model.sample_size or 0) >= 128  # the 4K model
-    return SampleConfig(solver="dpm++", steps=20, guidance_scale=4.5, flow_shift=6.0 if very_large else 3.0)
+    shift = 6.0 if (weights.model.sample_size or 0) >= 128 else 3.0  # 6 for the 4K model
+    if weights.origin == "official" and (formats.family(weights.model), weights.model.sample_size) == ("Sana 0.6B", 32):
+        shift = 4.0  # NVlabs/Sana `Sana_600M_img1024.yaml`; its copy in diffusers' format says 3
+    return SampleConfig(solver="dpm++", steps=20, guidance_scale=4.5, flow_shift=shift)
 
 
 def _family_text(weights: formats.Weights) -> TextConfig | None:
@@ -190,7 +216,7 @@ def _family_text(weights: formats.Weights) -> TextConfig | None:
     if weights.model.caption_channels != GEMMA_DIM:
         return None
     if weights.origin == "lesson":
-        return TextConfig(encoder="google/gemma-2-2b-it", template="chat")
+        return TextConfig(encoder="google/gemma-2-2b-it", template="lesson")
     if weights.origin == "official":
         return TextConfig(encoder=UNGATED_GEMMA, instruction=OFFICIAL_INSTRUCTION)
     return TextConfig(encoder=UNGATED_GEMMA, instruction=DIFFUSERS_INSTRUCTION, lowercase=True)

@@ -41,7 +41,8 @@ LESSON_BYTES_PER_IMAGE = 300 * 2304 * 4
 
 def partial_dir(directory: Path) -> Path:
     """Where a dataset lies until it is whole."""
-    return directory.with_name(directory.name + ".partial")
+    whole = directory if directory.name else directory.absolute()  # "." has no name of its own
+    return whole.with_name(whole.name + ".partial")
 
 
 def is_dataset(directory: Path) -> bool:

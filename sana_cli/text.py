@@ -87,15 +87,19 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.pad_id = tokenizer.pad_token_id or 0
-        if template == "chat" and not tokenizer.chat_template:
+        if template != "none" and not tokenizer.chat_template:
             raise SanaError(
                 "text.template: this encoder's tokenizer has no chat template", "use text.template: none", exit_code=2
             )
 
     def __call__(self, text: str, max_length: int) -> list[int]:
         """Token ids of a caption, special tokens once; what is cut is text, not the special token at the end."""
-        if self.template == "chat" and text:
+        text = text.encode("utf-8", errors="replace").decode()  # tokenizers take no lone surrogates, which names can have
+        if self.template != "none" and text:
             message = [{"role": "user", "content": text}]
+            if self.template == "lesson":  # tokenised again as text, which puts a second beginning before the template's
+                text = self.tokenizer.apply_chat_template(message, tokenize=False)
+                return list(self.tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
             return list(self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=False))[:max_length]
         ids = list(self.tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
         if not ids:  # a tokenizer without special tokens has nothing for the null caption
@@ -207,7 +211,7 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     tokenizer: ByteTokenizer | HuggingFaceTokenizer
     if text.encoder == "tiny":
-        if text.template == "chat":
+        if text.template != "none":
             raise SanaError("text.template: the tiny encoder has no chat template", "use text.template: none", exit_code=2)
         model, tokenizer, vocabulary = _tiny().to(dtype), ByteTokenizer(), "utf-8 bytes"
     else:
@@ -292,12 +296,17 @@ def _from_hugging_face(encoder: str, revision: str | None, dtype: torch.dtype) -
         model_place, tokenizer_place = str(folder / "text_encoder"), str(folder / "tokenizer")
 
     def load(local_files_only: bool) -> tuple[nn.Module, Any]:
-        common: dict[str, Any] = {"revision": revision or "main", "local_files_only": local_files_only}
+        common: dict[str, Any] = {
+            "revision": revision or "main", "local_files_only": local_files_only, "trust_remote_code": False
+        }  # fmt: skip
         config = AutoConfig.from_pretrained(model_place, **common)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_place, **common)
         tokenizer.padding_side = "right"
         loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel  # T5 without its decoder
-        model = loader.from_pretrained(model_place, config=config, dtype=dtype, **common)
+        model, info = loader.from_pretrained(
+            model_place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
+        )
+        hub.check_whole("text.encoder", encoder, info, unused=("pooler",))  # we read the last hidden state
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False
         return model, tokenizer

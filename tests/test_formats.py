@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sana_cli import checkpoint, formats
+from sana_cli import draw as drawing
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, sample
 from sana_cli.commands.train import TrainOptions, train
@@ -152,6 +153,10 @@ def test_resolution_is_read_off_the_positions(side: int, scale: float | None, sh
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     pipeline = open_pipeline(tmp_path / "x.pth")
     assert pipeline.model == published(name, sample_size=side, interpolation_scale=scale)
+    if side == 32:  # the official 0.6B at this size has a shift of its own
+        small = official(build(published("Sana 0.6B"), seed=None).state_dict(), sprint=False) | extras("Sana 0.6B", side)
+        torch.save({"state_dict": hollow(small)}, tmp_path / "y.pth")
+        assert open_pipeline(tmp_path / "y.pth").sample.flow_shift == 4.0
     assert (pipeline.sample.solver, pipeline.sample.flow_shift, pipeline.sample.guidance_scale) == ("dpm++", shift, 4.5)
     assert pipeline.text is not None
     assert pipeline.text.instruction == OFFICIAL_INSTRUCTION
@@ -262,12 +267,23 @@ def test_the_lesson_computes_the_same_field(tmp_path: Path) -> None:
     assert float((found[0] - found[3]).abs().max()) > 0.01  # the time shows
 
 
-def test_the_lesson_is_sampled_with_its_own_null_caption(tmp_path: Path) -> None:
+def test_the_lesson_is_sampled_with_its_own_null_caption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the mask of each prompt, as it was trained."""
     path = lesson_file(tmp_path / "diffusion-9999.pt", reference(PIXELS))
     pipeline = open_pipeline(path, encoder="tiny")
     assert pipeline.null_caption is not None
     assert pipeline.null_caption.shape == (300, 128)
     assert pipeline.sample.guidance_scale == 1.0
+
+    assert pipeline.null_follows_prompt
+    asked: list[list[int]] = []
+    original = drawing.draw
+
+    def watched(model: Any, captions: Any, nulls: Any, *rest: Any) -> Any:
+        asked.append([len(null) - len(caption) for caption, null in zip(captions, nulls, strict=True)])
+        return original(model, captions, nulls, *rest)
+
+    monkeypatch.setattr(drawing, "draw", watched)
 
     def draw(**options: Any) -> Tensor:
         *_, last = sample(SampleOptions(("4 two",), path, encoder="tiny", device="cpu", out=tmp_path / "o.png", **options))
@@ -277,6 +293,7 @@ def test_the_lesson_is_sampled_with_its_own_null_caption(tmp_path: Path) -> None
     guided = draw(guidance_scale=3.0, steps=4)
     lesson_file(path, reference(PIXELS), null_seed=2)
     assert not torch.equal(draw(guidance_scale=3.0, steps=4), guided)
+    assert all(differences == [0, 0] for differences in asked)
 
 
 # --- diffusers' folders and files -------------------------------------------------------------------------------------
@@ -303,13 +320,18 @@ def test_what_diffusers_saves_loads(tmp_path: Path, variant: str | None, max_sha
 def test_the_plain_weights_come_before_a_variant(tmp_path: Path) -> None:
     theirs = reference(PIXELS)
     theirs.save_pretrained(tmp_path)
-    with torch.no_grad():
-        theirs.proj_out.bias += 1
-    theirs.save_pretrained(tmp_path, variant="fp16")
+    for variant in ("bf16", "fp16", "another"):
+        with torch.no_grad():
+            theirs.proj_out.bias += 1
+        theirs.save_pretrained(tmp_path, variant=variant)
     plain, variant = (load_file(tmp_path / f"diffusion_pytorch_model{v}.safetensors") for v in ("", ".fp16"))
     assert torch.equal(checkpoint.load_transformer(tmp_path).proj_out.bias, plain["proj_out.bias"])
     named = checkpoint.load_transformer(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
     assert torch.equal(named.proj_out.bias, variant["proj_out.bias"])
+    for first in ("", ".bf16", ".fp16"):  # with each the best of those that are left
+        path = tmp_path / f"diffusion_pytorch_model{first}.safetensors"
+        assert torch.equal(checkpoint.load_transformer(tmp_path).proj_out.bias, load_file(path)["proj_out.bias"])
+        path.unlink()
 
 
 def test_shards_are_looked_for_beside_their_list_only(tmp_path: Path) -> None:
@@ -387,6 +409,71 @@ def test_a_malicious_file_is_refused_and_not_run(tmp_path: Path, new_format: boo
     assert not proof.exists()
 
 
+def test_only_plain_numbers_are_weights(tmp_path: Path) -> None:
+    state = reference(PIXELS).state_dict()
+    name = "proj_out.weight"
+    for odd in (
+        state[name].to(torch.int8), state[name].to(torch.complex64), state[name] > 0, state[name].to_sparse(),
+        state[name].to("meta"), state[name].to(torch.float8_e4m3fn),
+    ):  # fmt: skip
+        torch.save(state | {name: odd}, tmp_path / "x.pth")
+        lesson = lesson_file(tmp_path / "diffusion-1.pt", reference(PIXELS))
+        content = torch.load(lesson, weights_only=True)
+        content["model_state_dict"]["_score_network." + name] = odd
+        torch.save(content, lesson)
+        for path in (tmp_path / "x.pth", lesson):
+            with pytest.raises(SanaError, match="proj_out.weight is a tensor of .*; weights are float32"):
+                checkpoint.load_transformer(path)
+
+
+def test_odd_shapes_keys_and_configs_are_messages(tmp_path: Path) -> None:
+    whole = dict(reference(PIXELS).state_dict())
+    config = formats.diffusers_config(PIXELS)
+    for name in ("patch_embed.proj.weight", "transformer_blocks.0.ff.conv_point.weight", "caption_projection.linear_1.weight"):
+        for shape in ((), (3,), (0, 2, 2, 2), (2, 2, 2, 2, 2)):
+            torch.save(whole | {name: torch.zeros(shape)}, tmp_path / "x.pth")
+            with pytest.raises(SanaError):
+                checkpoint.load_transformer(tmp_path / "x.pth")
+            path = lesson_file(tmp_path / "diffusion-1.pt", reference(PIXELS))
+            content = torch.load(path, weights_only=True)
+            content["model_state_dict"]["_score_network." + name] = torch.zeros(shape)
+            torch.save(content, path)
+            with pytest.raises(SanaError):
+                checkpoint.load_transformer(path)
+    torch.save({1: torch.zeros(1), "state_dict": {2: torch.zeros(1)}}, tmp_path / "x.pth")
+    with pytest.raises(SanaError, match="holds no SANA"):
+        checkpoint.load_transformer(tmp_path / "x.pth")
+    stray = {f"transformer_blocks.{n}.x": torch.zeros(1) for n in range(2000)}
+    torch.save(whole | stray, tmp_path / "x.pth")
+    with pytest.raises(SanaError):
+        checkpoint.load_transformer(tmp_path / "x.pth")
+    save_file(whole, tmp_path / formats.WEIGHTS)
+    for change in (
+        {"num_layers": 10**9}, {"mlp_ratio": 1e-9}, {"mlp_ratio": 1e308}, {"patch_size": 10**12}, {"num_layers": "two"},
+        {"sample_size": 4, "interpolation_scale": 1.0}, {"num_attention_heads": 65536, "attention_head_dim": 65536},
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(SanaError, match=r"config\.json: "):
+            checkpoint.load_transformer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sample_size": None}))
+    assert checkpoint.load_transformer(tmp_path).config.sample_size == 32
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SanaError, match=r"config\.json cannot be read as JSON"):
+        checkpoint.load_transformer(tmp_path)
+
+
+def test_names_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is known by its content, a folder by what it holds, and `.` is a folder like any other."""
+    reference(PIXELS).save_pretrained(tmp_path / "transformer")
+    shutil.copy(tmp_path / "transformer" / formats.WEIGHTS, tmp_path / "transformer" / "blob")
+    torch.save({"state_dict": {f"_orig_mod.module.{k}": t for k, t in reference(PIXELS).state_dict().items()}}, tmp_path / "p")
+    shutil.copy(tmp_path / "transformer" / "config.json", tmp_path / "config.json")
+    for target in ("transformer/blob", "p"):
+        assert inspect(InspectOptions(str(tmp_path / target))).kind == "transformer"
+    monkeypatch.chdir(tmp_path / "transformer")
+    assert inspect(InspectOptions(".")).kind == "transformer"
+
+
 def test_a_pickle_in_a_folder_is_not_opened_unasked(tmp_path: Path) -> None:
     theirs = reference(PIXELS)
     theirs.save_pretrained(tmp_path, safe_serialization=False)
@@ -440,6 +527,7 @@ def test_what_is_no_sana_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({"_class_name": ["x"]}, "is not supported"),
         ({"_class_name": "DDIMScheduler"}, "the scheduler DDIMScheduler is not supported"),
         ({"_class_name": "DPMSolverMultistepScheduler"}, "prediction_type = 'epsilon' is not supported"),
         (

@@ -1,5 +1,6 @@
 """Whole pipelines of other people's against diffusers' own, and the order in which models come to the device."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import embedded, small_config
+from safetensors.torch import load_file, save_file
 
 from sana_cli import checkpoint
 from sana_cli.commands.inspect import InspectOptions, inspect
@@ -114,7 +116,7 @@ def test_pipelines_draw_what_diffusers_draws(
     assert found.shape == expected.shape == (*size, 3)
     assert expected.std() > 10  # a picture, if not a pretty one
     print(f"{solver} {settings} {size}: largest difference {np.abs(found - expected).max():.2f} of 255")
-    assert np.abs(found - expected).max() <= 2
+    assert np.abs(found - expected).max() <= 0.6  # half of it is the rounding to whole numbers
 
 
 # --- settings that show -----------------------------------------------------------------------------------------------
@@ -144,12 +146,36 @@ def test_negative_prompts_are_those_of_diffusers(pipelines: dict[str, Path]) -> 
     assert np.abs(summary.pixels[0].permute(1, 2, 0).numpy() - expected).max() <= 2
 
 
+def test_several_prompts_and_bf16_weights(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(pipelines["dpm++"], tmp_path / "half")
+    half = diffusers.SanaTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+    half.save_pretrained(folder / "transformer")
+    pipeline = diffusers.SanaPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a cube", "a very long prompt about a sphere " * 12, "x"]
+    generators = [torch.Generator().manual_seed(seed) for seed in (4, 5, 6)]
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "use_resolution_binning": False, "output_type": "np"}
+    exact = 255 * pipeline(prompts, height=32, width=32, generator=generators, **settings)[0]
+    pipeline.transformer = half
+    generators = [torch.Generator().manual_seed(seed) for seed in (4, 5, 6)]
+    rounded = 255 * pipeline(prompts, height=32, width=32, generator=generators, **settings)[0]
+
+    def drawn(**options: Any) -> np.ndarray:
+        chosen = SampleOptions(tuple(prompts), folder, seed=4, steps=4, guidance_scale=3.0, device="cpu", **options)
+        *_, summary = sample(dataclasses.replace(chosen, out=tmp_path / "o.png"))
+        return summary.pixels.permute(0, 2, 3, 1).numpy()
+
+    assert np.abs(drawn(precision="fp32") - exact).max() <= 0.6
+    assert np.abs(drawn(precision="bf16") - exact).mean() < 1.2 * np.abs(np.round(rounded) - exact).mean()
+
+
 def test_several_images_each_have_their_own_noise(pipelines: dict[str, Path]) -> None:
     """Sprint's solver adds noise at every step: an image must not depend on what is drawn beside it."""
     for solver in ("dpm++", "scm"):
         row = ours(pipelines[solver], images_per_prompt=3, seed=5)
-        assert torch.equal(row.pixels[1], ours(pipelines[solver], seed=6).pixels[0])
-        assert not torch.equal(row.pixels[1], row.pixels[2])
+        alone = ours(pipelines[solver], seed=6).pixels[0]
+        assert int((row.pixels[1].int() - alone.int()).abs().max()) <= 1
+        assert int((row.pixels[1].int() - row.pixels[2].int()).abs().max()) > 10
 
 
 def test_latents_appear_in_the_trajectory(pipelines: dict[str, Path], tmp_path: Path) -> None:
@@ -200,6 +226,8 @@ def test_what_cannot_be_is_said_before_the_long_work(pipelines: dict[str, Path],
         (sprint, {"negative_prompt": "x"}, "--negative-prompt: this model has its guidance built in"),
         (sprint, {"guidance_interval": (0.1, 0.9)}, "--guidance-interval: this model has its guidance built in"),
         (sprint, {"flow_shift": 3.0}, "--flow-shift: the scm solver has noise levels of its own"),
+        (sprint, {"solver": "dpm++"}, "--solver: a Sprint model is for scm, not dpm"),
+        (dpm_folder, {"solver": "scm"}, "--solver: scm is for Sprint models, which this is not"),
     ):
         with pytest.raises(SanaError, match=message):
             ours(folder, **options)
@@ -346,3 +374,67 @@ def test_training_on_latents_from_published_weights(pipelines: dict[str, Path], 
                 tmp_path, f"data.autoencoder={source}", "data.latent_factor=4", "model.patch_size=4", f"data.dir={tmp_path / 'x'}"
             )
         )
+
+
+# --- strangers' folders -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_brings_no_code_and_no_pickles(pipelines: dict[str, Path], tmp_path: Path, sana: Callable[..., Any]) -> None:
+    folder = shutil.copytree(pipelines["dpm++"], tmp_path / "hostile")
+    proof, config = tmp_path / "it-ran", folder / "text_encoder" / "config.json"
+    whole = config.read_text()
+    (folder / "text_encoder" / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    changed = json.loads(whole) | {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    config.write_text(json.dumps(changed))
+    answer = sana("sample", "x", "--checkpoint", str(folder), "--device", "cpu")
+    assert (answer.returncode, proof.exists()) == (1, False)
+    assert "Traceback" not in answer.stderr
+    config.write_text(whole)
+    for part, name in (("text_encoder", "pytorch_model.bin"), ("vae", "diffusion_pytorch_model.bin")):
+        (weights,) = (folder / part).glob("*.safetensors")
+        torch.save(load_file(weights), folder / part / name)
+        kept = weights.read_bytes()
+        weights.unlink()
+        with pytest.raises(SanaError, match="safetensors"):
+            ours(folder, steps=1)
+        weights.write_bytes(kept)
+        (folder / part / name).unlink()
+    assert ours(folder, steps=1).pixels.shape == (1, 3, 32, 32)
+
+
+def test_missing_weights_are_not_made_up(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    for part, key in (("text_encoder", r"text\.encoder"), ("vae", "autoencoder")):
+        folder = shutil.copytree(pipelines["dpm++"], tmp_path / part)
+        (weights,) = (folder / part).glob("*.safetensors")
+        tensors = load_file(weights)
+        lost = sorted(name for name in tensors if name.endswith("weight"))[3]
+        save_file({name: tensor for name, tensor in tensors.items() if name != lost}, weights, {"format": "pt"})
+        with pytest.raises(SanaError, match=rf"{key}: the files of .* lack weights:\n  missing: .*{lost.split('.')[-2]}"):
+            ours(folder, steps=1)
+
+
+def test_other_pipelines_and_schedulers(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(pipelines["dpm++"], tmp_path / "other")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"solver_order": 3}))
+    with pytest.raises(SanaError, match="solver_order = 3 is not supported"):
+        ours(folder, steps=1)
+    assert ours(folder, steps=1, solver="euler").settings.solver == "euler"
+    assert "solver_order" in inspect(InspectOptions(str(folder))).facts["sampling"]
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("SanaPipeline", "SanaControlNetPipeline"))
+    with pytest.raises(SanaError, match="is a SanaControlNetPipeline; the pipelines that can be sampled are SanaPipeline and"):
+        ours(folder)
+
+
+def test_images_that_are_not_finite_are_not_saved(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(pipelines["dpm++"], tmp_path / "nan")
+    (weights,) = (folder / "vae").glob("*.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(SanaError, match="decodes to images that are not finite"):
+        ours(folder, steps=1)
+    config = folder / "vae" / "config.json"
+    for scale in (0, "big", None):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": scale}))
+        with pytest.raises(SanaError, match="no usable latent_channels"):
+            ours(folder, steps=1)

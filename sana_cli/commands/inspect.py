@@ -55,13 +55,24 @@ def inspect(options: InspectOptions) -> Report:
         if (path / "transformer").is_dir() or (path / "config.json").is_file():
             return _transformer(path)
         raise SanaError(f"{path} is neither a run, a checkpoint, a diffusers folder nor a dataset of sana's")
-    if path.suffix.lower() == ".png":
+    beginning = _beginning(path)
+    if beginning.startswith(b"\x89PNG") or path.suffix.lower() == ".png":
         return _picture(path)
-    if path.suffix.lower() in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"):
+    if beginning[8:9] == b"{" or beginning.startswith((b"PK", b"\x80")):  # safetensors, or a pickle, zipped or plain
         return _transformer(path)
+    if path.suffix.lower() in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"):
+        return _transformer(path)  # which says what is wrong with it
     if path.parent != Path() and not path.exists():
         raise SanaError(f"{path} does not exist", "sana inspect alone lists the shipped configs", exit_code=2)
     return _config(find_config(options.target))
+
+
+def _beginning(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(9)
+    except OSError:
+        return b""
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -200,9 +211,8 @@ ORIGINS = {"diffusers": "diffusers", "official": "NVlabs/Sana", "lesson": "the l
 def _transformer(path: Path) -> Report:
     """A diffusers pipeline, a transformer folder, or a file of weights."""
     weights = formats.read_weights(checkpoint.transformer_path(path))
-    pipeline = open_pipeline(path)
+    pipeline = open_pipeline(path, weights=weights)
     empty = build(weights.model, seed=None)
-    formats.check_tensors(weights.tensors, empty, weights.path, weights.compared_to)
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values())
     facts = _model_facts(weights.model)
     if weights.origin == "lesson":
@@ -236,9 +246,8 @@ def _surroundings(path: Path, pipeline: Pipeline) -> dict[str, Any]:
         )
     if pipeline.latents:
         facts["autoencoder"] = shown(pipeline.autoencoder)
-    facts["sampling"] = (
-        f"{sample.solver}, {sample.steps} steps, guidance {sample.guidance_scale:g}, flow shift {sample.flow_shift:g}"
-    )
+    how = f"{sample.solver}, {sample.steps} steps, guidance {sample.guidance_scale:g}, flow shift {sample.flow_shift:g}"
+    facts["sampling"] = str(pipeline.unknown_scheduler).splitlines()[0] if pipeline.unknown_scheduler else how
     if not inside:
         options = ["--encoder", "--instruction", *(["--autoencoder"] if pipeline.latents else [])]
         facts["to sample"] = f"sana sample --checkpoint {path} PROMPT, with other {', '.join(options)} if need be"
@@ -272,7 +281,10 @@ def _picture(path: Path) -> Report:
     if not path.is_file():
         raise SanaError(f"{path} does not exist")
     record = draw.read_record(path)
-    images = [image for row in record["images"] for image in row]
-    facts = {key: value for key, value in record.items() if key not in ("images", "settings")} | record["settings"]
-    rows = tuple((image["prompt"], image["seed"]) for image in images)
+    try:
+        images = [image for row in record["images"] for image in row]
+        facts = {key: value for key, value in record.items() if key not in ("images", "settings")} | record["settings"]
+        rows = tuple((image["prompt"], image["seed"]) for image in images)
+    except (KeyError, TypeError) as error:
+        raise SanaError(f"{path} carries a record that is not sana's") from error
     return Report("picture", str(path), facts | {"images": len(images)}, ("prompt", "seed"), rows)

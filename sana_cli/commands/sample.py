@@ -81,6 +81,8 @@ class SampleSummary:
 
 def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
     """The pipeline's sampling defaults with what the options say instead."""
+    if pipeline.unknown_scheduler is not None and options.solver is None:
+        raise pipeline.unknown_scheduler
     given = {
         key: getattr(options, key)
         for key in ("steps", "guidance_scale", "guidance_interval", "solver", "flow_shift", "seed")
@@ -94,6 +96,10 @@ def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
     low, high = settings.guidance_interval
     if low >= high:
         raise SanaError(f"--guidance-interval: {low} must be below {high}", exit_code=2)
+    if pipeline.model.guidance_embeds and settings.solver != "scm":
+        raise SanaError(f"--solver: a Sprint model is for scm, not {settings.solver}", exit_code=2)
+    if settings.solver == "scm" and not pipeline.model.guidance_embeds:
+        raise SanaError("--solver: scm is for Sprint models, which this is not; choose dpm++, euler or heun", exit_code=2)
     if settings.solver == "scm" and settings.flow_shift != 1:
         if options.flow_shift is not None:
             raise SanaError("--flow-shift: the scm solver has noise levels of its own, which know no shift", exit_code=2)
@@ -192,6 +198,8 @@ def _encode(
     dtype = torch.bfloat16 if pipeline.kind == "checkpoint" else torch.float32
     states = dict(encoder.encode(prompts, dtype))
     captions = [states[prompt] for prompt in prompts]
+    if pipeline.model.guidance_embeds:  # which has no null branch
+        return captions, captions
     if negative or pipeline.null_caption is None:
         ((_, null),) = encoder.encode([negative or ""], dtype, instruct=False)
     else:
@@ -308,14 +316,16 @@ def _write(
         return tuple(paths), tuple(
             {"prompt": cell.prompt, "seed": cell.seed, "file": str(path)} for cell, path in zip(flat, paths, strict=True)
         )
-    path = options.out or _free_name(place / f"sample-{checkpoint_place.resolve().stem}.png")
+    path = options.out or _free_name(
+        place / f"sample-{(checkpoint_place.absolute().name if checkpoint_place.is_dir() else checkpoint_place.stem)}.png"
+    )
     draw.save_png(draw.grid(pixels, cells), path, draw.grid_record(cells, settings, name, **more))
     return (path,), tuple({"prompt": cell.prompt, "seed": cell.seed} for cell in flat)
 
 
 def _beside(folder: Path) -> tuple[Path, str]:
     """Where pictures of a checkpoint go, and its name in their record: the run that it lies in, or the folder around it."""
-    whole = folder.resolve()
+    whole = folder.absolute()
     in_run = whole.parent.name == "checkpoints"
     place = whole.parents[1] if in_run else whole.parent
     name = f"{place.name}/{whole.name}" if in_run else whole.name
