@@ -308,7 +308,7 @@ def bad_files(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_entries_are_left_out_and_listed(tmp_path: Path, workers: int) -> None:
-    source = metadata_folder(tmp_path / "source", [{"file_name": f"{n:03d}.png", "text": f"number {n}"} for n in range(90)])
+    source = metadata_folder(tmp_path / "source", [{"file_name": f"{n:04d}.png", "text": f"number {n}"} for n in range(1000)])
     reasons = bad_files(source)
     lines = (source / "metadata.jsonl").read_bytes().splitlines()
     chosen = random.Random(0)
@@ -322,20 +322,20 @@ def test_bad_entries_are_left_out_and_listed(tmp_path: Path, workers: int) -> No
         b'{"text": "nameless"}',
         b'{"file_name": "captionless.png", "text": 7}',
     ]
-    lines.append(json.dumps({"file_name": "000.png", "text": "again"}).encode())
+    lines.append(json.dumps({"file_name": "0000.png", "text": "again"}).encode())
     (source / "metadata.jsonl").write_bytes(b"\n".join(lines))
     config = folder_config(tmp_path, source, f"data.workers={workers}")
     *_, summary = embed(EmbedOptions(config))
     assert isinstance(summary, EmbedSummary)
-    assert summary.images == 90
+    assert summary.images == 1000
     skipped = {entry["name"]: entry["reason"] for entry in store.Dataset(config.data.dir).skipped()}
     for name, reason in reasons.items():
         assert skipped.pop(name).startswith(reason), name  # of two rows for one name, the last
-    assert skipped.pop("000.png") == "named twice; the first is kept"
+    assert skipped.pop("0000.png") == "named twice; the first is kept"
     assert sorted(skipped.values()) == [
         "no file_name", "not JSON", "not UTF-8: invalid start byte at byte 15 of the line", "not a JSON object"
     ]  # fmt: skip
-    assert all(captions == (f"number {int(name[:3])}",) for name, captions in listed(config))
+    assert all(captions == (f"number {int(name[:4])}",) for name, captions in listed(config))
     with pytest.raises(SanaError, match=r"\n?.*: .*\nleave out --strict"):
         list(embed(EmbedOptions(folder_config(tmp_path / "strict", source), strict=True)))
     assert not (tmp_path / "strict" / "data").exists()
