@@ -26,7 +26,7 @@ from sana_cli.autoencoder import Autoencoder, read_info
 from sana_cli.config import Config
 from sana_cli.data import Entry, Skipped, Source, open_source
 from sana_cli.data.images import decode_all
-from sana_cli.device import peak_memory, resolve_device
+from sana_cli.device import peak_memory, release_memory, resolve_device
 from sana_cli.distributed import World, world
 from sana_cli.errors import SanaError
 from sana_cli.text import CaptionEncoder, asked_for, check_same_encoder, load_encoder
@@ -363,6 +363,8 @@ class _Work:
                         writing.result()
                     skipped = [{"name": entry.name, "reason": entry.reason} for _, entry in window.skipped]
                     writing = writers.submit(self.writer.write, window.number, shards, images, self.caption_ids, skipped)
+                    del window, shards, images, new
+                    release_memory(self.encoder.device)  # many small tensors leave holes that malloc would keep
                     yield
                 if writing is not None:
                     writing.result()
