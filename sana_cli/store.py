@@ -29,7 +29,7 @@ from sana_cli import files
 from sana_cli.errors import SanaError
 
 FORMAT_VERSION = 1
-WINDOW = 16384  # entries of the source in a shard, at most
+WINDOW = 4096  # entries of the source in a shard, at most
 WINDOW_BYTES = 128 * 2**20  # of pixels, and of caption states, in a shard, at most
 INDEX = "index.json"
 SKIPPED = "skipped.jsonl"
