@@ -2,20 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import embedded, small_config
+from conftest import REPOSITORY, SMALL, embedded, small_config
 from PIL import Image
 
 from sana_cli import checkpoint, draw, files, formats
 from sana_cli.commands import sample as sampling
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.commands.train import TrainOptions, train
-from sana_cli.config import Config, ModelConfig, SampleConfig
+from sana_cli.config import Config, ModelConfig, SampleConfig, parse_config
 from sana_cli.errors import SanaError
 from sana_cli.model import build
 
@@ -104,6 +105,28 @@ def test_our_pictures_are_those_of_diffusers(step: Path) -> None:
         x = scheduler.step(v_null + 2.0 * (v_caption - v_null), timestep, x).prev_sample
     difference = (draw.to_pixels(x).int() - summary.pixels.int()).abs()
     assert int(difference.max()) <= 1
+
+
+def test_the_readme_draws_our_image_with_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code as it stands there, on a checkpoint of that name."""
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(SMALL, "small", ("data.image_size=32", "run.dir=runs/quickstart", "data.dir=data", "run.device=cpu"))
+    embedded(config)
+    list(train(TrainOptions(config)))
+    checkpoints = Path("runs/quickstart/checkpoints")
+    (checkpoints / "step-000004").rename(checkpoints / "step-002400")
+    perturb(checkpoints / "step-002400")
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "DPMSolverMultistepScheduler" in block]
+    drawn_there: dict[str, Any] = {}
+    exec(code, drawn_there)
+    summary = drawn(
+        checkpoints / "step-002400", "4", steps=20, guidance_scale=3.0, seed=0, precision="fp32", out=tmp_path / "o.png"
+    )
+    difference = (draw.to_pixels(drawn_there["x"]).int() - summary.pixels.int()).abs()
+    assert int(difference.max()) <= 1
+    assert float(summary.pixels.float().std()) > 10
 
 
 def test_step_folders_tell_no_paths_and_no_pickle(step: Path) -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 from sana_cli import data, store
 from sana_cli.commands import embed as embedding
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed, plan
+from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.train import pick
 from sana_cli.config import Config
 from sana_cli.errors import SanaError
@@ -336,6 +337,12 @@ def test_bad_entries_are_left_out_and_listed(tmp_path: Path, workers: int) -> No
         "no file_name", "not JSON", "not UTF-8: invalid start byte at byte 15 of the line", "not a JSON object"
     ]  # fmt: skip
     assert all(captions == (f"number {int(name[:4])}",) for name, captions in listed(config))
+    report = inspect(InspectOptions(str(config.data.dir), verify=True))
+    assert report.facts["left out"] == f"{summary.skipped}, listed in skipped.jsonl"
+    listing = config.data.dir / "skipped.jsonl"
+    listing.write_text(listing.read_text().replace("no caption", "no kaption"))
+    with pytest.raises(SanaError, match="skipped.jsonl is damaged"):
+        inspect(InspectOptions(str(config.data.dir), verify=True))
     with pytest.raises(SanaError, match=r"\n?.*: .*\nleave out --strict"):
         list(embed(EmbedOptions(folder_config(tmp_path / "strict", source), strict=True)))
     assert not (tmp_path / "strict" / "data").exists()

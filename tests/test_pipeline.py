@@ -427,6 +427,21 @@ def test_other_pipelines_and_schedulers(pipelines: dict[str, Path], tmp_path: Pa
         ours(folder)
 
 
+def test_very_large_images_are_decoded_in_tiles(pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sana_cli import autoencoder
+
+    decoder = autoencoder.Autoencoder(str(pipelines["dpm++"]), torch.device("cpu"), torch.float32)
+    latents = torch.randn(1, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
+    (whole,) = decoder.decode(latents)
+    for name, value in (("TILED", 32), ("TILE", 48), ("STRIDE", 32)):
+        monkeypatch.setattr(autoencoder, name, value)
+    (tiled,) = decoder.decode(latents)
+    assert tiled.shape == whole.shape == (1, 3, 64, 64)
+    assert decoder.model.use_tiling
+    assert not torch.equal(tiled, whole)  # seams are blended, so near but not the same
+    assert float((tiled - whole).abs().mean()) < 0.2 * float(whole.std())
+
+
 def test_images_that_are_not_finite_are_not_saved(pipelines: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(pipelines["dpm++"], tmp_path / "nan")
     (weights,) = (folder / "vae").glob("*.safetensors")

@@ -259,3 +259,25 @@ def test_missing_and_offline_models_are_told_apart(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     with pytest.raises(SanaError, match="is not a text encoder that can be loaded"):
         text.load_encoder(TextConfig(encoder=str(tmp_path)), CPU)
+
+
+def test_the_lessons_template_begins_twice(gemma: Path) -> None:
+    """Its chat template was tokenised again as text, with special tokens (the paper's code has no such thing)."""
+    once, twice = (
+        text.load_encoder(TextConfig(encoder=str(gemma), template=name), CPU).token_ids("four")[0] for name in ("chat", "lesson")
+    )
+    beginning = once[0]
+    assert once.count(beginning) == 1
+    assert twice[:2] == [beginning, beginning]
+    assert twice[1:] == once
+    plain, null = (
+        text.load_encoder(TextConfig(encoder=str(gemma), template=name), CPU).token_ids("")[0] for name in ("none", "lesson")
+    )
+    assert null == plain
+
+
+def test_lone_surrogates_are_encoded(gemma: Path) -> None:
+    """File names need not be text, and captions can come from them."""
+    for encoder in ("tiny", str(gemma)):
+        ((_, states),) = text.load_encoder(TextConfig(encoder=encoder), CPU).encode(["a\udcff"])
+        assert states.isfinite().all()

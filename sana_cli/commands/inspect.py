@@ -262,6 +262,7 @@ def _dataset(path: Path, verify: bool) -> Report:
         "images": counts["images"],
         "captions": counts["captions"],
         "tokens": counts["tokens"],
+        **({"left out": f"{counts['skipped']:,}, listed in {store.SKIPPED}"} if counts.get("skipped") else {}),
         "image": f"{image['kind']}, {image['channels']} x {image['height']} x {image['width']}",
         "caption states": f"{index['caption_dim']} wide, bf16",
         "bytes": dataset.bytes,
