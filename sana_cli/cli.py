@@ -197,6 +197,7 @@ def embed(
 def _train_line(step: "TrainStep") -> Line:
     events = [f"step {step.step}: checkpoint {step.saved}"] if step.saved else []
     events += [f"step {step.step}: samples {step.sampled}"] if step.sampled else []
+    events += [f"warning: {step.warning}"] if step.warning else []
     info = (
         f"loss {step.loss:.4f}  lr {step.lr:.1e}  grad {step.grad_norm:.2f}  {step.samples_per_second:.0f} img/s  "
         f"{human_bytes(step.memory)}"

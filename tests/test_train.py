@@ -323,3 +323,29 @@ def test_a_small_model_learns_what_the_prompts_mean(tmp_path: Path) -> None:
         distance = [float((image - means[d]).square().mean()) for d in (0, 1)]
         right += int(distance[digit] < distance[1 - digit])
     assert right >= 28
+
+
+def test_a_failing_sampling_step_warns_and_training_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory\nand more")
+
+    plain = again(config, f"run.dir={config.run.dir}-plain")
+    *_, undisturbed = train(TrainOptions(plain))
+    monkeypatch.setattr("sana_cli.draw.draw", fails)
+    *steps, summary = train(TrainOptions(config))
+    assert isinstance(summary, TrainSummary)
+    assert (summary.steps, summary.grid) == (4, None)
+    warnings = [(step.step, step.warning) for step in steps if step.warning]
+    assert warnings == [(step, f"no samples at step {step}: out of memory") for step in (0, 4)]
+    assert summary.loss == undisturbed.loss
+
+
+def test_out_of_memory_names_what_to_change(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "batch_loss", full)
+    with pytest.raises(
+        SanaError, match=r"step 1: out of memory on cpu.*\n.*train\.batch_size.*train\.accumulate.*train\.precision"
+    ):
+        list(train(TrainOptions(config)))

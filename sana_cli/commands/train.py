@@ -77,6 +77,7 @@ class TrainStep:
     memory: int
     saved: Path | None = None
     sampled: Path | None = None
+    warning: str | None = None  # what went wrong beside training, which goes on
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,15 @@ class _Run:
             release_memory(self.device)
         return cells, [states[prompt] for prompt in prompts]
 
+    def try_sample(self, cells: list[list[draw.Cell]], states: list[Tensor]) -> tuple[Path | None, str | None]:
+        """`sample`, or why it could not be done: a picture is not worth a run."""
+        try:
+            return self.sample(cells, states), None
+        except (SanaError, OSError, RuntimeError) as error:
+            release_memory(self.device)
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return None, f"no samples at step {self.step}: {reason}"
+
     def sample(self, cells: list[list[draw.Cell]], states: list[Tensor]) -> Path:
         """Draw the grid with the weights to use, into `samples/`."""
         seeds = [cell.seed for row in cells for cell in row]
@@ -545,8 +555,9 @@ def train(options: TrainOptions) -> Iterator[TrainStep | TrainSummary]:
         _keep_metrics(metrics_path, run.step)
         metrics = metrics_path.open("a", encoding="utf-8")
         if run.step == 0:
-            grid = run.sample(cells, states)
-            yield TrainStep(0, steps, math.nan, 0.0, math.nan, 0.0, math.nan, peak_memory(run.device), sampled=grid)
+            grid, warning = run.try_sample(cells, states)
+            memory = peak_memory(run.device)
+            yield TrainStep(0, steps, math.nan, 0.0, math.nan, 0.0, math.nan, memory, sampled=grid, warning=warning)
         else:
             grid = None
         images = config.train.batch_size * config.train.accumulate
@@ -557,6 +568,12 @@ def train(options: TrainOptions) -> Iterator[TrainStep | TrainSummary]:
             clock = time.perf_counter()
             try:
                 loss, grad_norm, lr = run.advance(options.stop)
+            except torch.OutOfMemoryError as error:
+                raise SanaError(
+                    f"step {run.step + 1}: out of memory on {run.device}; the last checkpoint is whole",
+                    "lower train.batch_size and raise train.accumulate by as much (the step stays the same), use train.precision: bf16,",
+                    "or train a smaller model (model.num_layers); then go on with --resume auto",
+                ) from error
             except Interrupted as interrupt:
                 path = run.save() if run.step > saved_step else None
                 where = path or (folder if run.step == saved_step and folder else None)
@@ -581,14 +598,15 @@ def train(options: TrainOptions) -> Iterator[TrainStep | TrainSummary]:
                 metrics.write(json.dumps(line) + "\n")
                 metrics.flush()
                 losses, logged = [], now
-            saved = sampled = None
+            saved = sampled = warning = None
             if run.step % config.train.save_every == 0 or run.step == steps:
                 saved, saved_step = run.save(), run.step
             if run.step % config.train.sample_every == 0 or run.step == steps:
-                sampled = grid = run.sample(cells, states)
+                sampled, warning = run.try_sample(cells, states)
+                grid = sampled or grid
             left = (steps - run.step) * images / rate
             memory = peak_memory(run.device)
-            yield TrainStep(run.step, steps, loss, lr, grad_norm, rate, left, memory, saved, sampled)
+            yield TrainStep(run.step, steps, loss, lr, grad_norm, rate, left, memory, saved, sampled, warning)
         last = run.dir / "checkpoints" / checkpoint.step_name(run.step)
         seconds = time.perf_counter() - begin
         yield TrainSummary(run.dir, last, grid, run.step, first_step, loss, seconds, peak_memory(run.device), skipped)
