@@ -290,7 +290,9 @@ def _from_hugging_face(encoder: str, revision: str | None, dtype: torch.dtype) -
     """Model and tokenizer by id or from a folder: of their own, or the two sub-folders of a diffusers pipeline."""
     folder = hub.local_folder(encoder, "text.encoder")
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # of reading weights, which takes a moment; downloads show theirs
     model_place = tokenizer_place = encoder if folder is None else str(folder)
     if folder is not None and (folder / "text_encoder").is_dir():
         model_place, tokenizer_place = str(folder / "text_encoder"), str(folder / "tokenizer")
