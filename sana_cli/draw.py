@@ -84,6 +84,7 @@ def draw(
     with `guidance_embeds` is told the scale instead and has no null branch. An image depends on its caption, seed and
     settings, and on nothing else in the call beyond floating-point rounding.
     """
+    assert len(captions) == len(null_captions) == len(seeds), "one of each for every image"
     device = next(model.parameters()).device
     batches = range(0, len(captions), IMAGES_PER_BATCH)
     sigmas = flow.solver_sigmas(settings.solver, settings.steps, settings.flow_shift)

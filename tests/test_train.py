@@ -315,7 +315,13 @@ def test_a_small_model_learns_what_the_prompts_mean(tmp_path: Path) -> None:
     states = [dataset.states([texts.index(word)])[0] for _, word in prompts]
     images = draw.final_images(
         draw.draw(
-            model, states, null, list(range(32)), dataset.image_shape, config.sample.model_copy(update={"steps": 8}), "fp32"
+            model,
+            states,
+            [null] * 32,
+            list(range(32)),
+            dataset.image_shape,
+            config.sample.model_copy(update={"steps": 8}),
+            "fp32",
         )
     )
     assert float(images.mean()) == pytest.approx(float(dataset.images(np.arange(400)).mean()), abs=0.25)
