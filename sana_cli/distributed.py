@@ -11,6 +11,8 @@ from datetime import timedelta
 
 import torch.distributed
 
+from sana_cli.errors import SanaError
+
 WAIT = timedelta(days=7)  # for one rank's share of an embedding
 
 
@@ -27,9 +29,16 @@ class World:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Go on once all processes are here."""
+        """Go on once all processes are here.
+
+        Raises:
+            SanaError: another one has ended.
+        """
         if self.size > 1:
-            torch.distributed.barrier()
+            try:
+                torch.distributed.barrier()
+            except RuntimeError as error:
+                raise SanaError("another process of this run has stopped; its message says why") from error
 
 
 @contextmanager

@@ -189,6 +189,8 @@ def whole_folder(target: Path, partial: Path) -> Iterator[Path]:
 def put_in_place(partial: Path, target: Path) -> None:
     """A whole folder becomes `target`, on the same file system; one that was there is deleted once it is replaced."""
     aside = partial.with_name(partial.name + ".replaced")
+    if target.exists() and aside.exists():  # what a killed process did not finish deleting
+        shutil.rmtree(aside)
     for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
         sync(folder)
     target.parent.mkdir(parents=True, exist_ok=True)

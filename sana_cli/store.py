@@ -13,6 +13,7 @@ Shapes: n rows of a shard, k captions of an image at most, C H W of an image, D 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,26 @@ def partial_dir(directory: Path) -> Path:
 def is_dataset(directory: Path) -> bool:
     """Whether a finished dataset lies here."""
     return (directory / INDEX).is_file()
+
+
+_OURS = re.compile(r"index\.json|skipped\.jsonl|plan\.json|(captions|images|window)-\d+(-\d+)?\.(safetensors|json)|\.tmp\w+")
+
+
+def check_only_ours(directory: Path) -> None:
+    """Refuse to replace a folder that holds anything but a dataset's files, or a dataset's in the making.
+
+    Raises:
+        SanaError: it does; names it.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise SanaError(f"{directory} is a file", "give another place with --out or --set data.dir=DIR", exit_code=2)
+    strange = sorted(path.name for path in directory.iterdir() if not _OURS.fullmatch(path.name)) if directory.exists() else []
+    if strange:
+        raise SanaError(
+            f"{directory} holds {strange[0]}, which is no part of a dataset of sana's, so it is not touched",
+            "give another place with --out or --set data.dir=DIR",
+            exit_code=2,
+        )
 
 
 def _pack_texts(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -88,6 +109,7 @@ class DatasetWriter:
         """Go on in `folder`, or begin in it anew if what lies there was made by another plan."""
         self.folder = folder
         if not self._same_plan(plan):
+            check_only_ours(folder)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             files.write_sealed_json(folder / PLAN, plan)
@@ -101,37 +123,38 @@ class DatasetWriter:
     def _record(self, window: int) -> Path:
         return self.folder / f"window-{window:05d}.json"
 
-    def done(self, window: int) -> dict[str, Any] | None:
-        """A window's record, if it and its shards are whole."""
+    def done(self, window: int, hashes: bool = False) -> dict[str, Any] | None:
+        """A window's record, if it and its shards are whole: by size, and with `hashes` byte for byte."""
         if not self._record(window).is_file():
             return None
         try:
             record = files.read_sealed_json(self._record(window))
             for shard in (*record["captions"], *record["images"]):
                 files.check_size(self.folder / shard["file"], shard["bytes"])
+                if hashes:
+                    files.check_hash(self.folder / shard["file"], shard["sha256"])
         except SanaError:
             return None
         return record
 
+    def write_captions(self, window: int, number: int, states: Mapping[str, Tensor]) -> dict[str, Any]:
+        """One shard of the captions that a window is the first to bring, with their states (tokens, D); gives its record."""
+        text, text_offsets = _pack_texts(list(states))
+        offsets = torch.tensor([0, *accumulate(map(len, states.values()))], dtype=torch.int64)
+        tensors = {"states": torch.cat(list(states.values())), "offsets": offsets, "text": text, "text_offsets": text_offsets}
+        shard = self._write(f"captions-{window:05d}" + (f"-{number}" if number else ""), len(states), tensors)
+        return shard | {"tokens": int(offsets[-1])}
+
     def write(
         self,
         window: int,
-        captions: Sequence[Mapping[str, Tensor]],
+        captions: Sequence[Mapping[str, Any]],
         images: Images,
         caption_ids: Mapping[str, int],
         skipped: Sequence[Mapping[str, str]],
     ) -> None:
-        """A window: the captions that it is the first to bring, with their states (tokens, D), in shards; and its images."""
-        record: dict[str, Any] = {"captions": [], "images": [], "tokens": 0, "skipped": list(skipped)}
-        for number, states in enumerate(captions):
-            text, text_offsets = _pack_texts(list(states))
-            offsets = torch.tensor([0, *accumulate(map(len, states.values()))], dtype=torch.int64)
-            record["tokens"] += int(offsets[-1])
-            name = f"captions-{window:05d}" + (f"-{number}" if number else "")
-            tensors = {
-                "states": torch.cat(list(states.values())), "offsets": offsets, "text": text, "text_offsets": text_offsets
-            }  # fmt: skip
-            record["captions"].append(self._write(name, len(states), tensors))
+        """A window's images, and its record: its caption shards, as `write_captions` gave them, are written already."""
+        record: dict[str, Any] = {"captions": list(captions), "images": [], "skipped": list(skipped)}
         if images.sample_ids:
             record["images"].append(
                 self._write(f"images-{window:05d}", len(images.sample_ids), _pack_images(images, caption_ids))
@@ -166,22 +189,25 @@ class DatasetWriter:
                 "counts": {
                     "images": sum(shard["count"] for shard in image_shards),
                     "captions": len(texts),
-                    "tokens": sum(record["tokens"] for record in whole),
+                    "tokens": sum(shard["tokens"] for record in whole for shard in record["captions"]),
                     "skipped": len(skipped),
                 },
                 **facts,
                 "one_word_captions": all(len(caption.split()) == 1 for caption in texts if caption),
                 "null_caption": texts.index(""),
                 "skipped_sha256": files.sha256_file(self.folder / SKIPPED) if skipped else None,
-                "captions": [shard for record in whole for shard in record["captions"]],
+                "captions": [
+                    {key: shard[key] for key in shard if key != "tokens"} for record in whole for shard in record["captions"]
+                ],
                 "images": image_shards,
             }
             files.write_sealed_json(self.folder / INDEX, index)
         index = files.read_sealed_json(self.folder / INDEX)
         keep = {INDEX, SKIPPED, *(shard["file"] for shard in (*index["captions"], *index["images"]))}
-        for path in self.folder.iterdir():  # plan, records, and what killed processes left half written
-            if path.name not in keep:
+        for path in self.folder.iterdir():  # records, and what killed processes left half written
+            if path.name not in {*keep, PLAN}:
                 path.unlink()
+        (self.folder / PLAN).unlink(missing_ok=True)
 
 
 def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Tensor]:
@@ -201,7 +227,8 @@ def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Te
         ]
         tensors["caption_weights"] = torch.tensor(padded, dtype=torch.float32)
     if all(label is not None for label in images.labels):
-        tensors["labels"] = torch.tensor(images.labels, dtype=torch.int16)
+        most_label = max(label for label in images.labels if label is not None)
+        tensors["labels"] = torch.tensor(images.labels, dtype=torch.int16 if most_label < 2**15 else torch.int32)
     return tensors
 
 

@@ -122,7 +122,9 @@ def test_any_dataset_comes_back(
         images = store.Images(torch.from_numpy(pixels[-1]), names, captions, nothing, nothing)
         windows.append(([fresh] if fresh else [], images))
     for number in reversed(range(windows_count)):  # in any order, by any writer of the same plan
-        store.DatasetWriter(folder, plan).write(number, windows[number][0], windows[number][1], ids, [])
+        writer = store.DatasetWriter(folder, plan)
+        shards = [writer.write_captions(number, at, fresh) for at, fresh in enumerate(windows[number][0])]
+        writer.write(number, shards, windows[number][1], ids, [])
     image = {"kind": "pixels", "channels": channels, "height": 2, "width": 3}
     facts = {"image": image, "encoder": {}, "source": {}, "caption_dim": 4}
     store.DatasetWriter(folder, plan).finish(windows_count, ids, facts)
@@ -212,7 +214,7 @@ def test_a_strangers_folder_is_not_touched(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     config.data.dir.mkdir()
     (config.data.dir / "thesis.txt").write_text("all of it")
-    with pytest.raises(SanaError, match="is not empty and no dataset of sana's"):
+    with pytest.raises(SanaError, match="holds thesis.txt, which is no part of a dataset"):
         embedded(config)
     assert (config.data.dir / "thesis.txt").read_text() == "all of it"
 

@@ -516,3 +516,157 @@ def test_captions_are_drawn_by_their_weights() -> None:
     assert counts == pytest.approx([0.75, 0.125, 0.125], abs=0.01)
     assert [pick(which, None, 4) for which in (0.0, 0.26, 0.9999)] == [0, 1, 3]
     assert {pick(which, [1.0, 2.0], 2) for which in (0.0, 0.34, 0.999999)} == {0, 1}
+
+
+# --- what a review found ----------------------------------------------------------------------------------------------
+
+
+def test_damaged_tars_say_what_is_lost(tmp_path: Path) -> None:
+    members = [(f"{n}.{kind}", content) for n in range(6) for kind, content in (("png", encoded(picture(n))), ("txt", b"cap"))]
+    source = tmp_path / "source"
+    source.mkdir()
+    whole = tar_of(source / "a.tar", members).read_bytes()
+    with tarfile.open(source / "a.tar") as tar:
+        third = tar.getmembers()[4].offset
+    flipped = bytearray(whole)
+    flipped[third + 150] ^= 1  # in a header's checksum
+    for content, reason in (
+        (bytes(flipped), "no header at byte"),
+        (whole[:third], "cut short"),
+        (whole[: third + 100], "cut short"),
+        (whole + whole, "another archive follows"),
+    ):
+        (source / "a.tar").write_bytes(content)
+        config = small_config(tmp_path, "data.source=webdataset", f"data.path={source}", *RGB, f"run.dir={tmp_path}")
+        *_, summary = embed(EmbedOptions(config, overwrite=True))
+        assert any(reason in line for line in summary.first_skipped)
+        assert summary.images == (6 if content == whole + whole else 2)
+        with pytest.raises(SanaError, match="leave out --strict"):
+            list(embed(EmbedOptions(config, overwrite=True, strict=True)))
+
+
+def test_a_change_of_content_alone_is_noticed(tmp_path: Path) -> None:
+    source = tmp_path / "tars"
+    source.mkdir()
+    pairs = [
+        (f"{n}.{kind}", content) for n in range(200) for kind, content in (("png", encoded(picture(n))), ("txt", b"cap%03d" % n))
+    ]
+    tar = tar_of(source / "a.tar", pairs)
+    config = small_config(tmp_path, "data.source=webdataset", f"data.path={source}", *RGB)
+    list(embed(EmbedOptions(config)))
+    with pytest.raises(SanaError, match=r"source\.caption_field"):
+        list(
+            embed(
+                EmbedOptions(
+                    small_config(tmp_path, "data.source=webdataset", f"data.path={source}", *RGB, "data.caption_field=x")
+                )
+            )
+        )
+    tar.write_bytes(tar.read_bytes().replace(b"cap100", b"dog100"))
+    with pytest.raises(SanaError, match=r"source\.sha256"):
+        list(embed(EmbedOptions(config)))
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "metadata.jsonl").write_text('{"file_name": "a.ppm", "text": "x"}\n')
+    Image.new("RGB", (8, 8), "red").save(images / "a.ppm")
+    config = folder_config(tmp_path / "second", images)
+    list(embed(EmbedOptions(config)))
+    Image.new("RGB", (8, 8), "blue").save(images / "a.ppm")
+    with pytest.raises(SanaError, match=r"source\.sha256"):
+        list(embed(EmbedOptions(config)))
+
+
+def test_other_peoples_folders_are_never_replaced(tmp_path: Path, many: Path) -> None:
+    config = folder_config(tmp_path, many)
+    partial, site = store.partial_dir(config.data.dir), tmp_path / "site"
+    for folder, name in ((partial, "thesis.txt"), (site, "home.html")):
+        folder.mkdir()
+        (folder / name).write_text("mine")
+    (site / "index.json").write_text("{}")
+    with pytest.raises(SanaError, match="holds thesis.txt, which is no part of a dataset of sana's"):
+        list(embed(EmbedOptions(config)))
+    with pytest.raises(SanaError, match="holds home.html, which is no part of a dataset of sana's"):
+        list(embed(EmbedOptions(config, out=site, overwrite=True)))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SanaError, match="is a file"):
+        list(embed(EmbedOptions(config, out=tmp_path / "file")))
+    assert {path.read_text() for path in (partial / "thesis.txt", site / "home.html", tmp_path / "file")} == {"mine"}
+
+
+def test_odd_images_and_rows_are_left_out(tmp_path: Path) -> None:
+    source = metadata_folder(tmp_path / "source", [{"file_name": "good.png", "text": "fine"}])
+    Image.new("L", (5_000_000, 1)).save(source / "long.png")
+    (source / "x.png").symlink_to(source / "y.png")
+    (source / "y.png").symlink_to(source / "x.png")
+    picture(1).save(source / "1:2.png")
+    rows: list[dict[str, Any]] = [
+        {"file_name": "long.png", "text": "long"}, {"file_name": ".", "text": "x"}, {"file_name": "\ud800.png", "text": "x"},
+        {"file_name": "x.png", "text": "x"}, {"file_name": "a\x00.png", "text": "x"}, {"file_name": "1:2.png", "text": "colon"},
+        {"file_name": "w.png", "text": ["a"], "caption_weights": [10**400]}, {"file_name": "n" * 5000, "text": "x"},
+    ]  # fmt: skip
+    with (source / "metadata.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    config = folder_config(tmp_path, source)
+    embedded(config)
+    assert [name for name, _ in listed(config)] == ["good.png", "long.png", "1:2.png"]
+    assert len(list(store.Dataset(config.data.dir).skipped())) == 6
+
+
+def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("train/a.png", "val/b.png"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(source / name)
+    with pytest.raises(SanaError, match=r"data\.split: .* has no folder validation"):
+        embedded(folder_config(tmp_path, source, "data.split=validation"))
+    (source / "elsewhere").symlink_to(tmp_path)
+    with pytest.raises(SanaError, match="is a link that leads out of"):
+        embedded(folder_config(tmp_path, source, "data.split=elsewhere"))
+
+
+def test_strict_looks_at_what_was_done_before(tmp_path: Path, many: Path, small_windows: None) -> None:
+    config = folder_config(tmp_path, many)
+    steps = embed(EmbedOptions(config))
+    while not any(store.partial_dir(config.data.dir).glob("window-*.json")):
+        next(steps)
+    steps.close()
+    for _ in range(2):
+        with pytest.raises(SanaError, match=r"0003\.png: .*\nleave out --strict"):
+            list(embed(EmbedOptions(config, strict=True)))
+        list(embed(EmbedOptions(config)))  # then it is finished, and looked at as it is
+
+
+def test_what_was_whole_but_not_in_its_place_is_put_there(tmp_path: Path, many: Path) -> None:
+    config = folder_config(tmp_path, many)
+    list(embed(EmbedOptions(config)))
+    before, partial = contents(config.data.dir), store.partial_dir(config.data.dir)
+    config.data.dir.rename(partial)
+    aside = partial.with_name(partial.name + ".replaced")
+    aside.mkdir()
+    (aside / "rest").write_text("of a deletion")
+    (step,) = embed(EmbedOptions(config))
+    assert isinstance(step, EmbedSummary)
+    assert step.was_there
+    assert contents(config.data.dir) == before
+    *_, step = embed(EmbedOptions(config, overwrite=True))
+    assert contents(config.data.dir) == before
+    assert not aside.exists()
+
+
+def test_a_link_as_the_dataset_directory(tmp_path: Path, many: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    config = folder_config(tmp_path, many)
+    config.data.dir.symlink_to(tmp_path / "disk", target_is_directory=True)
+    for _ in range(2):
+        list(embed(EmbedOptions(config, overwrite=True)))
+        assert config.data.dir.is_symlink()
+        assert store.is_dataset(tmp_path / "disk")
+
+
+def test_interrupting_is_prompt(tmp_path: Path, many: Path) -> None:
+    config = folder_config(tmp_path, many)
+    steps = embed(EmbedOptions(config))
+    next(steps)
+    steps.close()  # the reader stops at its next images, and nobody waits for the window
+    *_, summary = embed(EmbedOptions(config))
+    assert summary.images == 297

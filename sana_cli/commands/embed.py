@@ -4,6 +4,7 @@ The source is taken in fixed windows. While captions of one are encoded, the nex
 own) and the one before is written, so that what is in memory is three windows, however large the source.
 """
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -190,9 +191,11 @@ class _Reader:
         self.pool: ProcessPoolExecutor | None = None
         self.taken = 0  # entries so far, for whoever watches
         self.windows = 0
+        self.stopped = False
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and whoever is reading."""
+        self.stopped = True
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -201,7 +204,7 @@ class _Reader:
         window, place = _Window(self.windows), 0
         pending: deque[tuple[list[tuple[int, Entry]], Future[list[np.ndarray | str]]]] = deque()
         entries = itertools.islice(self.entries, self.size)
-        while chunk := list(itertools.islice(entries, IMAGES_AT_ONCE)):
+        while not self.stopped and (chunk := list(itertools.islice(entries, IMAGES_AT_ONCE))):
             found: list[tuple[int, Entry]] = []
             for entry in chunk:
                 if isinstance(entry, Skipped):
@@ -259,20 +262,27 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
     """
     start = time.perf_counter()
     directory, config = options.directory, options.config
-    source, count, fingerprint = _source(options)
-    device = resolve_device(config.run.device)
+    if directory.is_symlink():
+        directory = directory.resolve()
+    try:
+        source, count, fingerprint = _source(options)
+    except OSError as error:
+        raise files.storage_error(error, f"reading {config.data.path}") from error
+    device, partial = resolve_device(config.run.device), store.partial_dir(directory)
+    store.check_only_ours(partial)
+    if store.is_dataset(partial) and not (partial / store.PLAN).exists() and not directory.exists():
+        with contextlib.suppress(SanaError):  # whole, but stopped before it was in its place
+            _check_same(store.Dataset(partial), fingerprint, config)
+            files.put_in_place(partial, directory)
     if store.is_dataset(directory) and not options.overwrite:
         dataset = store.Dataset(directory)
         _check_same(dataset, fingerprint, config)
+        for entry in dataset.skipped() if options.strict else ():
+            raise _strict_error(entry["name"], entry["reason"])
         yield _summary(dataset, start, peak_memory(device), was_there=True)
         return
-    if directory.exists() and not store.is_dataset(directory) and any(directory.iterdir()):
-        raise SanaError(
-            f"{directory} is not empty and no dataset of sana's",
-            "give another place with --out or --set data.dir=DIR",
-            exit_code=2,
-        )
-    partial, image = store.partial_dir(directory), _image(config)
+    store.check_only_ours(directory)
+    image = _image(config)
     _check_room(directory, 0 if count is None or partial.exists() else count * _sample_bytes(image))
     autoencoder = _load_autoencoder(config, device)
     encoder = load_encoder(config.text, device)
@@ -329,8 +339,11 @@ class _Work:
 
         def read() -> tuple[_Window | None, bool]:
             number = reader.windows
-            there = self.writer.done(number) is not None
+            record = self.writer.done(number, hashes=True)
+            there = record is not None
             self.resumed += there
+            if record is not None and self.strict and record["skipped"]:
+                raise _strict_error(record["skipped"][0]["name"], record["skipped"][0]["reason"])
             return reader.next(wanted=not there and number % here.size == here.rank), there
 
         writing: Future[None] | None = None
@@ -350,20 +363,25 @@ class _Work:
                     self.caption_ids |= {caption: len(self.caption_ids) + at for at, caption in enumerate(new)}
                     if self.strict and window.skipped:
                         _, first = window.skipped[0]
-                        raise SanaError(f"{first.name}: {first.reason}", "leave out --strict to go on without such entries")
+                        raise _strict_error(first.name, first.reason)
                     if there or window.number % here.size != here.rank:
                         yield
                         continue
-                    shards: list[dict[str, Tensor]] = []
+                    shards: list[Future[dict[str, Any]]] = []
                     for states in self._captions([*leads, *new]):
-                        shards.append(states)
+                        if writing is not None:
+                            writing.result()
+                        if shards:
+                            shards[-1].result()  # one is written while the next is encoded, and no more
+                        shards.append(writers.submit(self.writer.write_captions, window.number, len(shards), states))
+                        del states
                         yield
-                    images = self._images(window)
+                    images, captions = self._images(window), [shard.result() for shard in shards]
                     if writing is not None:
                         writing.result()
                     skipped = [{"name": entry.name, "reason": entry.reason} for _, entry in window.skipped]
-                    writing = writers.submit(self.writer.write, window.number, shards, images, self.caption_ids, skipped)
-                    del window, shards, images, new
+                    writing = writers.submit(self.writer.write, window.number, captions, images, self.caption_ids, skipped)
+                    del window, shards, captions, images, new
                     release_memory(self.encoder.device)  # many small tensors leave holes that malloc would keep
                     yield
                 if writing is not None:
@@ -409,6 +427,10 @@ class _Work:
         """Why entries were left out, a few of them."""
         record = self.writer.done(0) or {"skipped": []}
         return (f"{entry['name']}: {entry['reason']}" for entry in record["skipped"][:FIRST_SKIPPED])
+
+
+def _strict_error(name: str, reason: str) -> SanaError:
+    return SanaError(f"{name}: {reason}", "leave out --strict to go on without such entries")
 
 
 def _load_autoencoder(config: Config, device: torch.device) -> Autoencoder | None:

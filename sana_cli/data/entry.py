@@ -1,6 +1,8 @@
 """What a source yields: an entry that is still encoded, or the reason why there is none."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +11,7 @@ import numpy as np
 
 from sana_cli.errors import SanaError
 
+MAX_WEIGHT = 1e6  # of a caption, and less than one over it is none: float32 holds their sums
 MAX_CAPTION_BYTES = 100_000  # of one caption; beyond it, it is no caption
 
 
@@ -60,9 +63,13 @@ def captions_of(value: Any, weights: Any = None) -> tuple[tuple[str, ...], tuple
         raise BadImage("no caption" if value is None else f"a caption is not text: {value!r:.60}")
     if weights is not None:
         numbers = weights if isinstance(weights, list | tuple) else [weights]
-        if len(numbers) != len(found) or not all(type(w) in (int, float) and 0 <= w < float("inf") for w in numbers):
-            raise BadImage("its caption weights are not one number from 0 for each caption")
-        kept = [(text.strip(), float(weight)) for text, weight in zip(found, numbers, strict=True) if text.strip() and weight > 0]
+        if len(numbers) != len(found) or not all(type(w) in (int, float) and 0 <= w <= MAX_WEIGHT for w in numbers):
+            raise BadImage("its caption weights are not one number from 0 to a million for each caption")
+        kept = [
+            (text.strip(), float(weight))
+            for text, weight in zip(found, numbers, strict=True)
+            if text.strip() and weight >= 1 / MAX_WEIGHT
+        ]
     else:
         kept = [(text.strip(), 1.0) for text in found if text.strip()]
     if not kept:
@@ -81,7 +88,9 @@ def inside(root: Path, name: str) -> Path:
     if not name or "\x00" in name:
         raise BadImage("not a file name")
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts or name.startswith(("/", "\\")) or ":" in path.parts[0][:2]:
+    if not path.parts:
+        raise BadImage("not a file name")
+    if path.is_absolute() or ".." in path.parts or name.startswith(("/", "\\")):
         raise BadImage("its name leads out of the source")
     full = root / path
     try:
@@ -91,7 +100,39 @@ def inside(root: Path, name: str) -> Path:
             raise BadImage("no such file" if not full.exists() else "not a regular file")
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror}") from error
+    except (ValueError, RuntimeError) as error:  # names that no file system takes; links in a circle
+        raise BadImage("not a file name" if isinstance(error, ValueError) else "a link in a circle") from error
     return full
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The sub-folder of a split's name, or the folder itself where `train` has none.
+
+    Raises:
+        SanaError: there is no such split, or it is a link that leads out.
+    """
+    inner = root / split
+    if not inner.is_dir():
+        if split != "train":
+            raise SanaError(f"data.split: {root} has no folder {split}", "leave it out for a folder without splits", exit_code=2)
+        return root
+    if not inner.resolve().is_relative_to(root.resolve()):
+        raise SanaError(f"data.split: {inner} is a link that leads out of {root}", exit_code=2)
+    return inner
+
+
+def hash_files(paths: Iterable[Path]) -> Iterator[str]:
+    """sha256 of the content of each file, in order; of one that cannot be read, nothing."""
+
+    def one(path: Path) -> str:
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return ""
+
+    with ThreadPoolExecutor(8) as pool:
+        yield from pool.map(one, paths)
 
 
 def need_folder(path: Path | None, key: str = "data.path") -> Path:

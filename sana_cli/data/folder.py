@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.config import DataConfig
-from sana_cli.data.entry import MAX_CAPTION_BYTES, BadImage, Entry, Skipped, captions_of, inside, need_folder
+from sana_cli.data.entry import (
+    MAX_CAPTION_BYTES,
+    BadImage,
+    Entry,
+    Skipped,
+    captions_of,
+    hash_files,
+    inside,
+    need_folder,
+    split_folder,
+)
 from sana_cli.data.images import SUFFIXES
 from sana_cli.errors import SanaError
 
@@ -27,8 +37,11 @@ class Folder:
 
     def __init__(self, data: DataConfig) -> None:
         root = need_folder(data.path)
-        self.data, self.root = data, root / data.split if (root / data.split).is_dir() else root
+        self.data, self.root = data, split_folder(root, data.split)
         named = [self.root / name for name in ("metadata.jsonl", "metadata.csv") if (self.root / name).is_file()]
+        for path in named:
+            if not path.resolve().is_relative_to(root.resolve()):
+                raise SanaError(f"data.path: {path} is a link that leads out of {root}", exit_code=2)
         self.metadata = named[0] if named else None
         self.names: list[str] = []
         if self.metadata is None:
@@ -94,16 +107,17 @@ class Folder:
                 yield name, row
 
     def fingerprint(self) -> dict[str, Any]:
-        """The hash of all names, sizes and captions: what would change if an image were added, replaced or recaptioned."""
-        digest = hashlib.sha256()
-        if self.metadata is not None:
-            digest.update(self.metadata.read_bytes())
+        """The hash of all names, captions and image files: what changes if one is added, replaced or recaptioned."""
+        digest, images = hashlib.sha256(), list[Path]()
         for entry in self:
             if isinstance(entry, Skipped):
                 digest.update(json.dumps([entry.name, entry.reason]).encode())
                 continue
             assert isinstance(entry.image, Path)
-            digest.update(json.dumps([entry.id, entry.image.stat().st_size, entry.captions]).encode())
+            images.append(entry.image)
+            digest.update(json.dumps([entry.id, entry.captions, entry.weights]).encode())
+        for content in hash_files(images):
+            digest.update(content.encode())
         return {"source": "folder", "split": self.data.split, "sha256": digest.hexdigest()}
 
 
@@ -116,6 +130,8 @@ def _lines(path: Path, root: Path) -> list[str]:
         raise BadImage(f"its captions are over {MAX_CAPTION_BYTES:,} bytes")
     try:
         return full.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise BadImage(f"its captions cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise BadImage(f"its captions are not UTF-8: {error.reason} at byte {error.start}") from error
 
@@ -151,6 +167,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
             elif any("\udc80" <= c <= "\udcff" for field in fields for c in field):
                 yield place, "not UTF-8"
             else:
-                yield place, dict(zip(head, fields, strict=True))
+                row: dict[str, Any] = dict(zip(head, fields, strict=True))
+                if "caption_weights" in row:  # numbers, as text
+                    try:
+                        row["caption_weights"] = json.loads(f"[{row['caption_weights'].strip('[]')}]") or None
+                    except ValueError:
+                        yield place, "its caption weights are not numbers"
+                        continue
+                yield place, row
     except csv.Error as error:
         yield f"{path.name}:{reader.line_num}", f"not CSV: {error}; what follows it is left out"

@@ -2,11 +2,13 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from sana_cli.config import DataConfig
 from sana_cli.data.entry import BadImage, Entry, Skipped, captions_of
+from sana_cli.data.images import MAX_FILE_BYTES
 from sana_cli.errors import SanaError
 
 
@@ -40,6 +42,7 @@ class HuggingFace:
         if isinstance(loaded.features[data.image_field], datasets.Image):
             loaded = loaded.cast_column(data.image_field, datasets.Image(decode=False))
         self.rows = loaded
+        self.roots = [Path(name).resolve(), Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()]
 
     def count(self) -> int | None:
         """Rows of the split."""
@@ -50,7 +53,7 @@ class HuggingFace:
             name = f"{self.data.split}-{index:08d}"
             try:
                 captions, weights = captions_of(row[self.data.caption_field], row.get("caption_weights"))
-                yield Entry(name, _bytes(row[self.data.image_field]), captions, weights=weights)
+                yield Entry(name, _bytes(row[self.data.image_field], self.roots), captions, weights=weights)
             except BadImage as error:
                 yield Skipped(name, str(error))
 
@@ -62,15 +65,19 @@ class HuggingFace:
         return rows | {"fingerprint": json.dumps(sorted(checksums)) if checksums else self.rows._fingerprint}
 
 
-def _bytes(value: Any) -> bytes:
+def _bytes(value: Any, roots: Sequence[Path]) -> bytes:
     """An image cell's encoded bytes: as stored, from the file it names, or of a picture, losslessly encoded again."""
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
             return value["bytes"]
         try:
-            with open(value["path"], "rb") as file:  # noqa: PTH123 (the library's own path, as it gave it)
-                return file.read()
-        except (OSError, KeyError, TypeError) as error:
+            path = Path(value["path"]).resolve()
+            if not any(path.is_relative_to(root) for root in roots):
+                raise BadImage("its file lies outside the dataset")
+            if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+                raise BadImage("no file, or one too large")
+            return path.read_bytes()
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise BadImage("no such file") from error
     if hasattr(value, "save"):
         buffer = io.BytesIO()

@@ -35,7 +35,7 @@ def read_idx(raw: bytes, name: str) -> np.ndarray:
     Raises:
         SanaError: anything else, or more or fewer bytes than the header says.
     """
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] == 0:
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or not 1 <= raw[3] <= 4:
         raise SanaError(f"{name} is not an IDX file of unsigned bytes: it begins with {raw[:4].hex(' ')!r}")
     header = 4 + 4 * raw[3]
     if len(raw) < header:
@@ -115,7 +115,7 @@ class IdxFiles:
         self.data, folder = data, need_folder(data.path)
         stem = {"train": "train", "test": "t10k"}.get(data.split, data.split)
         self.images, self.labels = _read_file(folder, f"{stem}-images*"), _read_file(folder, f"{stem}-labels*")
-        if self.images.ndim not in (3, 4) or (self.images.ndim == 4 and self.images.shape[3] != 3):
+        if self.images.ndim not in (3, 4) or 0 in self.images.shape or (self.images.ndim == 4 and self.images.shape[3] != 3):
             raise SanaError(f"data.path: images of shape {self.images.shape}, not (n, height, width) or (n, height, width, 3)")
         if self.labels.shape != self.images.shape[:1]:
             raise SanaError(f"data.path: {len(self.images)} images, but labels of shape {self.labels.shape}")

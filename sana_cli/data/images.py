@@ -76,18 +76,22 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str
         raise SanaError(f"model.in_channels: images have 1 or 3 channels, not {channels}", exit_code=2)
     image = image.convert("L" if channels == 1 else "RGB")
     ratios = height / image.height, width / image.width
-    scale = max(ratios) if fit == "crop" else min(ratios)
-    resized = round(image.width * scale), round(image.height * scale)
-    resized = (max(width, resized[0]), max(height, resized[1])) if fit == "crop" else (max(1, resized[0]), max(1, resized[1]))
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    if fit == "crop":
-        image = image.crop((left, top, left + width, top + height))
-    elif image.size != (width, height):
-        sheet = Image.new(image.mode, (width, height), "white")
-        sheet.paste(image, (-left, -top))
-        image = sheet
+    if fit == "crop":  # the box that will be seen is resized, and nothing else, however long the image is
+        scale = max(ratios)
+        inner = min(image.width, width / scale), min(image.height, height / scale)
+        left, top = (image.width - inner[0]) / 2, (image.height - inner[1]) / 2
+        if image.size != (width, height):
+            box = (left, top, left + inner[0], top + inner[1])
+            image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    else:
+        scale = min(ratios)
+        inside = min(width, max(1, round(image.width * scale))), min(height, max(1, round(image.height * scale)))
+        if inside != image.size:
+            image = image.resize(inside, Image.Resampling.BICUBIC)
+        if inside != (width, height):
+            sheet = Image.new(image.mode, (width, height), "white")
+            sheet.paste(image, ((width - inside[0]) // 2, (height - inside[1]) // 2))
+            image = sheet
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -102,6 +106,10 @@ def decode_all(
             found.append(np.ascontiguousarray(fit_image(decode_image(image), size, channels, fit)))
         except BadImage as error:
             found.append(str(error))
+        except SanaError:
+            raise
         except OSError as error:
             found.append(f"cannot be read: {error.strerror or error}")
+        except (Exception, MemoryError) as error:  # whatever an odd image makes of the library
+            found.append(f"cannot be used: {type(error).__name__}")
     return found

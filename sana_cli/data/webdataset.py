@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sana_cli.config import DataConfig
-from sana_cli.data.entry import MAX_CAPTION_BYTES, BadImage, Entry, Skipped, captions_of
+from sana_cli.data.entry import MAX_CAPTION_BYTES, BadImage, Entry, Skipped, captions_of, hash_files, need_folder, split_folder
 from sana_cli.data.images import MAX_FILE_BYTES, SUFFIXES
 from sana_cli.errors import SanaError
 
@@ -28,8 +28,9 @@ class WebDataset:
         if path.is_file():
             self.shards = [path]
         else:
-            inner = path / data.split if (path / data.split).is_dir() else path
-            self.shards = sorted(shard for shard in inner.glob("*.tar") if shard.is_file())
+            inner = split_folder(need_folder(path), data.split)
+            found = sorted(shard for shard in inner.glob("*.tar") if shard.is_file())
+            self.shards = [shard for shard in found if shard.resolve().is_relative_to(path.resolve())]
         if not self.shards:
             raise SanaError(f"data.path: {path} is no .tar file, nor a folder that has any", exit_code=2)
 
@@ -53,6 +54,7 @@ class WebDataset:
         try:
             with tarfile.open(shard, mode="r|") as tar:
                 for member in tar:
+                    tar.members.clear()  # type: ignore[attr-defined]  # which the library would keep, all of them
                     name = member.name.removeprefix("./")
                     if member.isdir():
                         continue
@@ -71,13 +73,14 @@ class WebDataset:
                             yield self._entry(f"{shard.name}/{key}", parts)
                         key, parts = this, {}
                     parts[suffix.lower()] = self._read(tar, member, suffix.lower())
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+                if parts:
+                    yield self._entry(f"{shard.name}/{key}", parts)
+                    parts = {}
+                _check_end(shard, tar.offset)
+        except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
             if parts:  # whose last member may be the one that is cut short
                 yield Skipped(f"{shard.name}/{key}", "cut short")
             yield Skipped(shard.name, f"damaged: {error}; what follows is left out")
-            return
-        if parts:
-            yield self._entry(f"{shard.name}/{key}", parts)
 
     def _read(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> bytes | str:
         """A member's bytes, or why they are not read; members that are neither image nor caption are passed over."""
@@ -123,13 +126,27 @@ class WebDataset:
         raise BadImage("no caption")
 
     def fingerprint(self) -> dict[str, Any]:
-        """The hash of the shards' names and sizes, and of the first and last kilobytes of each."""
+        """The hash of the shards, whole, and their names, and where in them captions are looked for."""
         digest = hashlib.sha256()
-        for shard in self.shards:
-            size = shard.stat().st_size
-            digest.update(json.dumps([shard.name, size]).encode())
-            with shard.open("rb") as file:
-                digest.update(file.read(65536))
-                file.seek(max(0, size - 65536))
-                digest.update(file.read())
-        return {"source": "webdataset", "shards": len(self.shards), "sha256": digest.hexdigest()}
+        for shard, content in zip(self.shards, hash_files(self.shards), strict=True):
+            digest.update(json.dumps([shard.name, content]).encode())
+        facts = {"shards": len(self.shards), "caption_field": self.field}
+        return {"source": "webdataset", **facts, "sha256": digest.hexdigest()}
+
+
+def _check_end(shard: Path, offset: int) -> None:
+    """An archive ends with blocks of zeros. The library takes a damaged header for the end, and says nothing.
+
+    Raises:
+        EOFError: it does not end there, or goes on after it.
+    """
+    with shard.open("rb") as file:
+        file.seek(offset)
+        first = file.read(tarfile.BLOCKSIZE)
+        if len(first) < tarfile.BLOCKSIZE:
+            raise EOFError("cut short")
+        if any(first):
+            raise EOFError(f"no header at byte {offset:,}")
+        while rest := file.read(2**20):
+            if any(rest):
+                raise EOFError("another archive follows the first")
