@@ -80,13 +80,14 @@ def _diffusers() -> Any:
 class Autoencoder:
     """A DC-AE on a device."""
 
-    def __init__(self, source: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Load it.
+    def __init__(self, source: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Load it, in `dtype`; None: float32 on a CPU, bf16 elsewhere.
 
         Raises:
             SanaError: diffusers is not installed, or the autoencoder cannot be had.
         """
         loader, folder = _diffusers(), _folder(source)
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         self.source = source
 
         def load(local_files_only: bool) -> Any:

@@ -1,5 +1,15 @@
 """The one error that a user can cause. It knows nothing of terminals: `cli.py` turns it into a message and an exit code."""
 
+from collections.abc import Sequence
+
+MOST_LISTED = 10  # problems that a message lists
+
+
+def listed(problems: Sequence[str]) -> list[str]:
+    """Lines of a message for some problems, indented; of very many, the first."""
+    more = [f"... and {len(problems) - MOST_LISTED} more"] if len(problems) > MOST_LISTED else []
+    return [f"  {line}" for line in (*problems[:MOST_LISTED], *more)]
+
 
 class SanaError(Exception):
     """A mistake or a mishap that the user can do something about.

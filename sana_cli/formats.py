@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sana_cli import files
 from sana_cli.config import ModelConfig, SampleConfig
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, listed
 from sana_cli.model import TIMESTEP_CHANNELS, SanaTransformer, build, positions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -84,6 +84,12 @@ def model_config(content: Mapping[str, Any], where: Path) -> ModelConfig:
         if value != expected and value is not None:
             raise SanaError(f"{where}: {key} = {value!r} is not supported; this sana has {key} = {expected!r}")
     return config
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """`model_config` of the `config.json` in a transformer's folder."""
+    path = folder / "config.json"
+    return model_config(files.read_json(path), path)
 
 
 def _validated(fields: Mapping[str, Any], where: Path) -> ModelConfig:
@@ -190,9 +196,8 @@ def read_weights(path: Path) -> Weights:
             missing, unexpected or of another shape; names them.
     """
     if path.is_dir():
-        config = path / "config.json"
-        model = model_config(files.read_json(config), config)
-        found = Weights("diffusers", path, model, _plain_tensors(_read_folder(path), path), str(config))
+        model, tensors = read_model_config(path), _plain_tensors(_read_folder(path), path)
+        found = Weights("diffusers", path, model, tensors, str(path / "config.json"))
     elif files.is_safetensors(path):
         found = identify(_plain_tensors(files.read_tensors(path), path), path, _recorded_model(path))
     else:
@@ -494,8 +499,6 @@ def _lesson(content: Mapping[str, Any], path: Path) -> Weights:
 
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
-MOST_PROBLEMS = 10  # that a message lists
-
 
 def check_tensors(found: Mapping[str, Tensor], model: SanaTransformer, where: Path, compared_to: str) -> None:
     """Refuse weights that are not exactly the model's.
@@ -505,9 +508,7 @@ def check_tensors(found: Mapping[str, Tensor], model: SanaTransformer, where: Pa
     """
     problems = list(_misfits(found, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}))
     if problems:
-        more = [f"... and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
-        lines = (f"  {line}" for line in (*problems[:MOST_PROBLEMS], *more))
-        raise SanaError(f"{where} does not fit {compared_to}:", *lines)
+        raise SanaError(f"{where} does not fit {compared_to}:", *listed(problems))
 
 
 def _misfits(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

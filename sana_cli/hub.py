@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, listed
 
 T = TypeVar("T")
 
@@ -100,13 +100,10 @@ def check_whole(key: str, source: str, info: Mapping[str, Any], unused: Sequence
         SanaError: listing what is missing or of another shape.
     """
     missing = sorted(name for name in info.get("missing_keys", ()) if not any(part in name for part in unused))
-    wrong = [f"  missing: {name}" for name in missing]
-    wrong += [
-        f"  of another shape: {entry[0] if isinstance(entry, tuple) else entry}" for entry in info.get("mismatched_keys", ())
-    ]
+    wrong = [f"missing: {name}" for name in missing]
+    wrong += [f"of another shape: {entry[0] if isinstance(entry, tuple) else entry}" for entry in info.get("mismatched_keys", ())]
     if wrong:
-        more = [f"  ... and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        raise SanaError(f"{key}: the files of {source} lack weights:", *wrong[:10], *more)
+        raise SanaError(f"{key}: the files of {source} lack weights:", *listed(wrong))
 
 
 @contextlib.contextmanager

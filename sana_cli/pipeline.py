@@ -36,7 +36,7 @@ diverse crowd of people in colorful clothing, and a double-decker bus passing by
 Please generate only the enhanced description for the prompt below and avoid including any additional commentary or \
 evaluations:
 User Prompt: """
-# the official YAML files put \\" between single quotes, where a backslash is a backslash: models were trained with it
+# the official YAML files put \" between single quotes, where a backslash is a backslash: models were trained with it
 OFFICIAL_INSTRUCTION = _INSTRUCTION.format('\\"Enhanced prompt\\"')
 DIFFUSERS_INSTRUCTION = _INSTRUCTION.format("'Enhanced prompt'")
 
@@ -125,9 +125,7 @@ def _from_record(place: Path, folder: Path, record: Mapping[str, Any]) -> Pipeli
         place=place,
         kind="checkpoint",
         origin="diffusers",
-        model=formats.model_config(
-            files.read_json(folder / "transformer" / "config.json"), folder / "transformer" / "config.json"
-        ),
+        model=formats.read_model_config(folder / "transformer"),
         text=text_config(fingerprint, _whereabouts(folder, "encoder", str(fingerprint["encoder"]))),
         fingerprint=fingerprint,
         null_caption=files.read_tensors(folder / checkpoint.NULL_CAPTION)["states"],

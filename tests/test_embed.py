@@ -390,6 +390,14 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "WINDOW_BYTES", 64 * 1024)
 
 
+def stop_after_a_window(config: Config) -> None:
+    """Embed until a window is whole, and leave it at that."""
+    steps = embed(EmbedOptions(config))
+    while not any(store.partial_dir(config.data.dir).glob("window-*.json")):
+        next(steps)
+    steps.close()
+
+
 def test_workers_do_not_change_a_byte(tmp_path: Path, many: Path, small_windows: None) -> None:
     made = []
     for workers in (0, 1, 3):
@@ -428,10 +436,7 @@ def test_interrupted_work_goes_on(tmp_path: Path, many: Path, small_windows: Non
 
 def test_unfinished_work_of_another_plan_is_not_mixed_in(tmp_path: Path, many: Path, small_windows: None) -> None:
     config = folder_config(tmp_path, many)
-    steps = embed(EmbedOptions(config))
-    while not any(store.partial_dir(config.data.dir).glob("window-*.json")):
-        next(steps)
-    steps.close()
+    stop_after_a_window(config)
     other = folder_config(tmp_path, many, "data.image_size=8")
     *_, summary = embed(EmbedOptions(other))
     assert summary.resumed == 0
@@ -626,10 +631,7 @@ def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 def test_strict_looks_at_what_was_done_before(tmp_path: Path, many: Path, small_windows: None) -> None:
     config = folder_config(tmp_path, many)
-    steps = embed(EmbedOptions(config))
-    while not any(store.partial_dir(config.data.dir).glob("window-*.json")):
-        next(steps)
-    steps.close()
+    stop_after_a_window(config)
     for _ in range(2):
         with pytest.raises(SanaError, match=r"0003\.png: .*\nleave out --strict"):
             list(embed(EmbedOptions(config, strict=True)))

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -294,13 +294,12 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
     facts = {"image": image, "caption_dim": encoder.dim, "encoder": encoder.fingerprint, "source": fingerprint}
     entries = source if count is None else itertools.islice(iter(source), count)
     reader = _Reader(config, entries, size, few=count is not None and count < FEW)
-    work = _Work(encoder, autoencoder, partial, options.strict)
     try:
         with world() as here:
-            if here.first:
-                work.begin(made)
+            if here.first:  # takes up what an earlier embed of the same plan left, or makes room; the others find it so
+                store.DatasetWriter(partial, made)
             here.wait()
-            work.writer = store.DatasetWriter(partial, made)
+            work = _Work(encoder, autoencoder, store.DatasetWriter(partial, made), options.strict)
             for _ in work.windows(reader, here):
                 if here.first:
                     yield EmbedStep(reader.taken, count, len(work.caption_ids))
@@ -324,15 +323,12 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
 class _Work:
     """Captions and images of each window, encoded and written."""
 
-    def __init__(self, encoder: CaptionEncoder, autoencoder: Autoencoder | None, partial: Path, strict: bool) -> None:
-        self.encoder, self.autoencoder, self.partial, self.strict = encoder, autoencoder, partial, strict
+    def __init__(
+        self, encoder: CaptionEncoder, autoencoder: Autoencoder | None, writer: store.DatasetWriter, strict: bool
+    ) -> None:
+        self.encoder, self.autoencoder, self.writer, self.strict = encoder, autoencoder, writer, strict
         self.caption_ids: dict[str, int] = {"": 0}  # the null caption leads
         self.resumed = 0
-        self.writer: store.DatasetWriter
-
-    def begin(self, made: dict[str, Any]) -> None:
-        """Take up what an earlier embed of the same plan left, or make room for this one."""
-        store.DatasetWriter(self.partial, made)
 
     def windows(self, reader: _Reader, here: World) -> Iterator[None]:
         """Every window of the source, those of this process written. Yields often, for progress."""
@@ -346,7 +342,16 @@ class _Work:
                 raise _strict_error(record["skipped"][0]["name"], record["skipped"][0]["reason"])
             return reader.next(wanted=not there and number % here.size == here.rank), there
 
-        writing: Future[None] | None = None
+        writing: Future[Any] | None = None
+
+        def write(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+            """In the background, one thing at a time: the one before is done, or has failed here."""
+            nonlocal writing
+            if writing is not None:
+                writing.result()
+            writing = writers.submit(function, *arguments)
+            return writing
+
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writers:
             ahead = reading.submit(read)
             try:
@@ -369,18 +374,12 @@ class _Work:
                         continue
                     shards: list[Future[dict[str, Any]]] = []
                     for states in self._captions([*leads, *new]):
-                        if writing is not None:
-                            writing.result()
-                        if shards:
-                            shards[-1].result()  # one is written while the next is encoded, and no more
-                        shards.append(writers.submit(self.writer.write_captions, window.number, len(shards), states))
+                        shards.append(write(self.writer.write_captions, window.number, len(shards), states))
                         del states
                         yield
                     images, captions = self._images(window), [shard.result() for shard in shards]
-                    if writing is not None:
-                        writing.result()
                     skipped = [{"name": entry.name, "reason": entry.reason} for _, entry in window.skipped]
-                    writing = writers.submit(self.writer.write, window.number, captions, images, self.caption_ids, skipped)
+                    write(self.writer.write, window.number, captions, images, self.caption_ids, skipped)
                     del window, shards, captions, images, new
                     release_memory(self.encoder.device)  # many small tensors leave holes that malloc would keep
                     yield
@@ -445,7 +444,7 @@ def _load_autoencoder(config: Config, device: torch.device) -> Autoencoder | Non
     ):
         if said != found:
             raise SanaError(f"{key}: {said}, where {source} has {found}", f"use --set {key}={found}", exit_code=2)
-    return Autoencoder(source, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    return Autoencoder(source, device)
 
 
 def _summary(dataset: store.Dataset, start: float, memory: int, was_there: bool, resumed: int = 0) -> EmbedSummary:

@@ -268,9 +268,9 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     if info is None:
         pixels, *shown = (draw.to_pixels(sheet) for sheet in sheets)
     else:
-        half = torch.bfloat16 if precision == "bf16" and device.type != "cpu" else torch.float32
+        decoder_dtype = None if precision == "bf16" else torch.float32
         yield SampleStep("decode", 0, len(sheets) * len(flat))
-        with stage.hold("decoder", lambda: Autoencoder(info.source, device, half)) as decoder:
+        with stage.hold("decoder", lambda: Autoencoder(info.source, device, decoder_dtype)) as decoder:
             decoded: list[list[Tensor]] = [[] for _ in sheets]
             for into, sheet in zip(decoded, sheets, strict=True):
                 for some in decoder.decode(sheet):

@@ -349,8 +349,7 @@ class _Run:
         drawn = draw.draw(self.ema_model, states, nulls, seeds, shape, settings, self.precision)
         images = draw.final_images(drawn)
         if self.config.data.autoencoder is not None:  # loaded for the picture alone, and freed
-            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-            images = torch.cat(list(Autoencoder(self.config.data.autoencoder, self.device, dtype).decode(images)))
+            images = torch.cat(list(Autoencoder(self.config.data.autoencoder, self.device).decode(images)))
             release_memory(self.device)
         images = draw.to_pixels(images)
         path = self.dir / "samples" / f"{checkpoint.step_name(self.step)}.png"

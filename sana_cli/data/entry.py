@@ -1,6 +1,5 @@
 """What a source yields: an entry that is still encoded, or the reason why there is none."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sana_cli.errors import SanaError
+from sana_cli.files import sha256_file
 
 MAX_WEIGHT = 1e6  # of a caption, and less than one over it is none: float32 holds their sums
 MAX_CAPTION_BYTES = 100_000  # of one caption; beyond it, it is no caption
@@ -126,8 +126,7 @@ def hash_files(paths: Iterable[Path]) -> Iterator[str]:
 
     def one(path: Path) -> str:
         try:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256_file(path)
         except OSError:
             return ""
 
@@ -135,12 +134,12 @@ def hash_files(paths: Iterable[Path]) -> Iterator[str]:
         yield from pool.map(one, paths)
 
 
-def need_folder(path: Path | None, key: str = "data.path") -> Path:
+def need_folder(path: Path | None) -> Path:
     """A folder that is there.
 
     Raises:
         SanaError: it is not.
     """
     if path is None or not path.is_dir():
-        raise SanaError(f"{key}: no folder {path}", "give the folder that the images lie in", exit_code=2)
+        raise SanaError(f"data.path: no folder {path}", "give the folder that the images lie in", exit_code=2)
     return path

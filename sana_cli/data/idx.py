@@ -135,6 +135,7 @@ class IdxFiles:
 
     def fingerprint(self) -> dict[str, Any]:
         """The hash of images and labels, and how labels become captions."""
-        digest = hashlib.sha256(self.images.tobytes() + self.labels.tobytes())
+        digest = hashlib.sha256(self.images.data)
+        digest.update(self.labels.data)
         naming = [self.data.caption_template, *(self.data.class_names or ())]
         return {"source": "idx", "split": self.data.split, "sha256": digest.hexdigest(), "captions": naming}
