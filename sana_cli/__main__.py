@@ -1,6 +1,19 @@
-"""`python -m sana_cli`, which torchrun needs, is `sana`."""
+"""`sana`, and `python -m sana_cli`, which torchrun needs. Signals have their exit codes from the first moment on."""
 
-from sana_cli.cli import app
+import os
+import signal
+
+
+def main() -> None:
+    """Run the command line. Until it is imported, and can say more, a signal ends the process at once."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: os._exit(128 + number))
+    from sana_cli.cli import app
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    app(prog_name="sana")
+
 
 if __name__ == "__main__":
-    app(prog_name="sana")
+    main()

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,9 @@ from sana_cli.errors import Interrupted, SanaError
 from sana_cli.units import human_bytes, human_time
 
 if TYPE_CHECKING:
+    from sana_cli.commands.embed import EmbedSummary
     from sana_cli.commands.inspect import Report
-    from sana_cli.commands.train import TrainStep
+    from sana_cli.commands.train import TrainPlan, TrainStep
 
 app = typer.Typer(
     name="sana",
@@ -36,53 +38,93 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set train.lr=1e-3. Repeatable.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+SECONDS_TO_PASS_ON = 5.0  # torchrun passes on to its processes a signal that the terminal has sent them already
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 
 
 # --- boundary ---------------------------------------------------------------------------------------------------------
 
 
+class _Asked(BaseException):
+    """A signal asked for an end. It is no `Exception`, which a library that is just imported might swallow."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+_asked: list[int] = []
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    _asked.append(number)
+    raise _Asked(number)
+
+
+def _attentive(steps: Iterator[Any]) -> Iterator[Any]:
+    """The same steps; between them a signal is seen even if a library that was loading has swallowed what it raised."""
+    for step in steps:
+        if _asked:
+            raise _Asked(_asked[0])
+        yield step
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Every user mistake becomes one message and an exit code; SIGTERM ends a command as cleanly as Ctrl-C."""
-
-    def terminate(number: int, _frame: FrameType | None) -> None:
-        raise Interrupted("terminated", exit_code=128 + number)
-
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except SanaError as problem:
-        console.error(problem)
-        raise typer.Exit(problem.exit_code) from None
-    except KeyboardInterrupt:
-        console.error(Interrupted("interrupted"))
-        raise typer.Exit(130) from None
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    """Every user mistake becomes one message and an exit code; SIGTERM and a lost terminal end a command as Ctrl-C does."""
+    with _handling(_leave):
+        try:
+            yield
+        except SanaError as problem:
+            console.error(problem)
+            raise typer.Exit(problem.exit_code) from None
+        except (_Asked, KeyboardInterrupt) as asked:
+            number = asked.number if isinstance(asked, _Asked) else signal.SIGINT
+            console.error(Interrupted("interrupted" if number == signal.SIGINT else "terminated"))
+            raise typer.Exit(128 + number) from None
+        except BrokenPipeError:  # whoever read our output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[], int | None]]:
-    """A question "were we asked to stop?" for a command that wants to finish what it is at; a second signal is final."""
-    asked: list[int] = []
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if asked:
-            os._exit(128 + number)
-        asked.append(number)
-        console.note("stopping after this micro-batch and saving; once more to leave at once")
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, handle) for number in numbers]
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler`, and SIGHUP too, unless it is ignored (nohup)."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = [signal.signal(number, handler) for number in numbers]
     try:
-        yield lambda: asked[0] if asked else None
+        yield
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)
+        for number, old in zip(numbers, previous, strict=True):
+            signal.signal(number, old)
+
+
+class Stop:
+    """A question "were we asked to stop?" for a command that wants to finish what it is at; a second signal is final."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._since = 0.0
+
+    def __call__(self) -> int | None:
+        """The signal's number, or None."""
+        return self.number
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._since = number, now
+            console.note("stopping after this micro-batch and saving; once more to leave at once")
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._since > SECONDS_TO_PASS_ON:
+            os._exit(128 + number)
+
+    def during(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """The same steps, where signals are taken as questions from the first step on. Until then they end the command."""
+        first = next(_attentive(steps))
+        with _handling(self._handle):
+            yield first
+            yield from steps
 
 
 def _config(name: str | None, overrides: list[str] | None) -> Config:
@@ -160,35 +202,45 @@ def embed(
         def describe(step: object) -> Line | None:
             if not isinstance(step, EmbedStep):
                 return None
-            return Line("embed", step.images, step.total, f"{step.captions} distinct captions")
+            what = "embed" if step.split == loaded.data.split else f"embed {step.split}"
+            return Line(what, step.images, step.total, f"{step.captions} distinct captions")
 
-        summary = console.watch(run(options), describe, quiet=json)
+        summary = console.watch(_attentive(run(options)), describe, quiet=json)
         if summary is None:  # one of several processes, of which the first alone speaks
             return None
         if json:
             return console.print_json(summary)
-        if summary.resumed:
-            console.note(f"went on after {summary.resumed} windows that were there")
-        if summary.was_there:
-            console.note(f"{summary.directory} is finished and matches; nothing to do (--overwrite makes it anew)")
-        saved = summary.lesson_bytes / summary.bytes
-        skipped = {}
-        if summary.skipped:
-            skipped["left out"] = f"{summary.skipped:,}, listed with reasons in {summary.directory / 'skipped.jsonl'}"
-            for line in summary.first_skipped:
-                console.note(f"left out: {line}")
-        console.facts(
-            {
-                "images": summary.images,
-                "captions": f"{summary.captions} distinct (the null caption is one of them), {summary.tokens} tokens",
-                **skipped,
-                "size": f"{human_bytes(summary.bytes)}, where the lesson's layout would take "
-                f"{human_bytes(summary.lesson_bytes)} ({saved:,.0f} times as much)",
-                "time": f"{summary.seconds:.1f} s, peak memory {human_bytes(summary.peak_memory)}",
-                "dataset": str(summary.directory),
-            }
-        )
+        for part in (summary, summary.held_out):
+            if part is not None:
+                _tell_embedded(part, held_out=part is summary.held_out)
         return None
+
+
+def _tell_embedded(summary: "EmbedSummary", held_out: bool) -> None:
+    if summary.resumed:
+        console.note(f"went on after {summary.resumed} windows that were there")
+    if summary.was_there:
+        console.note(f"{summary.directory} is finished and matches; nothing to do (--overwrite makes it anew)")
+    skipped = {}
+    if summary.skipped:
+        skipped["left out"] = f"{summary.skipped:,}, listed with reasons in {summary.directory / 'skipped.jsonl'}"
+        for line in summary.first_skipped:
+            console.note(f"left out: {line}")
+    if held_out:
+        console.facts({**skipped, "held out": f"{summary.images:,} images, {human_bytes(summary.bytes)}, in {summary.directory}"})
+        return
+    saved = summary.lesson_bytes / summary.bytes
+    console.facts(
+        {
+            "images": summary.images,
+            "captions": f"{summary.captions} distinct (the null caption is one of them), {summary.tokens} tokens",
+            **skipped,
+            "size": f"{human_bytes(summary.bytes)}, where the lesson's layout would take "
+            f"{human_bytes(summary.lesson_bytes)} ({saved:,.0f} times as much)",
+            "time": f"{summary.seconds:.1f} s, peak memory {human_bytes(summary.peak_memory)}",
+            "dataset": str(summary.directory),
+        }
+    )
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -198,15 +250,36 @@ def _train_line(step: "TrainStep") -> Line:
     events = [f"step {step.step}: checkpoint {step.saved}"] if step.saved else []
     events += [f"step {step.step}: samples {step.sampled}"] if step.sampled else []
     events += [f"warning: {step.warning}"] if step.warning else []
-    info = (
-        f"loss {step.loss:.4f}  lr {step.lr:.1e}  grad {step.grad_norm:.2f}  {step.samples_per_second:.0f} img/s  "
-        f"{human_bytes(step.memory)}"
-        if step.step
-        else ""
-    )
-    if not console.err.is_terminal and step.step:
-        info += f"  {human_time(step.seconds_left)} left"
-    return Line("train", step.step, step.steps, info, "\n".join(events))
+    info, left = "", ""
+    if step.loss == step.loss:  # a step of this process
+        held_out = "" if step.held_out_loss is None else f"  held out {step.held_out_loss:.4f}"
+        wait = f"  data {step.data_wait:.0%}" if step.data_wait >= 0.005 else ""
+        info = (
+            f"loss {step.loss:.4f}{held_out}  lr {step.lr:.1e}  grad {step.grad_norm:.2f}  "
+            f"{step.samples_per_second:.0f} img/s{wait}  {human_bytes(step.memory)}"
+        )
+        left = f"{human_time(step.seconds_left)} left" if step.step < step.steps else ""
+    return Line("train", step.step, step.steps, info, "\n".join(events), step.loss, left)
+
+
+def _plan_facts(plan: "TrainPlan", keep: int) -> dict[str, Any]:
+    cut = "" if plan.batch == plan.micro_batch else f" ({plan.micro_batches} x {plan.micro_batch}"
+    cut += f" x {plan.processes} processes)" if cut and plan.processes > 1 else ")" if cut else ""
+    facts = {
+        "parameters": plan.parameters,
+        "dataset": f"{plan.dataset}, {plan.images:,} images",
+        "held out": f"{plan.held_out}, {plan.held_out_images:,} images" if plan.held_out else "none",
+        "steps": f"{plan.steps:,} of {plan.batch} images{cut}, {plan.epochs:.2f} epochs",
+        "precision": f"{plan.precision} ({plan.precision_reason}), on {plan.device}",
+        "checkpoint": f"{human_bytes(plan.checkpoint_bytes)} each, {keep} kept, in {plan.run}",
+    }
+    if plan.memory is not None:
+        parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.memory.parts.items() if size)
+        facts["memory"] = f"about {human_bytes(plan.memory.total)}: {parts}"
+        facts["disk"] = (
+            f"{human_bytes(plan.disk_bytes)} at most, while one more is written; {human_bytes(plan.disk_free)} are free"
+        )
+    return facts
 
 
 @app.command()
@@ -227,31 +300,26 @@ def train(
     """
     with user_errors():
         loaded = _config(config, set_)
-        from sana_cli.commands.train import TrainOptions, TrainStep
+        from sana_cli.commands.train import TrainOptions, TrainStart, TrainStep
         from sana_cli.commands.train import plan as make_plan
         from sana_cli.commands.train import train as run
 
-        plan = make_plan(TrainOptions(loaded, resume))
-        facts = {
-            "parameters": plan.parameters,
-            "dataset": f"{plan.dataset}, {plan.images:,} images",
-            "steps": f"{plan.steps:,} of {plan.batch} images, {plan.epochs:.2f} epochs",
-            "precision": f"{plan.precision} ({plan.precision_reason}), on {plan.device}",
-            "checkpoint": f"{human_bytes(plan.checkpoint_bytes)} each, {loaded.train.keep} kept, in {plan.run}",
-        }
         if dry_run:
-            return console.print_json(plan) if json else console.facts(facts)
-        if not json:
-            for name, fact in facts.items():
-                console.note(f"{name:<10}  {fact:,}" if isinstance(fact, int) else f"{name:<10}  {fact}")
+            plan = make_plan(TrainOptions(loaded, resume))
+            return console.print_json(plan) if json else console.facts(_plan_facts(plan, loaded.train.keep))
 
         def describe(step: object) -> Line | None:
+            if isinstance(step, TrainStart) and not json:
+                for name, fact in _plan_facts(step.plan, loaded.train.keep).items():
+                    console.note(f"{name:<10}  {fact:,}" if isinstance(fact, int) else f"{name:<10}  {fact}")
+                for text in step.notes:
+                    console.note(text)
+                if step.checkpoint is not None and step.step < step.plan.steps:
+                    console.note(f"going on after step {step.step:,}, from {step.checkpoint}")
             return _train_line(step) if isinstance(step, TrainStep) else None
 
-        with stop_on_signals() as stop:
-            summary = console.watch(run(TrainOptions(loaded, resume, stop)), describe, quiet=json)
-        for reason in summary.skipped:
-            console.note(f"passed over: {reason}")
+        stop = Stop()
+        summary = console.watch(stop.during(run(TrainOptions(loaded, resume, stop))), describe, quiet=json)
         if json:
             return console.print_json(summary)
         if summary.first_step == summary.steps:
@@ -261,6 +329,8 @@ def train(
                 f"trained steps {summary.first_step + 1} to {summary.steps} in {human_time(summary.seconds)}, "
                 f"peak memory {human_bytes(summary.peak_memory)}"
             )
+        if summary.report is not None:
+            console.note(f"report: {summary.report}")
         console.result(str(summary.checkpoint))
         return None
 
@@ -365,7 +435,7 @@ def sample(
         def describe(step: object) -> Line | None:
             return Line(step.stage, step.done, step.total) if isinstance(step, SampleStep) else None
 
-        summary = console.watch(run(options), describe, quiet=json)
+        summary = console.watch(_attentive(run(options)), describe, quiet=json)
         if json:
             return console.print_json(summary)
         settings = summary.settings

@@ -79,6 +79,10 @@ class DataConfig(Section):
         None, description="where the source reads: a folder, a .tar, or a Hugging Face id; null: the files that come with sana"
     )
     split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] = Field("train", description="the part of the source to embed")
+    held_out_split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] | None = Field(
+        "auto",
+        description="the part that embed puts into DIR-SPLIT, whose loss train watches; auto: test for mnist, else none; null: none",
+    )
     caption_field: Annotated[str, Field(min_length=1)] = Field(
         "text", description="the field or column of captions: a string, or a list of them"
     )
@@ -98,6 +102,13 @@ class DataConfig(Section):
     )
 
     latent_factor: PositiveInt = Field(32, description="how many times smaller the autoencoder's latents are than images")
+
+    @property
+    def held_out(self) -> str | None:
+        """The held-out split, if there is to be one."""
+        if self.held_out_split != "auto":
+            return self.held_out_split
+        return "test" if self.source == "mnist" and self.split == "train" else None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -188,18 +199,25 @@ class TrainConfig(Section):
     """The optimisation."""
 
     steps: PositiveInt = Field(2400, description="optimizer steps")
-    batch_size: PositiveInt = Field(64, description="images of a micro-batch")
-    accumulate: PositiveInt = Field(1, description="micro-batches of a step, whose gradients are averaged over their images")
+    batch_size: PositiveInt = Field(64, description="images of a micro-batch of one process")
+    accumulate: PositiveInt = Field(
+        1, description="micro-batches of a step in each process, whose gradients are averaged over their images"
+    )
     precision: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_is_precision)] = Field(
         "auto", description="auto: bf16 where the device has it natively, else fp32; weights stay fp32"
     )
-    lr: Annotated[float, Field(gt=0)] = Field(8e-3, description="peak learning rate of AdamW")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: Muon for the matrices inside blocks, whose updates it makes the size of AdamW's; AdamW for the rest",
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(8e-3, description="peak learning rate")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "cosine", description="what follows the warm-up; cosine and linear end at zero"
     )
     warmup_steps: NonNegativeInt = Field(50, description="steps of linear warm-up")
     betas: Betas = Field((0.9, 0.98), description="AdamW's")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="AdamW's, on matrices and convolutions only")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Muon's")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="on matrices and convolutions only, decoupled")
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm of a step; null: no limit")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.995, description="of the weights to sample with; warms up as (1 + step) / (10 + step)"
@@ -211,11 +229,25 @@ class TrainConfig(Section):
     flow_shift: Annotated[float, Field(gt=0)] = Field(
         1.0, description="s in sigma -> s sigma / (1 + (s - 1) sigma); the paper's 3 is for large latents"
     )
-    seed: NonNegativeInt = Field(0, description="of the initial weights, the order of the data and every draw")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of the initial weights, the order of the data and every draw"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="under torchrun; ddp: the whole model in each process; fsdp: a shard of every parameter in each"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep only what goes into each block, and compute the rest again: less memory, a third more time"
+    )
+    compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps on a GPU")
     log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
     save_every: PositiveInt = Field(500, description="steps between checkpoints; there is always one at the end")
     keep: PositiveInt = Field(2, description="checkpoints kept, the newest")
     sample_every: PositiveInt = Field(500, description="steps between sample grids; there is always one at step 0 and at the end")
+    held_out_every: PositiveInt = Field(
+        200, description="steps between held-out losses; there is always one at the end (where data.held_out_split is there)"
+    )
+    held_out_images: PositiveInt = Field(512, description="images of a held-out loss, always the same, with the same noise")
+    tensorboard: bool = Field(False, description="also write TensorBoard's event files (needs the tensorboard extra)")
     init_from: PathField | None = Field(
         None, description="weights to start from: a run, a checkpoint, a diffusers folder or file, an official or lesson file"
     )
@@ -261,6 +293,10 @@ class Config(Section):
         problems = []
         if self.data.source == "mnist" and self.data.split not in ("train", "test"):
             problems.append(f"data.split: mnist has train and test, not {self.data.split!r}")
+        if self.data.source == "mnist" and self.data.held_out not in ("train", "test", None):
+            problems.append(f"data.held_out_split: mnist has train and test, not {self.data.held_out!r}")
+        if self.data.held_out == self.data.split:
+            problems.append(f"data.held_out_split: {self.data.split} is what is trained on")
         model, (height, width), factor = self.model, self.data.size, self.data.factor
         if height % factor or width % factor:
             problems.append(f"data.latent_factor: {factor} does not divide data.image_size {height}x{width}")

@@ -5,15 +5,17 @@ Human text goes to stderr, results to stdout. It imports no torch and computes n
 
 import dataclasses
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,10 +23,14 @@ from rich.text import Text
 from sana_cli.errors import SanaError
 from sana_cli.units import human_bytes
 
-SECONDS_BETWEEN_LINES = 10.0  # of plain progress
+SECONDS_BETWEEN_LINES = 10.0  # of plain progress, at first
+SHARE_BETWEEN_LINES = 0.02  # of the time so far: a log of days is not one of ten thousands of lines
+CURVE_WIDTH = 24
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False, soft_wrap=True)
+FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the first alone speaks
+err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not FIRST)
+out = Console(highlight=False, soft_wrap=True, quiet=not FIRST)
+alarm = Console(stderr=True, highlight=False, soft_wrap=True)  # what any process may have to say
 if not out.is_terminal:
     out.width = 200  # nobody's window: leave no table cell out
 
@@ -40,11 +46,18 @@ def note(text: str) -> None:
 
 
 def error(problem: SanaError) -> None:
-    """The message of a user's mistake: what, where, what next. Lines are never wrapped, so that paths can be clicked."""
+    """The message of a user's mistake: what, where, what next. Lines are never wrapped, so that paths can be clicked.
+
+    Of several processes, one that alone has a problem says so; what they all have is told by the first, and before they are
+    connected by the first of each machine.
+    """
+    if problem.told or (problem.process is None and os.environ.get("LOCAL_RANK", "0") != "0"):
+        return
     first, *rest = shown(str(problem)).splitlines() or [""]
-    err.print(Text.assemble(("error: ", "bold red"), first))
+    who = f"process {problem.process}: " if problem.process else ""
+    alarm.print(Text.assemble(("error: ", "bold red"), who, first))
     for line in rest:
-        err.print(Text(line))
+        alarm.print(Text(line))
 
 
 def result(text: str) -> None:
@@ -70,7 +83,8 @@ def plain(value: Any) -> Any:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+    if FIRST:
+        sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,48 +96,87 @@ class Line:
     total: int | None  # None: unknown
     info: str = ""
     event: str = ""
+    figure: float | None = None  # what is drawn as a curve
+    left: str = ""  # time, for where there is no bar to tell it
+
+
+def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
+    """A line of blocks for positive numbers, on a logarithmic scale."""
+    logs = [math.log(value) for value in values if value > 0]
+    if len(logs) < 2:
+        return ""
+    size = len(logs) / min(width, len(logs))
+    parts = [logs[int(i * size) : max(int((i + 1) * size), int(i * size) + 1)] for i in range(min(width, len(logs)))]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / ((high - low) or 1)))] for mean in means)
+
+
+class _Display(Progress):
+    """A bar, and below it what is measured, which would not fit beside it in 80 columns."""
+
+    info = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.info:
+            yield Text(self.info, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def watch(steps: Iterable[Any], describe: Callable[[Any], Line | None], quiet: bool = False) -> Any:
     """Show progress while a generator works, and return the last thing it yields. `describe` gives None for that one."""
-    last = None
-    if quiet:
-        for step in steps:
-            last = step
-    elif err.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
-            TimeRemainingColumn(compact=True),
-        )
-        with Progress(*columns, console=err, transient=True) as progress:
-            task, what = progress.add_task("", total=None, info=""), ""
-            for last in steps:
-                line = describe(last)
-                if line is None:
-                    continue
-                if line.what != what:
-                    what = line.what
-                    progress.reset(task, description=what, total=line.total)
-                progress.update(task, completed=line.done, total=line.total, info=line.info)
-                if line.event:
-                    progress.console.print(Text(line.event))
-    else:
-        printed, what = 0.0, ""
+    if quiet or not FIRST:
+        last = None
+        for last in steps:
+            describe(last)
+        return last
+    return _watch_live(steps, describe) if err.is_terminal else _watch_plain(steps, describe)
+
+
+def _watch_live(steps: Iterable[Any], describe: Callable[[Any], Line | None]) -> Any:
+    last, what = None, ""
+    figures: list[float] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[curve]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with _Display(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("", total=None, curve="")
         for last in steps:
             line = describe(last)
             if line is None:
                 continue
-            now = time.monotonic()
-            due = now - printed >= SECONDS_BETWEEN_LINES or line.done == line.total or line.what != what
-            if due and line.total != 0:
-                of = "" if line.total is None else f"/{line.total}"
-                note(f"{line.what} {line.done}{of}  {line.info}".rstrip())
-                printed, what = now, line.what
+            if line.what != what:
+                what, figures = line.what, []
+                progress.reset(task, description=what, total=line.total)
+            if line.figure is not None and line.figure == line.figure:
+                figures.append(line.figure)
+            progress.info = line.info
+            progress.update(task, completed=line.done, total=line.total, curve=curve(figures))
             if line.event:
-                note(line.event)
+                progress.console.print(Text(shown(line.event)))
+    return last
+
+
+def _watch_plain(steps: Iterable[Any], describe: Callable[[Any], Line | None]) -> Any:
+    last, what = None, ""
+    start = printed = time.monotonic()
+    for last in steps:
+        line = describe(last)
+        if line is None:
+            continue
+        now = time.monotonic()
+        pause = max(SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES * (now - start))
+        due = now - printed >= pause or line.done == line.total or line.what != what
+        if due and line.total != 0:
+            of = "" if line.total is None else f"/{line.total}"
+            note("  ".join(part for part in (f"{line.what} {line.done}{of}", line.info, line.left) if part))
+            printed, what = now, line.what
+        if line.event:
+            note(line.event)
     return last
 
 

@@ -54,9 +54,18 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: allocated on CUDA, resident in this process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now, or have been at most where the system does not tell."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
     with contextlib.suppress(OSError, StopIteration, IndexError, ValueError):  # Linux: of this program, not of its parent as well
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -18,6 +18,9 @@ class SanaError(Exception):
     not do its work and 2 where it was asked wrongly (usage or config).
     """
 
+    process: int | None = None  # which of several processes raised it, once they are connected
+    told = False  # another process tells the user
+
     def __init__(self, *lines: str, exit_code: int = 1) -> None:
         super().__init__("\n".join(lines))
         self.exit_code = exit_code

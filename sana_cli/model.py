@@ -9,12 +9,14 @@ inner width, L caption tokens, h = int(mlp_ratio * D) hidden width of the Mix-FF
 """
 
 import math
+from collections import Counter
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sana_cli.config import ModelConfig
 
@@ -132,10 +134,37 @@ class TimeEmbed(nn.Module):
         return modulation, embedded
 
 
+def mix(x: Tensor) -> Tensor:
+    """Scatter the low 32 bits of whole numbers over all 32 (the finalizer of MurmurHash3)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> shift)) * factor
+    x = x & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+class Dropout(nn.Module):
+    """Dropout that can be drawn from a key of each sample: it then depends on nothing else in the batch, nor on the device.
+
+    `place` tells the dropouts of a model apart. Without keys the draws are torch's.
+    """
+
+    def __init__(self, p: float, place: int) -> None:
+        super().__init__()
+        self.p, self.place = p, place
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        if keys is None or not self.training or self.p == 0:
+            return F.dropout(x, self.p, self.training)
+        element = mix(torch.arange(x[0].numel(), device=x.device))
+        drawn = mix(element ^ mix(mix(keys) ^ mix(keys >> 32) + self.place)[:, None])  # (B, elements), 32 bits each
+        return x * (drawn >= self.p * 2**32).view_as(x) / (1 - self.p)
+
+
 class LinearAttention(nn.Module):
     """ReLU linear self-attention (paper section 2.2): relu(q) (relu(k)^T v) / (relu(q) sum relu(k)), sums in float32."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim = config.inner_dim
         self.heads = config.num_attention_heads
@@ -144,9 +173,9 @@ class LinearAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
         self.norm_q = RMSNorm(dim, eps=1e-5) if config.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(dim, eps=1e-5) if config.qk_norm else nn.Identity()
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(config.dropout)])
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), Dropout(config.dropout, 2 * layer)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)  # (B, N, D) each
         with torch.autocast(x.device.type, enabled=False):  # half-precision sums over tokens overflow
             q, k, v = (rearrange(t.float(), "b n (heads d) -> b heads n d", heads=self.heads) for t in (q, k, v))
@@ -155,13 +184,13 @@ class LinearAttention(nn.Module):
             out = q @ (k.transpose(-1, -2) @ v)  # (B, heads, N, d + 1)
             out = out[..., :-1] / (out[..., -1:] + 1e-15)
         out = rearrange(out, "b heads n d -> b n (heads d)").to(x.dtype)
-        return self.to_out[1](self.to_out[0](out))
+        return self.to_out[1](self.to_out[0](out), keys)
 
 
 class CrossAttention(nn.Module):
     """Softmax attention of image tokens over caption tokens. It has no norm and no gate before it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim, self.heads = config.inner_dim, config.num_cross_attention_heads
         inner = self.heads * config.cross_attention_head_dim
@@ -170,9 +199,9 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(dim, inner)
         self.norm_q = RMSNorm(inner, eps=1e-5) if config.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(inner, eps=1e-5) if config.qk_norm else nn.Identity()
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(config.dropout)])
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim), Dropout(config.dropout, 2 * layer + 1)])
 
-    def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None, keys: Tensor | None = None) -> Tensor:
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(caption)), self.to_v(caption)
         q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads) for t in (q, k, v))
         if x.device.type == "cpu":  # few caption tokens: the backward of the CPU's fused kernel costs many times this
@@ -181,7 +210,7 @@ class CrossAttention(nn.Module):
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
         out = rearrange(out, "b heads n d -> b n (heads d)")
-        return self.to_out[1](self.to_out[0](out))
+        return self.to_out[1](self.to_out[0](out), keys)
 
 
 class GLUMBConv(nn.Module):
@@ -209,22 +238,24 @@ class GLUMBConv(nn.Module):
 class SanaBlock(nn.Module):
     """Modulated linear attention, cross-attention, modulated Mix-FFN, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim = config.inner_dim
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn1 = LinearAttention(config)
-        self.attn2 = CrossAttention(config)
+        self.attn1 = LinearAttention(config, layer)
+        self.attn2 = CrossAttention(config, layer)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.ff = GLUMBConv(dim, config.mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
-    def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None, modulation: Tensor, height: int) -> Tensor:
+    def forward(
+        self, x: Tensor, caption: Tensor, bias: Tensor | None, modulation: Tensor, height: int, keys: Tensor | None = None
+    ) -> Tensor:
         modulation = self.scale_shift_table[None] + modulation  # (B, 6, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, 1, D) each
         normed = self.norm1(x) * (1 + scale_msa) + shift_msa
-        x = x + gate_msa * self.attn1(normed.to(x.dtype))
-        x = x + self.attn2(x, caption, bias)
+        x = x + gate_msa * self.attn1(normed.to(x.dtype), keys)
+        x = x + self.attn2(x, caption, bias, keys)
         normed = self.norm2(x) * (1 + scale_mlp) + shift_mlp
         return x + gate_mlp * self.ff(normed.to(x.dtype), height)  # (B, N, D)
 
@@ -237,12 +268,13 @@ class SanaTransformer(nn.Module):
         assert config.caption_channels is not None, "an unresolved model config"
         assert config.sample_size is not None, "an unresolved model config"
         self.config = config
+        self.activation_checkpointing = False  # keep a block's input only, and compute it again in the backward pass
         dim, patch = config.inner_dim, config.patch_size
         self.patch_embed = PatchEmbed(config)
         self.time_embed = TimeEmbed(dim, config.guidance_embeds)
         self.caption_projection = TwoLayer(config.caption_channels, dim, nn.GELU(approximate="tanh"))
         self.caption_norm = RMSNorm(dim, eps=1e-5)
-        self.transformer_blocks = nn.ModuleList(SanaBlock(config) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(SanaBlock(config, layer) for layer in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, patch * patch * config.in_channels)
@@ -254,6 +286,7 @@ class SanaTransformer(nn.Module):
         timestep: Tensor,
         guidance: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """The velocity at `hidden_states`, in diffusers' argument order.
 
@@ -263,6 +296,7 @@ class SanaTransformer(nn.Module):
             timestep: (B,), 1000 * sigma * timestep_scale.
             guidance: (B,), guidance_scale * guidance_embeds_scale, only for models with `guidance_embeds`, and needed there.
             encoder_attention_mask: (B, L), 1 for caption tokens and 0 for padding; None attends to all.
+            dropout_keys: (B,) whole numbers that each sample's dropout is drawn from; None: torch's generator.
 
         Raises:
             ValueError: a shape that does not fit, or `guidance` given to a model that cannot use it.
@@ -283,7 +317,9 @@ class SanaTransformer(nn.Module):
         if encoder_attention_mask is not None:
             bias = (1 - encoder_attention_mask.to(x.dtype))[:, None, None, :] * MASKED  # (B, 1, 1, L)
         for block in self.transformer_blocks:
-            x = block(x, caption, bias, modulation, height // patch)
+            given = (x, caption, bias, modulation, height // patch, dropout_keys)
+            again = self.activation_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
         shift, scale = (self.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, p p C)
         return rearrange(
@@ -344,3 +380,17 @@ def build(config: ModelConfig, seed: int | None = 0) -> SanaTransformer:
         model.to_empty(device="cpu")
         initialize(model, torch.Generator().manual_seed(seed))
     return model
+
+
+def module_rows(model: SanaTransformer) -> tuple[tuple[str, int, float], ...]:
+    """(module, parameters, share), blocks taken together and then split into their parts."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[0] == "transformer_blocks":
+            counts[f"transformer_blocks x {model.config.num_layers}"] += parameter.numel()
+            counts[f"  {parts[2]}"] += parameter.numel()
+        else:
+            counts[parts[0]] += parameter.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return tuple((name, count, count / total) for name, count in counts.items())

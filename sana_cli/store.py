@@ -46,6 +46,12 @@ def partial_dir(directory: Path) -> Path:
     return whole.with_name(whole.name + ".partial")
 
 
+def held_out_dir(directory: Path, split: str) -> Path:
+    """Where the held-out part of a dataset lies: a dataset of its own, beside it."""
+    whole = directory if directory.name else directory.absolute()
+    return whole.with_name(f"{whole.name}-{split}")
+
+
 def is_dataset(directory: Path) -> bool:
     """Whether a finished dataset lies here."""
     return (directory / INDEX).is_file()
@@ -306,6 +312,10 @@ class Dataset:
             start, end = shard["offsets"][row : row + 2].tolist()
             found.append(shard["states"][start:end])
         return found
+
+    def longest_caption(self) -> int:
+        """Tokens of the longest caption."""
+        return max(int(shard["offsets"].diff().max()) for shard in self._captions if len(shard["offsets"]) > 1)
 
     def texts(self) -> list[str]:
         """All captions, by id."""

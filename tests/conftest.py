@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 REPOSITORY = Path(__file__).parent.parent
 
 SMALL = """
-data: {image_size: 16}
+data: {image_size: 16, held_out_split: null}
 model: {patch_size: 8, num_layers: 1, num_attention_heads: 2, attention_head_dim: 8, num_cross_attention_heads: 2,
         cross_attention_head_dim: 8}
 train: {steps: 4, batch_size: 4, warmup_steps: 1, save_every: 2, sample_every: 4, log_every: 1, precision: fp32}

@@ -21,10 +21,10 @@ from conftest import embedded, process_environment, small_config
 from PIL import Image
 
 from sana_cli import data, store
+from sana_cli.batches import pick
 from sana_cli.commands import embed as embedding
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed, plan
 from sana_cli.commands.inspect import InspectOptions, inspect
-from sana_cli.commands.train import pick
 from sana_cli.config import Config
 from sana_cli.errors import SanaError
 

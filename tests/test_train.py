@@ -11,8 +11,7 @@ import torch
 from conftest import embedded, small_config
 from safetensors.torch import load_file
 
-from sana_cli import checkpoint, draw, formats, store
-from sana_cli.commands import train as training
+from sana_cli import batches, checkpoint, draw, formats, optim, store, trainer
 from sana_cli.commands.train import TrainOptions, TrainStep, TrainSummary, train
 from sana_cli.config import Config, TrainConfig
 from sana_cli.errors import Interrupted, SanaError
@@ -41,56 +40,35 @@ def assert_same(one: Path, two: Path) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
-def gradients(config: Config) -> tuple[dict[str, torch.Tensor], float]:
-    """The gradients of the first step, taken before the optimizer moves."""
-    state = training._Run(TrainOptions(config), store.Dataset(config.data.dir))
-    state.start()
-    found: dict[str, torch.Tensor] = {}
-    state.optimizer.register_step_pre_hook(
-        lambda *_: found.update({n: p.grad.clone() for n, p in state.model.named_parameters() if p.grad is not None})
-    )
-    loss, _, _ = state.advance(lambda: None)
-    return found, loss
-
-
-def test_accumulation_equals_one_batch(config: Config) -> None:
-    whole, loss = gradients(again(config, "train.batch_size=12", "train.grad_clip=null"))
-    for size, count in ((6, 2), (3, 4), (1, 12)):
-        parts, other = gradients(again(config, f"train.batch_size={size}", f"train.accumulate={count}", "train.grad_clip=null"))
-        assert other == pytest.approx(loss, rel=1e-6)
-        error = math.sqrt(sum(float((parts[n] - g).square().sum()) for n, g in whole.items()))
-        assert error / math.sqrt(sum(float(g.square().sum()) for g in whole.values())) < 1e-6
-
-
 def test_loss_is_the_velocitys_squared_error(config: Config) -> None:
     dataset = store.Dataset(config.data.dir)
-    batch = training.make_batch(dataset, config.train, 0, 8)
+    batch = batches.training_batch(dataset, config.train, 0, 8)
 
     class Oracle(torch.nn.Module):
         def forward(self, x: torch.Tensor, states: torch.Tensor, timestep: torch.Tensor, **_: object) -> torch.Tensor:
             sigma = (timestep / 1000).view(-1, 1, 1, 1)
             return (x - batch.x_0) / sigma  # = noise - x_0 if and only if x_t and the signs are right
 
-    losses = training.batch_loss(Oracle(), batch, 1.0, torch.device("cpu"), "fp32")
+    losses = trainer.batch_loss(Oracle(), batch, 1.0, torch.device("cpu"), "fp32")
     assert losses.shape == (8,)
     assert float(losses.max()) < 1e-6
 
 
 def test_draws_depend_on_the_seed_and_the_samples_place_alone(config: Config) -> None:
     dataset, settings = store.Dataset(config.data.dir), config.train
-    whole = training.make_batch(dataset, settings, 10, 6)
-    part = training.make_batch(dataset, settings, 13, 3)
+    whole = batches.training_batch(dataset, settings, 10, 6)
+    part = batches.training_batch(dataset, settings, 13, 3)
     assert torch.equal(whole.noise[3:], part.noise)
     assert torch.equal(whole.sigma[3:], part.sigma)
     assert torch.equal(whole.x_0[3:], part.x_0)
-    other = training.make_batch(dataset, settings.model_copy(update={"seed": 1}), 10, 6)
+    other = batches.training_batch(dataset, settings.model_copy(update={"seed": 1}), 10, 6)
     assert not torch.equal(whole.noise, other.noise)
 
 
 def test_draws_are_what_the_config_says(config: Config) -> None:
     dataset = store.Dataset(config.data.dir)
     settings = config.train.model_copy(update={"caption_dropout": 0.25, "flow_shift": 3.0, "logit_mean": 0.0})
-    batch = training.make_batch(dataset, settings, 0, 4000)
+    batch = batches.training_batch(dataset, settings, 0, 4000)
     assert float(batch.noise.mean()) == pytest.approx(0, abs=0.01)
     assert float(batch.noise.std()) == pytest.approx(1, abs=0.01)
     assert float(batch.sigma.median()) == pytest.approx(0.75, abs=0.02)
@@ -111,44 +89,89 @@ def test_draws_are_what_the_config_says(config: Config) -> None:
 
 def test_schedules() -> None:
     settings = TrainConfig(steps=110, warmup_steps=10, schedule="cosine")
-    factors = [training.lr_factor(settings, step) for step in range(110)]
+    factors = [optim.lr_factor(settings, step) for step in range(110)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == 1
     assert factors[60] == pytest.approx(0.5)
     assert factors[-1] < 0.001
     linear = settings.model_copy(update={"schedule": "linear"})
-    assert training.lr_factor(linear, 60) == pytest.approx(0.5)
-    assert training.lr_factor(settings.model_copy(update={"schedule": "constant"}), 109) == 1
-    assert [training.ema_decay(settings, step) for step in (0, 8, 10**6)] == pytest.approx([0.1, 0.5, settings.ema_decay])
+    assert optim.lr_factor(linear, 60) == pytest.approx(0.5)
+    assert optim.lr_factor(settings.model_copy(update={"schedule": "constant"}), 109) == 1
+    assert [optim.ema_decay(settings, step) for step in (0, 8, 10**6)] == pytest.approx([0.1, 0.5, settings.ema_decay])
+
+
+def stopped(config: Config, step: int, polls: int = 1, resume: str = "none") -> Interrupted:
+    """Train until `step` is done, and ask it to stop `polls` times later that it asks whether to."""
+    asked = -1
+
+    def stop() -> int | None:
+        nonlocal asked
+        asked += asked >= 0
+        return 15 if asked >= polls else None
+
+    def go() -> None:
+        nonlocal asked
+        for found in train(TrainOptions(config, resume, stop)):
+            if isinstance(found, TrainStep) and found.step == step:
+                asked = 0
+
+    with pytest.raises(Interrupted) as caught:
+        go()
+    assert caught.value.exit_code == 143
+    return caught.value
+
+
+TIMES = {"samples_per_second", "data_wait", "memory_bytes"}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock says."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_resumed_run_is_bitwise_one_never_stopped(config: Config, accumulate: int) -> None:
-    common = (f"train.accumulate={accumulate}", "train.keep=9", "train.save_every=1", "model.dropout=0.1", "train.ema_decay=0.9")
-    straight = again(config, *common, f"run.dir={config.run.dir}-straight")
-    run(straight)
-    lines = (straight.run.dir / "metrics.jsonl").read_text().splitlines()
-    for stop in range(1, 4):
-        place = f"run.dir={config.run.dir}-{stop}"
-        count = 0
+def test_a_run_resumed_at_any_step_is_bitwise_one_never_stopped(config: Config, accumulate: int) -> None:
+    """Weights, EMA, optimizer and metrics; also where a stop falls between lines of metrics, or into a held-out loss."""
 
-        def after(stop: int = stop) -> int | None:
-            nonlocal count
-            count += 1
-            return 15 if count == stop * accumulate + 1 else None
+    def cut(name: str) -> Config:
+        return again(
+            config, f"run.dir={config.run.dir}-{name}", f"train.accumulate={accumulate}", "train.steps=12", "train.log_every=3",
+            "train.save_every=12", "train.sample_every=12", "train.ema_decay=0.9", "model.dropout=0.1", "data.held_out_split=test",
+            "train.held_out_every=4", "train.held_out_images=6",
+        )  # fmt: skip
 
-        with pytest.raises(Interrupted, match=f"stopped after step {stop}") as caught:
-            run(again(config, *common, place), stop=after)
-        assert caught.value.exit_code == 143
-        summary = run(again(config, *common, place), resume="auto")
-        assert (summary.first_step, summary.steps) == (stop, 4)
-        assert_same(summary.checkpoint, straight.run.dir / "checkpoints" / "step-000004")
-        resumed = [json.loads(line) for line in (summary.run / "metrics.jsonl").read_text().splitlines()]
-        for found, line in zip(resumed, lines, strict=True):
-            expected = json.loads(line)
-            assert [found[key] for key in ("step", "loss", "lr", "grad_norm")] == [
-                expected[key] for key in ("step", "loss", "lr", "grad_norm")
-            ]
+    embedded(cut("straight"))
+    straight = run(cut("straight"))
+    expected = lines(straight.run)
+    assert [line["step"] for line in expected] == [3, 4, 6, 8, 9, 12]
+    assert [line["step"] for line in expected if "held_out_loss" in line] == [4, 8, 12]
+    for step in range(12):
+        for polls in {1, accumulate}:  # the second: within a step, whose gradients so far are dropped
+            there = cut(f"{step}-{polls}")
+            message = str(stopped(there, step, polls))
+            assert message.startswith(f"stopped after step {step}" + (", which is saved" if step else "; nothing was saved"))
+            summary = run(there, resume="auto")
+            assert (summary.first_step, summary.steps) == (step, 12)
+            assert_same(summary.checkpoint, straight.checkpoint)
+            assert lines(there.run.dir) == expected
+
+
+def test_what_a_stop_cut_short_is_made_up_for(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that was owed, and a grid that was being drawn."""
+    there = again(
+        config, "train.log_every=2", "train.sample_every=2", "train.save_every=4", "data.held_out_split=test", "train.held_out_every=2",
+        "train.held_out_images=8", "sample.steps=3",
+    )  # fmt: skip
+    embedded(there)
+    straight = run(there.model_copy(update={"run": there.run.model_copy(update={"dir": Path(f"{there.run.dir}-straight")})}))
+    for polls in range(1, 9):  # step 2 is one micro-batch, a held-out loss of two, and a grid of three solver steps
+        name = there.model_copy(update={"run": there.run.model_copy(update={"dir": Path(f"{there.run.dir}-{polls}")})})
+        stopped(name, 1, polls)
+        summary = run(name, resume="auto")
+        assert lines(name.run.dir) == lines(straight.run), polls
+        assert sorted(path.name for path in (name.run.dir / "samples").iterdir()) == [f"step-00000{n}.png" for n in (0, 2, 4)]
+        assert_same(summary.checkpoint, straight.checkpoint)
 
 
 def test_resume_rules(config: Config) -> None:
@@ -189,32 +212,55 @@ def test_damaged_checkpoints_are_passed_over_by_name(config: Config) -> None:
     assert list(checkpoint.verify(config.run.dir / "checkpoints" / "step-000004", hashes=True))
 
 
-def test_a_number_that_is_not_finite_stops_before_the_weights_move(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, calls = training.batch_loss, 0
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_before_the_weights_move(
+    config: Config, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    honest, calls = trainer.batch_loss, 0
 
-    def poisoned(*arguments: Any) -> torch.Tensor:
+    def poisoned(model: torch.nn.Module, batch: batches.Batch, *rest: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return honest(*arguments) * (math.nan if calls == 4 else 1)
+        losses = honest(model, batch, *rest)
+        if calls != 4:
+            return losses
+        if what == "gradient":
+            losses.register_hook(lambda gradient: gradient * math.nan)
+            return losses
+        return losses * torch.tensor([1.0, math.nan, 1.0, 1.0])
 
-    monkeypatch.setattr(training, "batch_loss", poisoned)
-    config = again(config, "train.save_every=1", "train.keep=9")
-    with pytest.raises(
-        SanaError, match=r"step 4: the loss is not finite; weights are untouched\nsigma 0\.\d+ to 0\.\d+, samples train-000"
-    ):
+    straight = run(
+        again(config, "train.steps=3", "train.save_every=3", f"run.dir={config.run.dir}-straight", "train.schedule=constant")
+    )
+    monkeypatch.setattr(trainer, "batch_loss", poisoned)
+    config = again(config, "train.save_every=4", "train.schedule=constant")
+    with pytest.raises(SanaError) as caught:
         run(config)
-    assert checkpoint.steps(config.run.dir)[-1].name == "step-000003"
-    monkeypatch.setattr(training, "batch_loss", honest)
+    batch = batches.training_batch(store.Dataset(config.data.dir), config.train, 12, 4)
+    ids = store.Dataset(config.data.dir).sample_ids(batch.rows)
+    sigma = [f"{value:.3f}" for value in batch.sigma.tolist()]
+    told = f"sigma {sigma[1]} to {sigma[1]}, samples {ids[1]}" if what == "loss" else f"samples {', '.join(ids)}"
+    first, second, third, fourth = str(caught.value).splitlines()
+    assert first == f"step 4: the {what} is not finite; weights are untouched"
+    assert told in second
+    assert third == f"step 3 is saved in {config.run.dir}/checkpoints/step-000003"
+    assert "--set train.init_from=" in fourth
+    assert_same(checkpoint.steps(config.run.dir)[-1], straight.checkpoint)  # weights are those of step 3, to the bit
+    monkeypatch.setattr(trainer, "batch_loss", honest)
     assert run(config, resume="auto").first_step == 3
 
 
-def test_no_checkpoint_with_numbers_that_are_not_finite(config: Config) -> None:
-    state = training._Run(TrainOptions(config), store.Dataset(config.data.dir))
-    state.start()
-    with torch.no_grad():
-        state.model.proj_out.bias[0] = math.inf
-    with pytest.raises(SanaError, match=r"proj_out\.bias is not finite, so no checkpoint was written"):
-        state.save()
+def test_no_checkpoint_with_numbers_that_are_not_finite(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = trainer.Trainer.weights
+
+    def broken(self: trainer.Trainer) -> dict[str, torch.Tensor]:
+        weights = {name: tensor.clone() for name, tensor in honest(self).items()}
+        weights["proj_out.bias"][0] = math.inf
+        return weights
+
+    monkeypatch.setattr(trainer.Trainer, "weights", broken)
+    with pytest.raises(SanaError, match=r"step 2: proj_out\.bias is not finite, so no checkpoint was written"):
+        run(config)
     assert checkpoint.steps(config.run.dir) == []
 
 
@@ -258,9 +304,28 @@ def test_ema_follows_the_weights(config: Config) -> None:
 
 
 def test_weight_decay_spares_biases_norms_and_tables(config: Config) -> None:
-    state = training._Run(TrainOptions(config), store.Dataset(config.data.dir))
-    spared = {state.names[p] for p in state.optimizer.param_groups[1]["params"]}
-    assert {n for n in state.names.values() if n.endswith(("bias", "scale_shift_table", "norm.weight"))} == spared
+    from sana_cli.model import build
+
+    model = build(config.model.model_copy(update={"sample_size": 16, "caption_channels": 8}))
+    for kind in ("adamw", "muon"):
+        made = optim.Optimizer(model, config.train.model_copy(update={"optimizer": kind}), torch.device("cpu"))
+        groups = [{made.names[p] for p in group["params"]} for group in made.param_groups]
+        assert [group["weight_decay"] for group in made.param_groups] == [0.05, 0.0, 0.05][: len(groups)]
+        assert {n for n in made.names.values() if n.endswith(("bias", "scale_shift_table", "norm.weight"))} == groups[1]
+        assert set().union(*groups) == {name for name, _ in model.named_parameters()}
+        if kind == "muon":
+            block = "transformer_blocks.0."
+            parts = (
+                "attn1.to_q",
+                "attn1.to_k",
+                "attn1.to_v",
+                "attn1.to_out.0",
+                "attn2.to_q",
+                "attn2.to_k",
+                "attn2.to_v",
+                "attn2.to_out.0",
+            )
+            assert groups[2] == {f"{block}{part}.weight" for part in (*parts, "ff.conv_inverted", "ff.conv_point")}
 
 
 def test_init_from_starts_with_the_weights_of_another_run(config: Config) -> None:
@@ -284,7 +349,9 @@ def test_steps_report_and_grids_are_drawn(config: Config) -> None:
     assert [step.saved is not None for step in steps] == [False, False, True, False, True]
     record = draw.read_record(config.run.dir / "samples" / "step-000004.png")
     assert record["images"] == [[{"prompt": "4", "seed": 0}, {"prompt": "two", "seed": 1}]]
-    assert sorted(path.name for path in config.run.dir.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl", "samples"]
+    assert sorted(path.name for path in config.run.dir.iterdir()) == [
+        "checkpoints", "config.yaml", "metrics.jsonl", "report.html", "samples",
+    ]  # fmt: skip
     assert sorted((config.run.dir / "checkpoints").iterdir()) == checkpoint.steps(config.run.dir)
 
 
@@ -341,7 +408,7 @@ def test_a_failing_sampling_step_warns_and_training_goes_on(config: Config, monk
     *steps, summary = train(TrainOptions(config))
     assert isinstance(summary, TrainSummary)
     assert (summary.steps, summary.grid) == (4, None)
-    warnings = [(step.step, step.warning) for step in steps if step.warning]
+    warnings = [(step.step, step.warning) for step in steps if isinstance(step, TrainStep) and step.warning]
     assert warnings == [(step, f"no samples at step {step}: out of memory") for step in (0, 4)]
     assert summary.loss == undisturbed.loss
 
@@ -350,8 +417,9 @@ def test_out_of_memory_names_what_to_change(config: Config, monkeypatch: pytest.
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "batch_loss", full)
-    with pytest.raises(
-        SanaError, match=r"step 1: out of memory on cpu.*\n.*train\.batch_size.*train\.accumulate.*train\.precision"
-    ):
+    monkeypatch.setattr(trainer, "batch_loss", full)
+    with pytest.raises(SanaError, match=r"step 1: out of memory on cpu") as caught:
         list(train(TrainOptions(config)))
+    assert all(
+        f"train.{key}" in str(caught.value) for key in ("batch_size", "accumulate", "activation_checkpointing", "precision")
+    )

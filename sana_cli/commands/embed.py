@@ -75,6 +75,7 @@ class EmbedStep:
     images: int
     total: int | None
     captions: int
+    split: str
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class EmbedSummary:
     lesson_bytes: int  # what one padded float32 array for each image, the lesson's layout, would have taken
     seconds: float
     peak_memory: int
+    held_out: "EmbedSummary | None" = None  # the held-out split, a dataset of its own
 
 
 # --- what, and whether it is there already ----------------------------------------------------------------------------
@@ -251,7 +253,7 @@ class _Reader:
 
 
 def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
-    """Embed the config's source; yields progress, and at the end an `EmbedSummary`.
+    """Embed the config's source, and its held-out split; yields progress, and at the end an `EmbedSummary`.
 
     A finished dataset of the same source, encoder and image size is left as it is. Work that was interrupted goes on after
     its last whole window. Under torchrun the windows are shared out, and the first process alone yields anything.
@@ -260,6 +262,32 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
         SanaError: a finished dataset differs, naming the field (unless `overwrite`, which replaces it once the new one is
             whole); the source, the encoder or the disk fails; no entry can be used, or with `strict`, one cannot.
     """
+    parts, split = [options], options.config.data.held_out
+    if split is not None:
+        data = options.config.data.model_copy(update={"split": split, "held_out_split": None})
+        aside = replace(
+            options, config=options.config.model_copy(update={"data": data}), out=store.held_out_dir(options.directory, split)
+        )
+        try:
+            open_source(data)  # before the work, not after it
+        except SanaError as error:
+            first, *rest = str(error).splitlines()
+            raise SanaError(f"data.held_out_split: {first}", *rest, exit_code=error.exit_code) from error
+        parts.append(aside)
+    summaries = []
+    with world() as here:
+        for part in parts:
+            for step in _embed(part, here):
+                if isinstance(step, EmbedSummary):
+                    summaries.append(step)
+                else:
+                    yield step
+    if summaries:
+        yield replace(summaries[0], held_out=summaries[1] if len(summaries) > 1 else None)
+
+
+def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSummary]:
+    """One split."""
     start = time.perf_counter()
     directory, config = options.directory, options.config
     if directory.is_symlink():
@@ -279,7 +307,8 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
         _check_same(dataset, fingerprint, config)
         for entry in dataset.skipped() if options.strict else ():
             raise _strict_error(entry["name"], entry["reason"])
-        yield _summary(dataset, start, peak_memory(device), was_there=True)
+        if here.first:
+            yield _summary(dataset, start, peak_memory(device), was_there=True)
         return
     store.check_only_ours(directory)
     image = _image(config)
@@ -295,22 +324,21 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
     entries = source if count is None else itertools.islice(iter(source), count)
     reader = _Reader(config, entries, size, few=count is not None and count < FEW)
     try:
-        with world() as here:
-            if here.first:  # takes up what an earlier embed of the same plan left, or makes room; the others find it so
-                store.DatasetWriter(partial, made)
-            here.wait()
-            work = _Work(encoder, autoencoder, store.DatasetWriter(partial, made), options.strict)
-            for _ in work.windows(reader, here):
-                if here.first:
-                    yield EmbedStep(reader.taken, count, len(work.caption_ids))
-            here.wait()
+        if here.first:  # takes up what an earlier embed of the same plan left, or makes room; the others find it so
+            store.DatasetWriter(partial, made)
+        here.wait()
+        work = _Work(encoder, autoencoder, store.DatasetWriter(partial, made), options.strict)
+        for _ in work.windows(reader, here):
             if here.first:
-                if not any(record["images"] for record in map(work.writer.done, range(reader.windows)) if record):
-                    raise SanaError(f"{options.config.data.source}: no entry can be used", *work.reasons())
-                work.writer.finish(reader.windows, work.caption_ids, facts)
-                files.put_in_place(partial, directory)
-                yield _summary(store.Dataset(directory), start, peak_memory(device), was_there=False, resumed=work.resumed)
-            here.wait()
+                yield EmbedStep(reader.taken, count, len(work.caption_ids), config.data.split)
+        here.wait()
+        if here.first:
+            if not any(record["images"] for record in map(work.writer.done, range(reader.windows)) if record):
+                raise SanaError(f"{options.config.data.source}: no entry can be used", *work.reasons())
+            work.writer.finish(reader.windows, work.caption_ids, facts)
+            files.put_in_place(partial, directory)
+            yield _summary(store.Dataset(directory), start, peak_memory(device), was_there=False, resumed=work.resumed)
+        here.wait()
     except OSError as error:
         raise files.storage_error(error, f"writing {directory}") from error
     except BrokenProcessPool as error:

@@ -3,7 +3,6 @@
 It builds models on the meta device, so it needs no encoder, no network and next to no memory. It prints nothing.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from sana_cli import checkpoint, draw, files, formats, store
 from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs
 from sana_cli.errors import SanaError
-from sana_cli.model import SanaTransformer, build
+from sana_cli.model import build, module_rows
 from sana_cli.pipeline import INDEX, Pipeline, open_pipeline
 from sana_cli.text import TINY_DIM, text_config
 from sana_cli.units import human_bytes
@@ -76,21 +75,6 @@ def _beginning(path: Path) -> bytes:
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
-
-
-def _module_rows(model: SanaTransformer) -> tuple[tuple[Any, ...], ...]:
-    """(module, parameters, share), blocks taken together and then split into their parts."""
-    counts: Counter[str] = Counter()
-    blocks = model.config.num_layers
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[0] == "transformer_blocks":
-            counts[f"transformer_blocks x {blocks}"] += parameter.numel()
-            counts[f"  {parts[2]}"] += parameter.numel()
-        else:
-            counts[parts[0]] += parameter.numel()
-    total = checkpoint.parameter_count(model.parameters())
-    return tuple((name, count, count / total) for name, count in counts.items())
 
 
 MODULE_COLUMNS = ("module", "parameters", "share")
@@ -162,7 +146,7 @@ def _config(path: Path) -> Report:
         "training": f"{train.steps:,} steps of {batch} ({train.batch_size} x {train.accumulate} accumulated), lr {train.lr:g}",
         "sampling": f"{config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance_scale:g}",
     }
-    rows = _module_rows(build(model, seed=None))
+    rows = module_rows(build(model, seed=None))
     return Report("config", str(path), facts, MODULE_COLUMNS, rows, config)
 
 
@@ -201,7 +185,7 @@ def _checkpoint(path: Path, verify: bool) -> Report:
         known["data"] = {"image_size": [image["height"] * factor, image["width"] * factor], "autoencoder": record["autoencoder"]}
         known["data"] |= {"latent_factor": factor} if factor > 1 else {}
         config = Config.model_validate(known)
-    rows = _module_rows(build(model, seed=None))
+    rows = module_rows(build(model, seed=None))
     return Report("run" if is_run else "checkpoint", str(path), facts, MODULE_COLUMNS, rows, config)
 
 
@@ -221,7 +205,7 @@ def _transformer(path: Path) -> Report:
     if weights.left_out:
         facts["also holds"] = ", ".join(weights.left_out)
     facts |= _surroundings(path, pipeline)
-    return Report(pipeline.kind, str(path), facts, MODULE_COLUMNS, _module_rows(empty))
+    return Report(pipeline.kind, str(path), facts, MODULE_COLUMNS, module_rows(empty))
 
 
 def _surroundings(path: Path, pipeline: Pipeline) -> dict[str, Any]:

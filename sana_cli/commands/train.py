@@ -1,48 +1,76 @@
 """`sana train`: rectified flow on a pre-embedded dataset. A generator of steps; it prints nothing.
 
-Every draw (order of the data, caption, dropout, noise level, noise) is a pure function of the seed and the sample's place
-in the run, so micro-batch size does not change what is learned, and resuming needs a step number and no random state.
-
-Shapes: B images of a micro-batch, C H W of an image, L caption tokens, D caption width.
+It gives a run its directory: what is saved, logged, drawn and resumed, and in which order. How weights move is
+`trainer.py`'s matter. Under torchrun all processes run it, and the first alone writes.
 """
 
 import hashlib
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
-from sana_cli import __version__, checkpoint, draw, files, flow, formats, hub
+from sana_cli import __version__, checkpoint, draw, files, formats, hub, metrics, report
 from sana_cli.autoencoder import Autoencoder
-from sana_cli.config import Config, ModelConfig, TrainConfig, differences
+from sana_cli.config import Config, ModelConfig, differences
 from sana_cli.device import has_native_bf16, peak_memory, release_memory, resolve_device, resolve_precision
+from sana_cli.distributed import World, launched_processes, local_rank, world
 from sana_cli.errors import Interrupted, SanaError
+from sana_cli.metrics import Losses
 from sana_cli.model import SanaTransformer, build
-from sana_cli.store import Dataset, sample_rows
-from sana_cli.text import asked_for, check_same_encoder, load_encoder, pad_states
+from sana_cli.optim import optimizer_numbers
+from sana_cli.store import Dataset, held_out_dir, is_dataset
+from sana_cli.text import asked_for, check_same_encoder, load_encoder
+from sana_cli.trainer import NotFiniteError, Place, Step, Trainer
 
-# what may differ between a run and its resumption; the dataset is compared by its hash instead of its path
-MAY_CHANGE = {"train.steps", "train.log_every", "train.save_every", "train.keep", "train.sample_every", "train.init_from"}
+# what may differ between a run and its resumption, beside the data, text, sample and run sections: the dataset is compared
+# by its hash, and the images of a step by their number, however they are cut into micro-batches
+MAY_CHANGE = {
+    f"train.{key}"
+    for key in [
+        "steps",
+        "log_every",
+        "save_every",
+        "keep",
+        "sample_every",
+        "init_from",
+        "held_out_every",
+        "held_out_images",
+        "tensorboard",
+        "batch_size",
+        "accumulate",
+        "parallel",
+        "activation_checkpointing",
+        "compile",
+    ]
+}
 GRID_CAPTIONS = 20  # captions of the dataset in a sample grid
-DRAWS = 1  # the domain of the counter-based generator that training uses; the order of the data has another
+ROWS_ASKED = 1000  # for the label that belongs to a caption
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What to train. `stop` is asked after each micro-batch; a signal number from it ends the run, saved."""
+    """What to train. `stop` is asked before each micro-batch; a signal number from it ends the run, saved."""
 
     config: Config
     resume: str = "none"  # none, auto, or the path of a step folder
     stop: Callable[[], int | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that one process is expected to hold at its peak, and of what."""
+
+    total: int
+    parts: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -52,15 +80,33 @@ class TrainPlan:
     run: Path
     dataset: Path
     images: int
+    held_out: Path | None
+    held_out_images: int
     steps: int
-    batch: int  # images of a step
+    processes: int
+    micro_batch: int  # images that a process takes at once
+    micro_batches: int  # of a step, in each process
+    batch: int  # images of a step, over all of them
     epochs: float
     parameters: int
     device: str
     precision: str
     precision_reason: str
-    checkpoint_bytes: int  # of one; train.keep of them are kept
+    checkpoint_bytes: int  # of one
+    disk_bytes: int  # of those that are kept, and the next while it is written
+    disk_free: int
     model: ModelConfig
+    memory: MemoryPlan | None = None  # only where asked for: it takes seconds to find
+
+
+@dataclass(frozen=True)
+class TrainStart:
+    """All is loaded, and nothing has been written yet."""
+
+    plan: TrainPlan
+    step: int  # that the run goes on after
+    checkpoint: Path | None  # what it goes on from
+    notes: tuple[str, ...]  # what a person should know: checkpoints passed over, and why; another cut into micro-batches
 
 
 @dataclass(frozen=True)
@@ -74,7 +120,9 @@ class TrainStep:
     grad_norm: float
     samples_per_second: float
     seconds_left: float
+    data_wait: float  # share of the time in which training waited for images
     memory: int
+    held_out_loss: float | None = None  # the latest
     saved: Path | None = None
     sampled: Path | None = None
     warning: str | None = None  # what went wrong beside training, which goes on
@@ -87,9 +135,11 @@ class TrainSummary:
     run: Path
     checkpoint: Path
     grid: Path | None
+    report: Path | None
     steps: int
     first_step: int  # where this process began; `steps` if there was nothing left to do
     loss: float
+    held_out_loss: float | None
     seconds: float
     peak_memory: int
     skipped: tuple[str, ...] = ()  # checkpoints that resuming passed over, and why
@@ -122,377 +172,97 @@ def _check_dataset(config: Config, dataset: Dataset) -> ModelConfig:
     return config.model.model_copy(update={"sample_size": size, "caption_channels": dataset.index["caption_dim"]})
 
 
+def _open_held_out(config: Config, dataset: Dataset) -> Dataset | None:
+    """The held-out dataset, if there is to be one and it is there. It must have been embedded as the other was."""
+    split = config.data.held_out
+    if split is None or not is_dataset(held_out_dir(config.data.dir, split)):
+        return None
+    found = Dataset(held_out_dir(config.data.dir, split))
+    for key in ("encoder", "image"):
+        for field, theirs, ours in differences(found.index[key], dataset.index[key]):
+            raise SanaError(
+                f"data.held_out_split: {found.directory} has {key} {field} {theirs!r}, and {dataset.directory} has {ours!r}",
+                "embed both again with: sana embed --overwrite, or set data.held_out_split=null",
+            )
+    return found
+
+
+def _device(config: Config) -> torch.device:
+    """Where this process computes: under torchrun, each process of a machine has a GPU of its own.
+
+    Raises:
+        SanaError: there is no such device, or not one for each process.
+    """
+    device = resolve_device(config.run.device)
+    if launched_processes() == 1 or device.type == "cpu":
+        return device
+    if device.type == "mps":
+        raise SanaError("run.device: MPS trains in one process", "leave torchrun out, or use run.device=cpu")
+    if ":" in config.run.device:
+        raise SanaError(
+            f"run.device: {device} is one GPU, and torchrun started {launched_processes()} processes", "use run.device=cuda"
+        )
+    return resolve_device(f"cuda:{local_rank()}")
+
+
 def plan(options: TrainOptions) -> TrainPlan:
     """What would be done (`--dry-run`)."""
-    config = options.config
-    dataset = Dataset(config.data.dir)
+    dataset = Dataset(options.config.data.dir)
+    return _plan(options.config, dataset, _open_held_out(options.config, dataset), with_memory=True)
+
+
+def _plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_memory: bool) -> TrainPlan:
+    train = config.train
     model = _check_dataset(config, dataset)
-    device = resolve_device(config.run.device)
-    precision, native = resolve_precision(config.train.precision, device), has_native_bf16(device)
-    reason = f"{device.type} {'has' if native else 'lacks'} native bf16" if config.train.precision == "auto" else "as asked"
-    parameters = checkpoint.parameter_count(build(model, seed=None).parameters())
-    batch = config.train.batch_size * config.train.accumulate
+    if train.tensorboard:
+        metrics.check_tensorboard()
+    device = _device(config)
+    precision, native = resolve_precision(train.precision, device), has_native_bf16(device)
+    reason = f"{device.type} {'has' if native else 'lacks'} native bf16" if train.precision == "auto" else "as asked"
+    meta = build(model, seed=None)
+    parameters = checkpoint.parameter_count(meta.parameters())
+    processes = launched_processes()
+    batch = train.batch_size * train.accumulate * processes
+    moments = optimizer_numbers(meta, train)
+    one = 4 * (2 * parameters + moments)  # float32: EMA, raw weights, what the optimizer remembers
+    memory = _memory_plan(config, dataset, model, precision, device) if with_memory else None
+    existing = next(path for path in (config.run.dir.absolute(), *config.run.dir.absolute().parents) if path.exists())
     return TrainPlan(
         run=config.run.dir,
         dataset=config.data.dir,
         images=len(dataset),
-        steps=config.train.steps,
+        held_out=None if held_out is None else held_out.directory,
+        held_out_images=0 if held_out is None else min(train.held_out_images, len(held_out)),
+        steps=train.steps,
+        processes=processes,
+        micro_batch=train.batch_size,
+        micro_batches=train.accumulate,
         batch=batch,
-        epochs=config.train.steps * batch / len(dataset),
+        epochs=train.steps * batch / len(dataset),
         parameters=parameters,
         device=str(device),
         precision=precision,
         precision_reason=reason,
-        checkpoint_bytes=16 * parameters,  # float32: EMA, raw weights, two moments
+        checkpoint_bytes=one,
+        disk_bytes=one * (train.keep + 1),
+        disk_free=shutil.disk_usage(existing).free,
         model=model,
+        memory=memory,
     )
 
 
-# --- draws ------------------------------------------------------------------------------------------------------------
+def _memory_plan(config: Config, dataset: Dataset, model: ModelConfig, precision: str, device: torch.device) -> MemoryPlan:
+    from sana_cli.estimate import training_memory  # it is slow to import, and training has no use for it
+
+    read = min(1.0, config.train.steps * config.train.batch_size * config.train.accumulate / len(dataset))
+    found = training_memory(
+        model, config.train, dataset.image_shape[1:], dataset.longest_caption(), precision, device,
+        launched_processes(), int(read * dataset.bytes), GRID_CAPTIONS,
+    )  # fmt: skip
+    return MemoryPlan(found.total, dict(vars(found)))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch, ready for the device: what the transformer sees and what it should answer."""
-
-    rows: np.ndarray  # (B,) of the dataset
-    x_0: Tensor  # (B, C, H, W)
-    noise: Tensor  # (B, C, H, W)
-    sigma: Tensor  # (B,)
-    states: Tensor  # (B, L, D)
-    mask: Tensor  # (B, L)
-
-
-def make_batch(dataset: Dataset, train: TrainConfig, first: int, count: int) -> Batch:
-    """Samples `first` .. `first + count` of a run with everything drawn for them, from (seed, sample number) alone."""
-    shape = dataset.image_shape
-    rows = sample_rows(first, count, len(dataset), train.seed)
-    choices = list(zip(dataset.caption_ids(rows), dataset.caption_weights(rows), strict=True))
-    chosen, z = [], np.empty(count, dtype=np.float32)
-    noise = np.empty((count, *shape), dtype=np.float32)
-    for i, (ids, weights) in enumerate(choices):
-        generator = np.random.Generator(np.random.Philox(key=[train.seed, first + i], counter=[0, 0, 0, DRAWS]))
-        which, dropped = generator.random(2)
-        z[i] = generator.standard_normal(dtype=np.float32)
-        noise[i] = generator.standard_normal(shape, dtype=np.float32)
-        null = dropped < train.caption_dropout
-        chosen.append(dataset.index["null_caption"] if null else ids[pick(which, weights, len(ids))])
-    drawn = torch.from_numpy(z)
-    sigma = flow.uniform(drawn)
-    if train.sigma_density == "logit_normal":
-        sigma = flow.logit_normal(drawn, train.logit_mean, train.logit_std)
-    states, mask = pad_states(dataset.states(chosen))
-    return Batch(rows, dataset.images(rows), torch.from_numpy(noise), flow.shift_sigma(sigma, train.flow_shift), states, mask)
-
-
-def pick(which: float, weights: Sequence[float] | None, count: int) -> int:
-    """Which of `count` a uniform number in [0, 1) means, in proportion to `weights`."""
-    if weights is None:
-        return int(which * count)
-    ends = np.cumsum(weights)
-    return int(np.searchsorted(ends, which * ends[-1], side="right"))
-
-
-def batch_loss(model: nn.Module, batch: Batch, timestep_scale: float, device: torch.device, precision: str) -> Tensor:
-    """The squared error of the velocity, for each image: (B,) in float32."""
-    x_0, noise, sigma = (t.to(device) for t in (batch.x_0, batch.noise, batch.sigma))
-    with draw.autocast(device, precision):
-        velocity = model(
-            flow.interpolate(x_0, noise, sigma),
-            batch.states.to(device).float(),
-            sigma * flow.TRAIN_TIMESTEPS * timestep_scale,
-            encoder_attention_mask=batch.mask.to(device),
-        )
-    return F.mse_loss(velocity.float(), flow.velocity_target(x_0, noise), reduction="none").flatten(1).mean(1)
-
-
-def lr_factor(train: TrainConfig, step: int) -> float:
-    """The learning rate of the step after `step`, over the peak: linear warm-up, then constant, cosine or linear decay."""
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    if train.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if train.schedule == "linear" else 1.0
-
-
-def ema_decay(train: TrainConfig, step: int) -> float:
-    """Decay of the weight average at the update after `step`: young averages forget faster."""
-    return min(train.ema_decay, (1 + step) / (10 + step))
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
-class _Run:
-    """All that moves during a run. Each method does one thing; `train` below is the order they come in."""
-
-    def __init__(self, options: TrainOptions, dataset: Dataset) -> None:
-        config = options.config
-        self.config, self.dataset, self.dir = config, dataset, config.run.dir
-        self.device = resolve_device(config.run.device)
-        self.precision = resolve_precision(config.train.precision, self.device)
-        self.model_config = _check_dataset(config, dataset)
-        self.texts = dataset.texts()
-        self.null_caption = dataset.states([dataset.index["null_caption"]])[0]
-        self.step = 0
-        self.model = build(self.model_config, config.train.seed).to(self.device)
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
-        for name, parameter in self.model.named_parameters():
-            matrix = parameter.ndim >= 2 and not name.endswith("scale_shift_table")
-            (decayed if matrix else plain).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.train.lr,
-            betas=config.train.betas,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self.ema: AveragedModel | None = None
-        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
-
-    def start(self) -> None:
-        """The EMA begins as a copy of the weights, once they are what the run starts from."""
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.train.ema_decay))
-        self.ema.n_averaged.fill_(1)
-        self.ema.requires_grad_(False).eval()
-
-    @property
-    def ema_model(self) -> SanaTransformer:
-        assert self.ema is not None
-        module = self.ema.module
-        assert isinstance(module, SanaTransformer)
-        return module
-
-    # -- one step
-
-    def advance(self, stop: Callable[[], int | None]) -> tuple[float, float, float]:
-        """One optimizer step over all its micro-batches; returns loss, gradient norm and learning rate.
-
-        Raises:
-            Interrupted: `stop` said so; the gradients so far are dropped and the weights are those of the last step.
-            SanaError: loss or gradient is not finite; the weights are untouched.
-        """
-        train = self.config.train
-        total = train.batch_size * train.accumulate
-        loss_sum, sigmas, rows = 0.0, [], []
-        self.optimizer.zero_grad(set_to_none=True)
-        for micro in range(train.accumulate):
-            batch = make_batch(self.dataset, train, self.step * total + micro * train.batch_size, train.batch_size)
-            if self.model_config.dropout:
-                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{train.seed} {self.step} {micro}".encode()).digest()[:8]))
-            losses = batch_loss(self.model, batch, self.model_config.timestep_scale, self.device, self.precision)
-            (losses.sum() / total).backward()
-            loss_sum += float(losses.detach().sum())
-            sigmas.append(batch.sigma)
-            rows.append(batch.rows)
-            if signal_number := stop():
-                self.optimizer.zero_grad(set_to_none=True)
-                raise Interrupted("interrupted", exit_code=128 + signal_number)
-        grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip or math.inf))
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            sigma, ids = torch.cat(sigmas), self.dataset.sample_ids(np.concatenate(rows))
-            raise SanaError(
-                f"step {self.step + 1}: the {'loss' if not math.isfinite(loss_sum) else 'gradient'} is not finite; weights are untouched",
-                f"sigma {float(sigma.min()):.3f} to {float(sigma.max()):.3f}, samples {', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}",
-                "lower train.lr, or use train.precision: fp32, and go on with --resume auto",
-            )
-        lr = train.lr * lr_factor(train, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        assert self.ema is not None
-        self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(train, self.step))
-        self.ema.update_parameters(self.model)
-        self.step += 1
-        return loss_sum / total, grad_norm, lr
-
-    # -- pictures
-
-    def encode_prompts(self) -> tuple[list[list[draw.Cell]], list[Tensor]]:
-        """The grid that is drawn again and again, and its caption states. The encoder, where needed, is freed at once."""
-        texts = {text: caption_id for caption_id, text in enumerate(self.texts)}
-        sample, one_word = self.config.sample, bool(self.dataset.index["one_word_captions"])
-        if sample.prompts is not None:
-            rows = draw.prompt_rows(sample.prompts, one_word)
-        else:
-            captions = sorted((text for text in texts if text), key=lambda text: (not text.isdecimal(), texts[text]))
-            captions = captions[:: max(1, len(captions) // GRID_CAPTIONS)][:GRID_CAPTIONS]
-            captions = sorted(captions) if all(map(str.isdecimal, captions)) else captions
-            rows = [tuple(captions[at : at + 10]) for at in range(0, len(captions), 10)]
-        cells = draw.grid_cells(rows, 1, sample.seed)
-        prompts = [cell.prompt for row in cells for cell in row]
-        states = {prompt: self.dataset.states([texts[prompt]])[0] for prompt in prompts if prompt in texts}
-        unknown = [prompt for prompt in prompts if prompt not in texts]
-        if unknown:
-            encoder = load_encoder(self.config.text, self.device)
-            check_same_encoder(self.dataset.index["encoder"], encoder.fingerprint, str(self.dataset.directory))
-            states |= dict(encoder.encode(unknown))
-            del encoder
-            release_memory(self.device)
-        return cells, [states[prompt] for prompt in prompts]
-
-    def try_sample(self, cells: list[list[draw.Cell]], states: list[Tensor]) -> tuple[Path | None, str | None]:
-        """`sample`, or why it could not be done: a picture is not worth a run."""
-        try:
-            return self.sample(cells, states), None
-        except (SanaError, OSError, RuntimeError) as error:
-            release_memory(self.device)
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return None, f"no samples at step {self.step}: {reason}"
-
-    def sample(self, cells: list[list[draw.Cell]], states: list[Tensor]) -> Path:
-        """Draw the grid with the weights to use, into `samples/`."""
-        seeds = [cell.seed for row in cells for cell in row]
-        settings, shape = self.config.sample, self.dataset.image_shape
-        nulls = [self.null_caption] * len(states)
-        drawn = draw.draw(self.ema_model, states, nulls, seeds, shape, settings, self.precision)
-        images = draw.final_images(drawn)
-        if self.config.data.autoencoder is not None:  # loaded for the picture alone, and freed
-            images = torch.cat(list(Autoencoder(self.config.data.autoencoder, self.device).decode(images)))
-            release_memory(self.device)
-        images = draw.to_pixels(images)
-        path = self.dir / "samples" / f"{checkpoint.step_name(self.step)}.png"
-        draw.save_png(draw.grid(images, cells), path, draw.grid_record(cells, settings, f"{self.dir.name}/{path.stem}"))
-        return path
-
-    # -- files
-
-    def save(self) -> Path:
-        """A checkpoint of this step."""
-        raw = self.model.state_dict()
-        moments = {
-            f"{kind}.{name}": self.optimizer.state[parameter][kind]
-            for parameter, name in self.names.items()
-            for kind in ("exp_avg", "exp_avg_sq")
-            if parameter in self.optimizer.state
-        }
-        config, train = self.config.to_dict(), self.config.train
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        del config["train"]["init_from"]  # a path, which means nothing elsewhere
-        parameters = checkpoint.parameter_count(raw.values())
-        dataset = {"sha256": self.dataset.index["sha256"], "images": len(self.dataset)}
-        record = {
-            "version": checkpoint.RECORD_VERSION,
-            "made_by": f"sana {__version__}",
-            "step": self.step,
-            "parameters": parameters,
-            "encoder": self.dataset.index["encoder"],
-            "one_word_captions": self.dataset.index["one_word_captions"],
-            "example_captions": [text for text in self.texts[: GRID_CAPTIONS + 1] if text],
-            "image": self.dataset.index["image"],
-            "autoencoder": self.dataset.index["image"].get("autoencoder"),
-            "precision": self.precision,
-            "sample": config["sample"],
-            "dataset": dataset,
-        }
-        state = {
-            "step": self.step,
-            "samples_seen": self.step * train.batch_size * train.accumulate,
-            "precision": self.precision,
-            "dataset_sha256": dataset["sha256"],
-            "config": {section: config[section] for section in ("model", "train", "sample")},
-        }
-        whole = checkpoint.Checkpoint(
-            step=self.step,
-            weights=self.ema_model.state_dict(),
-            raw_weights=raw,
-            optimizer=moments,
-            state=state,
-            model=self.model_config,
-            sample=self.config.sample,
-            record=record,
-            null_caption=self.null_caption,
-            card=_card(record, train),
-            config_sha256=digest,
-        )
-        return checkpoint.save_checkpoint(self.dir, whole, train.keep)
-
-    def init_from(self, path: Path) -> None:
-        """Begin with the weights of another SANA, of any format.
-
-        Raises:
-            SanaError: it has another architecture, or means something else by time, than this config; names each field.
-        """
-        source = checkpoint.load_transformer(path)
-        theirs, ours = source.config.model_dump(), self.model_config.model_dump()
-        free = {"dropout"} | ({"sample_size"} if self.model_config.interpolation_scale is None else set())
-        wrong = [f"model.{key}: it has {old!r}, not {new!r}" for key, old, new in differences(theirs, ours) if key not in free]
-        if wrong:
-            raise SanaError(f"train.init_from: {path} is not the model of this config:", *wrong, "set these as it has them")
-        self.model.load_state_dict(source.state_dict())
-
-    def load(self, folder: Path) -> None:
-        """Continue from a step folder, bit for bit.
-
-        Raises:
-            SanaError: it was made with another config, dataset or precision; names each field.
-        """
-        state = files.read_json(folder / checkpoint.STATE)
-        now = self.config.to_dict()
-        old, new = ({f"{s}": c[s] for s in ("model", "train")} for c in (state["config"], now))
-        wrong = [
-            f"{key}: the run has {before!r}, not {after!r}"
-            for key, before, after in differences(old, new)
-            if key not in MAY_CHANGE
-        ]
-        if state["dataset_sha256"] != self.dataset.index["sha256"]:
-            wrong.append(f"data.dir: {self.dataset.directory} is not the dataset that the run was trained on")
-        if state["precision"] != self.precision:
-            wrong.append(f"train.precision: the run used {state['precision']}, and here it would be {self.precision}")
-        if wrong:
-            raise SanaError(f"{folder} cannot be resumed with this config:", *wrong, "start another run with --set run.dir=DIR")
-        names = dict(self.model.named_parameters())
-        weights = files.read_tensors(folder / checkpoint.RAW_WEIGHTS)
-        formats.check_tensors(weights, self.model, folder / checkpoint.RAW_WEIGHTS, "this config")
-        self.model.load_state_dict(weights)
-        self.start()
-        self.ema_model.load_state_dict(files.read_tensors(folder / "transformer" / formats.WEIGHTS))
-        self.step = int(state["step"])
-        for key, tensor in files.read_tensors(folder / checkpoint.OPTIMIZER).items():
-            kind, _, name = key.partition(".")
-            slot = self.optimizer.state[names[name]]
-            slot[kind] = tensor.to(self.device, copy=True)
-            slot["step"] = torch.tensor(float(self.step), device=self.device if self.device.type == "cuda" else "cpu")
-
-
-def _card(record: Mapping[str, Any], train: TrainConfig) -> str:
-    """The model card of a step folder."""
-    image = record["image"]
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [sana, flow-matching]
----
-# A SANA of {record["parameters"]:,} parameters
-
-Trained from a pre-embedded dataset of {record["dataset"]["images"]:,} images, {image["channels"]} x {image["height"]} x {image["width"]},
-for {record["step"]:,} steps of {train.batch_size * train.accumulate} with rectified flow. Captions are encoded by
-`{record["encoder"]["encoder"]}`; `sana.json` has every setting. Made by {record["made_by"]}.
-
-    sana sample --checkpoint . {" ".join(json.dumps(caption) for caption in record["example_captions"][:3])}
-
-The transformer alone, with diffusers (`velocity = noise - data`, `timestep = 1000 sigma`):
-
-    from diffusers import SanaTransformer2DModel
-    transformer = SanaTransformer2DModel.from_pretrained(".", subfolder="transformer")
-"""
-
-
-def _keep_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run takes again, and a last line that was cut short."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    partial = path.with_name(path.name + ".partial")
-    files.write_text(partial, "".join(f"{line}\n" for line in kept))
-    partial.replace(path)
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def _resume_from(options: TrainOptions) -> tuple[Path | None, tuple[str, ...]]:
@@ -524,8 +294,355 @@ def _resume_from(options: TrainOptions) -> tuple[Path | None, tuple[str, ...]]:
     return folder, ()
 
 
-def train(options: TrainOptions) -> Iterator[TrainStep | TrainSummary]:
-    """Train; yields a `TrainStep` for each step, and at the end a `TrainSummary`.
+@dataclass(frozen=True)
+class _Saved:
+    """The part of a step folder that only training needs."""
+
+    folder: Path
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    @property
+    def images(self) -> int:
+        """Of a step."""
+        return int(self.state["samples_seen"]) // self.step
+
+
+def _check_resumable(saved: _Saved, config: Config, dataset: Dataset, plan: TrainPlan) -> tuple[str, ...]:
+    """Refuse another config, dataset or precision than the run's, field by field; say how else its steps are now cut."""
+    recorded, now = saved.state["config"], config.to_dict()
+    old, new = ({section: c[section] for section in ("model", "train")} for c in (recorded, now))
+    train = config.train
+    for section in old:  # a checkpoint of an earlier version has fewer keys: it was made with their defaults
+        old[section] = type(getattr(config, section))().model_dump(mode="json") | old[section]
+    wrong = [
+        f"{key}: the run has {before!r}, not {after!r}" for key, before, after in differences(old, new) if key not in MAY_CHANGE
+    ]
+    if saved.state["dataset_sha256"] != dataset.index["sha256"]:
+        wrong.append(f"data.dir: {dataset.directory} is not the dataset that the run was trained on")
+    if saved.state["precision"] != plan.precision:
+        wrong.append(f"train.precision: the run used {saved.state['precision']}, and here it would be {plan.precision}")
+    cut = [key for key in ("batch_size", "accumulate") if old["train"][key] != new["train"][key]]
+    if plan.batch != saved.images and cut:
+        wrong.append(
+            f"{', '.join(f'train.{key}' for key in cut)}: the run's steps have {saved.images} images, and "
+            f"{train.batch_size} x {train.accumulate}{f' x {plan.processes} processes' * (plan.processes > 1)} are {plan.batch}"
+        )
+    if wrong:
+        raise SanaError(f"{saved.folder} cannot be resumed with this config:", *wrong, "start another run with --set run.dir=DIR")
+    if plan.batch == saved.images:
+        return ()
+    rounds = -(-saved.images // (train.batch_size * plan.processes))
+    return (
+        f"steps stay {saved.images} images, as the run began: {rounds} micro-batches of {train.batch_size} or fewer "
+        f"in {plan.processes} process{'es' * (plan.processes > 1)}",
+    )
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """A run and its directory. `train` below is the order in which things happen."""
+
+    def __init__(self, options: TrainOptions, here: World) -> None:
+        config = options.config
+        self.config, self.dir, self.stop, self.here = config, config.run.dir, options.stop, here
+        with here.together():
+            self.dataset = Dataset(config.data.dir)
+            self.held_out = _open_held_out(config, self.dataset)
+            self.plan = _plan(config, self.dataset, self.held_out, with_memory=False)
+        self.notes: tuple[str, ...] = ()
+        self.skipped: tuple[str, ...] = ()
+        saved = None
+        with here.together():
+            if here.first:
+                folder, self.skipped = _resume_from(options)
+                self.notes += tuple(f"passed over: {reason}" for reason in self.skipped)
+                saved = None if folder is None else str(folder)
+        chosen = here.gather(saved)[0]
+        with here.together():
+            self.saved = None if chosen is None else _Saved(Path(chosen), files.read_json(Path(chosen) / checkpoint.STATE))
+            if self.saved is not None:
+                self.notes += _check_resumable(self.saved, config, self.dataset, self.plan)
+                batch = self.saved.images
+                rounds = -(-batch // (config.train.batch_size * here.size))
+                self.plan = replace(
+                    self.plan, batch=batch, micro_batches=rounds, epochs=config.train.steps * batch / len(self.dataset)
+                )
+        seen = here.gather([self.dataset.index["sha256"], self.saved and self.saved.state])
+        if any(one != seen[0] for one in seen):
+            raise SanaError(
+                "the processes do not see the same files: data.dir and run.dir must be on a disk that all machines share"
+            )
+        split = config.data.held_out
+        if split is not None and self.held_out is None:
+            self.notes += (
+                f"no held-out loss: there is no {held_out_dir(config.data.dir, split)} (sana embed makes it; data.held_out_split)",
+            )
+        self.window, self.last = Losses(), {"lr": 0.0, "grad_norm": 0.0}
+        self.held_out_loss: float | None = None
+        self.trainer = self._load()
+        self.first_step = self.saved_step = self.trainer.step
+        self.grid: Path | None = None
+        self.saved_in: Path | None = None if self.saved is None else self.saved.folder
+
+    def _load(self) -> Trainer:
+        saved, weights, average, optimizer = self.saved, None, None, {}
+        with self.here.together():
+            if saved is not None:
+                meta = build(self.plan.model, seed=None)
+                weights = files.read_tensors(saved.folder / checkpoint.RAW_WEIGHTS)
+                average = files.read_tensors(saved.folder / "transformer" / formats.WEIGHTS)
+                optimizer = files.read_tensors(saved.folder / checkpoint.OPTIMIZER)
+                for name, tensors in ((checkpoint.RAW_WEIGHTS, weights), (Path("transformer") / formats.WEIGHTS, average)):
+                    formats.check_tensors(tensors, meta, saved.folder / name, "this config")
+            elif self.config.train.init_from is not None:
+                weights = self._foreign_weights(self.config.train.init_from)
+        place = Place(torch.device(self.plan.device), self.plan.precision, self.here)
+        trainer = Trainer(
+            self.plan.model, self.config.train, place, self.dataset, self.plan.batch, self.held_out, weights, average
+        )
+        if saved is not None:
+            trainer.resume(optimizer, saved.step)
+            self.window = Losses.from_state(saved.state.get("window", {}))
+            self.last = dict(saved.state.get("last", self.last))
+        return trainer
+
+    def _foreign_weights(self, path: Path) -> dict[str, Tensor]:
+        """The weights of another SANA, of any format.
+
+        Raises:
+            SanaError: it has another architecture, or means something else by time, than this config; names each field.
+        """
+        source = checkpoint.load_transformer(path)
+        theirs, ours = source.config.model_dump(), self.plan.model.model_dump()
+        free = {"dropout"} | ({"sample_size"} if self.plan.model.interpolation_scale is None else set())
+        wrong = [f"model.{key}: it has {old!r}, not {new!r}" for key, old, new in differences(theirs, ours) if key not in free]
+        if wrong:
+            raise SanaError(f"train.init_from: {path} is not the model of this config:", *wrong, "set these as it has them")
+        return source.state_dict()
+
+    def due(self, every: int) -> bool:
+        """Whether something that is done `every` so many steps, and at the end, is to be done after this one."""
+        step = self.trainer.step
+        return step % every == 0 or step == self.config.train.steps
+
+    # -- numbers
+
+    def count(self, step: Step) -> None:
+        """Take an optimizer step into the next line of the metrics."""
+        self.window.add(step.losses.tolist(), step.sigma.tolist())
+        self.last = {"lr": step.lr, "grad_norm": step.grad_norm}
+
+    def metrics_line(self) -> dict[str, Any] | None:
+        """The line of this step, if one is due and not written yet. The held-out loss may be part of it.
+
+        Raises:
+            Interrupted: while the held-out loss was taken; the line is owed.
+        """
+        train = self.config.train
+        evaluate = self.held_out is not None and self.due(train.held_out_every)
+        if not self.window.images or not (self.due(train.log_every) or evaluate):
+            return None
+        line: dict[str, Any] = {"step": self.trainer.step, "loss": self.window.mean, **self.last}
+        line["sigma_bins"] = self.window.bins()
+        if evaluate:
+            found = self.trainer.evaluate(self.stop)
+            self.held_out_loss = found.mean
+            line |= {"held_out_loss": found.mean, "held_out_sigma_bins": found.bins()}
+        self.window = Losses()
+        return line
+
+    # -- pictures
+
+    def encode_prompts(self) -> None:
+        """The grid that is drawn again and again, and its caption states. The encoder, where needed, is freed at once."""
+        texts = {text: caption_id for caption_id, text in enumerate(self.dataset.texts())}
+        sample, one_word = self.config.sample, bool(self.dataset.index["one_word_captions"])
+        if sample.prompts is not None:
+            rows = draw.prompt_rows(sample.prompts, one_word)
+        else:
+            captions = self._captions_in_order(texts)
+            captions = captions[:: max(1, len(captions) // GRID_CAPTIONS)][:GRID_CAPTIONS]
+            rows = [tuple(captions[at : at + 10]) for at in range(0, len(captions), 10)]
+        self.cells = draw.grid_cells(rows, 1, sample.seed)
+        prompts = [cell.prompt for row in self.cells for cell in row]
+        states = {prompt: self.dataset.states([texts[prompt]])[0] for prompt in prompts if prompt in texts}
+        unknown = [prompt for prompt in prompts if prompt not in texts]
+        if unknown:
+            device = self.trainer.place.device
+            encoder = load_encoder(self.config.text, device)
+            check_same_encoder(self.dataset.index["encoder"], encoder.fingerprint, str(self.dataset.directory))
+            states |= dict(encoder.encode(unknown))
+            del encoder
+            release_memory(device)
+        self.states = [states[prompt] for prompt in prompts]
+        self.null_caption = self.dataset.states([self.dataset.index["null_caption"]])[0]
+
+    def _captions_in_order(self, texts: Mapping[str, int]) -> list[str]:
+        """Numbers first, then by label where images have labels: 0, 1, ..., zero, one, ...; else as they came."""
+        label_of: dict[int, int] = {}
+        labels = self.dataset.labels()
+        if labels is not None:
+            rows = np.arange(min(len(self.dataset), ROWS_ASKED))
+            for caption_ids, label in zip(self.dataset.caption_ids(rows), labels.tolist(), strict=False):
+                for caption_id in caption_ids:
+                    label_of.setdefault(caption_id, label)
+        last = len(texts)
+        return sorted(filter(None, texts), key=lambda text: (not text.isdecimal(), label_of.get(texts[text], last), texts[text]))
+
+    @property
+    def grid_path(self) -> Path:
+        """Where the grid of this step lies."""
+        return self.dir / "samples" / f"{checkpoint.step_name(self.trainer.step)}.png"
+
+    def grid_due(self) -> bool:
+        """Whether to draw now: after resuming, only a grid that a stop cut short."""
+        if not self.due(self.config.train.sample_every):
+            return False
+        resumed_here = self.saved is not None and self.trainer.step == self.first_step
+        return not (resumed_here and self.here.gather(self.grid_path.is_file())[0])
+
+    def try_sample(self) -> tuple[Path | None, str | None]:
+        """Draw the grid of this step, or say why it could not be done: a picture is not worth a run."""
+        model = self._model_to_draw_with()
+        if not self.here.first:
+            return None, None
+        try:
+            self.grid = self._sample(model) or self.grid
+            return self.grid, None
+        except (SanaError, OSError, RuntimeError) as error:
+            release_memory(self.trainer.place.device)
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return None, f"no samples at step {self.trainer.step}: {reason}"
+
+    def _model_to_draw_with(self) -> SanaTransformer:
+        """The average: as it is, or where it is sharded, put together at the first process, which draws alone."""
+        average = self.trainer.average.model
+        if self.here.size == 1 or self.config.train.parallel == "ddp":
+            return average
+        weights = self.trainer.average_weights()
+        model = build(self.plan.model, seed=None)
+        if self.here.first:
+            model.load_state_dict({k: w.to(self.trainer.place.device) for k, w in weights.items()}, assign=True)
+        return model.eval()
+
+    def _sample(self, model: SanaTransformer) -> Path | None:
+        """The grid with the weights to use, into `samples/`; None if the run was asked to stop meanwhile."""
+        seeds = [cell.seed for row in self.cells for cell in row]
+        settings, shape, place = self.config.sample, self.dataset.image_shape, self.trainer.place
+        nulls = [self.null_caption] * len(self.states)
+        drawn = []
+        for step in draw.draw(model, self.states, nulls, seeds, shape, settings, place.precision):
+            drawn.append(step)
+            if self.stop():
+                return None
+        images = draw.final_images(drawn)
+        if self.config.data.autoencoder is not None:  # loaded for the picture alone, and freed
+            images = torch.cat(list(Autoencoder(self.config.data.autoencoder, place.device).decode(images)))
+            release_memory(place.device)
+        path = self.grid_path
+        record = draw.grid_record(self.cells, settings, f"{self.dir.name}/{path.stem}")
+        draw.save_png(draw.grid(draw.to_pixels(images), self.cells), path, record)
+        return path
+
+    def try_report(self) -> str | None:
+        """Bring report.html up to date, or say why it could not be done."""
+        try:
+            report.write(self.dir, self.plan.model)
+            return None
+        except (SanaError, OSError, ValueError) as error:
+            return f"no report at step {self.trainer.step}: {str(error).splitlines()[0]}"
+
+    # -- files
+
+    def save(self) -> Path:
+        """A checkpoint of this step, written by the first process."""
+        trainer, train, step = self.trainer, self.config.train, self.trainer.step
+        raw, average, optimizer = trainer.weights(), trainer.average_weights(), trainer.optimizer_state()
+        self.saved_step = step
+        self.saved_in = self.dir / "checkpoints" / checkpoint.step_name(step)
+        if not self.here.first:
+            return self.saved_in
+        config = self.config.to_dict()
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        del config["train"]["init_from"]  # a path, which means nothing elsewhere
+        index = self.dataset.index
+        dataset = {"sha256": index["sha256"], "images": len(self.dataset)}
+        record = {
+            "version": checkpoint.RECORD_VERSION,
+            "made_by": f"sana {__version__}",
+            "step": step,
+            "parameters": self.plan.parameters,
+            "encoder": index["encoder"],
+            "one_word_captions": index["one_word_captions"],
+            "example_captions": [text for text in self.dataset.texts()[: GRID_CAPTIONS + 1] if text],
+            "image": index["image"],
+            "autoencoder": index["image"].get("autoencoder"),
+            "precision": self.plan.precision,
+            "sample": config["sample"],
+            "dataset": dataset,
+        }
+        state = {
+            "step": step,
+            "samples_seen": step * self.plan.batch,
+            "precision": self.plan.precision,
+            "dataset_sha256": dataset["sha256"],
+            "window": self.window.state(),
+            "last": self.last,
+            "config": {section: config[section] for section in ("model", "train", "sample")},
+        }
+        whole = checkpoint.Checkpoint(
+            step=step,
+            weights=average,
+            raw_weights=raw,
+            optimizer=optimizer,
+            state=state,
+            model=self.plan.model,
+            sample=self.config.sample,
+            record=record,
+            null_caption=self.null_caption,
+            card=_card(record, self.plan.batch),
+            config_sha256=digest,
+        )
+        return checkpoint.save_checkpoint(self.dir, whole, train.keep)
+
+
+def _card(record: Mapping[str, Any], batch: int) -> str:
+    """The model card of a step folder."""
+    image = record["image"]
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [sana, flow-matching]
+---
+# A SANA of {record["parameters"]:,} parameters
+
+Trained from a pre-embedded dataset of {record["dataset"]["images"]:,} images, {image["channels"]} x {image["height"]} x {image["width"]},
+for {record["step"]:,} steps of {batch} with rectified flow. Captions are encoded by
+`{record["encoder"]["encoder"]}`; `sana.json` has every setting. Made by {record["made_by"]}.
+
+    sana sample --checkpoint . {" ".join(json.dumps(caption) for caption in record["example_captions"][:3])}
+
+The transformer alone, with diffusers (`velocity = noise - data`, `timestep = 1000 sigma`):
+
+    from diffusers import SanaTransformer2DModel
+    transformer = SanaTransformer2DModel.from_pretrained(".", subfolder="transformer")
+"""
+
+
+# --- the order of things ----------------------------------------------------------------------------------------------
+
+
+def train(options: TrainOptions) -> Iterator[TrainStart | TrainStep | TrainSummary]:
+    """Train; yields a `TrainStart`, a `TrainStep` for each step, and at the end a `TrainSummary`.
+
+    Until `TrainStart` nothing has been written, and it does no harm to stop it by an exception. Every process of several yields
+    alike; the first alone writes.
 
     Raises:
         Interrupted: `options.stop` said so; the last whole step has been saved.
@@ -533,84 +650,111 @@ def train(options: TrainOptions) -> Iterator[TrainStep | TrainSummary]:
             a disk that fails. The checkpoints that were there stay.
     """
     begin = time.perf_counter()
-    config, steps = options.config, options.config.train.steps
-    folder, skipped = _resume_from(options)
-    run = _Run(options, Dataset(config.data.dir))
-    if folder is not None:
-        run.load(folder)
-        if run.step >= steps:
-            yield TrainSummary(run.dir, folder, None, run.step, run.step, math.nan, 0.0, peak_memory(run.device), skipped)
-            return
-    else:
-        if config.train.init_from is not None:
-            run.init_from(config.train.init_from)
-        run.start()
-    first_step = saved_step = run.step
-    cells, states = run.encode_prompts()
-    metrics_path, metrics = run.dir / "metrics.jsonl", None
+    with world(cuda=launched_processes() > 1 and _device(options.config).type == "cuda") as here:
+        run = _Run(options, here)
+        with here.together():
+            if here.first:
+                run.encode_prompts()
+        yield TrainStart(run.plan, run.first_step, run.saved_in, run.notes)
+        log = None
+        try:
+            if run.first_step < options.config.train.steps and here.first:
+                (run.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+                files.write_text(run.dir / "config.yaml", options.config.to_yaml())
+                log = metrics.Log(run.dir, run.first_step, options.config.train.tensorboard)
+            loss = math.nan
+            for step in _steps(run, log):
+                loss = step.loss
+                yield step
+        except OSError as error:
+            raise files.storage_error(error, f"writing {run.dir}") from error
+        finally:
+            run.trainer.close()
+            if log is not None:
+                log.close()
+        yield _summary(run, loss, time.perf_counter() - begin)
+
+
+def _summary(run: _Run, loss: float, seconds: float) -> TrainSummary:
+    assert run.saved_in is not None, "a finished run has a checkpoint"
+    page = run.dir / report.REPORT
+    return TrainSummary(
+        run.dir, run.saved_in, run.grid, page if page.is_file() else None, run.trainer.step, run.first_step, loss,
+        run.held_out_loss, seconds, peak_memory(run.trainer.place.device), run.skipped,
+    )  # fmt: skip
+
+
+def _steps(run: _Run, log: metrics.Log | None) -> Iterator[TrainStep]:
+    """Steps to the end. After each, and before the first: its line, its checkpoint, its grid, as they are due.
+
+    What a stop cut short is done before the first step of the run that goes on.
+    """
+    train, trainer, device = run.config.train, run.trainer, run.trainer.place.device
+    if run.first_step >= train.steps:
+        return
+    step: Step | None = None
+    training, logged, logged_step, waited = 0.0, time.perf_counter(), trainer.step, 0.0
+    rate = 0.0
     try:
-        (run.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        files.write_text(run.dir / "config.yaml", config.to_yaml())
-        _keep_metrics(metrics_path, run.step)
-        metrics = metrics_path.open("a", encoding="utf-8")
-        if run.step == 0:
-            grid, warning = run.try_sample(cells, states)
-            memory = peak_memory(run.device)
-            yield TrainStep(0, steps, math.nan, 0.0, math.nan, 0.0, math.nan, memory, sampled=grid, warning=warning)
-        else:
-            grid = None
-        images = config.train.batch_size * config.train.accumulate
-        loss = math.nan
-        losses, logged = [], time.perf_counter()
-        rate, training = 0.0, 0.0
-        while run.step < steps:
-            clock = time.perf_counter()
-            try:
-                loss, grad_norm, lr = run.advance(options.stop)
-            except torch.OutOfMemoryError as error:
-                raise SanaError(
-                    f"step {run.step + 1}: out of memory on {run.device}; the last checkpoint is whole",
-                    "lower train.batch_size and raise train.accumulate by as much (the step stays the same), use train.precision: bf16,",
-                    "or train a smaller model (model.num_layers); then go on with --resume auto",
-                ) from error
-            except Interrupted as interrupt:
-                path = run.save() if run.step > saved_step else None
-                where = path or (folder if run.step == saved_step and folder else None)
-                raise Interrupted(
-                    f"stopped after step {run.step}" + (f", which is saved in {where}" if where else "; nothing was saved yet"),
-                    "continue with: sana train --resume auto (and the same config)",
-                    exit_code=interrupt.exit_code,
-                ) from None
-            training += time.perf_counter() - clock
-            losses.append(loss)
-            rate = (run.step - first_step) * images / training
-            if run.step % config.train.log_every == 0 or run.step == steps:
-                now = time.perf_counter()
-                line = {
-                    "step": run.step,
-                    "loss": sum(losses) / len(losses),
-                    "lr": lr,
-                    "grad_norm": grad_norm,
-                    "samples_per_second": len(losses) * images / (now - logged),
-                    "memory_bytes": peak_memory(run.device),
-                }
-                metrics.write(json.dumps(line) + "\n")
-                metrics.flush()
-                losses, logged = [], now
+        while True:
+            line = run.metrics_line()
+            now = time.perf_counter()
+            since, wait = now - logged, trainer.reader.waited - waited
+            if line is not None and log is not None:
+                line["samples_per_second"] = (trainer.step - logged_step) * run.plan.batch / since
+                line["data_wait"] = wait / since
+                line["memory_bytes"] = peak_memory(device)
+                log.write(line)
+            if line is not None:
+                logged, logged_step, waited = now, trainer.step, trainer.reader.waited
             saved = sampled = warning = None
-            if run.step % config.train.save_every == 0 or run.step == steps:
-                saved, saved_step = run.save(), run.step
-            if run.step % config.train.sample_every == 0 or run.step == steps:
-                sampled, warning = run.try_sample(cells, states)
-                grid = sampled or grid
-            left = (steps - run.step) * images / rate
-            memory = peak_memory(run.device)
-            yield TrainStep(run.step, steps, loss, lr, grad_norm, rate, left, memory, saved, sampled, warning)
-        last = run.dir / "checkpoints" / checkpoint.step_name(run.step)
-        seconds = time.perf_counter() - begin
-        yield TrainSummary(run.dir, last, grid, run.step, first_step, loss, seconds, peak_memory(run.device), skipped)
-    except OSError as error:
-        raise files.storage_error(error, f"writing {run.dir}") from error
-    finally:
-        if metrics is not None:
-            metrics.close()
+            if trainer.step != run.saved_step and run.due(train.save_every):
+                saved = run.save()
+            if run.grid_due():
+                sampled, warning = run.try_sample()
+                if run.here.first:
+                    warning = warning or run.try_report()
+                if sampled is not None and log is not None:
+                    log.picture(sampled, trainer.step)
+            left = (train.steps - trainer.step) * run.plan.batch / rate if rate else math.nan
+            yield TrainStep(
+                trainer.step, train.steps, math.nan if step is None else step.loss, run.last["lr"],
+                math.nan if step is None else step.grad_norm, rate, left, wait / since if since else 0.0, peak_memory(device),
+                run.held_out_loss, saved, sampled, warning,
+            )  # fmt: skip
+            if trainer.step >= train.steps:
+                return
+            clock = time.perf_counter()
+            step = trainer.advance(run.stop)
+            training += time.perf_counter() - clock
+            run.count(step)
+            rate = (trainer.step - run.first_step) * run.plan.batch / training
+    except torch.OutOfMemoryError as error:
+        raise SanaError(
+            f"step {trainer.step + 1}: out of memory on {device}; the last checkpoint is whole",
+            "lower train.batch_size and raise train.accumulate by as much (the step stays the same), or set",
+            "train.activation_checkpointing=true, and go on with --resume auto; train.precision=bf16 takes less too, in another run",
+        ) from error
+    except NotFiniteError as error:
+        if trainer.step > run.saved_step:
+            run.save()
+        lines = str(error).splitlines()
+        again = (
+            f"start another run from it: --set train.init_from={run.saved_in} --set run.dir=DIR --set train.lr={train.lr / 4:g}"
+            if run.saved_in is not None
+            else f"start again with another --set train.seed, or --set train.lr={train.lr / 4:g}"
+        )
+        stopped = NotFiniteError(*lines, *([f"step {trainer.step} is saved in {run.saved_in}"] if run.saved_in else []), again)
+        stopped.told = not run.here.first
+        raise stopped from error
+    except Interrupted as interrupt:
+        if trainer.step > run.saved_step:
+            run.save()
+        where = run.saved_in if run.saved_step == trainer.step else None
+        ended = Interrupted(
+            f"stopped after step {trainer.step}" + (f", which is saved in {where}" if where else "; nothing was saved yet"),
+            "continue with: sana train --resume auto (and the same config)",
+            exit_code=interrupt.exit_code,
+        )
+        ended.told = not run.here.first
+        raise ended from None
