@@ -101,14 +101,14 @@ class Line:
 
 
 def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
-    """A line of blocks for positive numbers, on a logarithmic scale."""
+    """A line of blocks for positive numbers, on a logarithmic scale. The first twelfth may be off it: losses begin high."""
     logs = [math.log(value) for value in values if value > 0]
     if len(logs) < 2:
         return ""
     size = len(logs) / min(width, len(logs))
     parts = [logs[int(i * size) : max(int((i + 1) * size), int(i * size) + 1)] for i in range(min(width, len(logs)))]
     means = [sum(part) / len(part) for part in parts]
-    low, high = min(means), max(means)
+    low, high = min(means), max(means[len(means) // 12 :])
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / ((high - low) or 1)))] for mean in means)
 
 

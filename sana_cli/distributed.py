@@ -139,6 +139,8 @@ def world(cuda: bool = False) -> Iterator[World]:
     if size == 1:
         yield World()
         return
+    if cuda:
+        torch.cuda.set_device(local_rank())  # where NCCL and FSDP look for it
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
     here = World(torch.distributed.get_rank(), size)
     try:

@@ -693,20 +693,20 @@ def _steps(run: _Run, log: metrics.Log | None) -> Iterator[TrainStep]:
     if run.first_step >= train.steps:
         return
     step: Step | None = None
-    training, logged, logged_step, waited = 0.0, time.perf_counter(), trainer.step, 0.0
-    rate = 0.0
+    training = logged = waited = rate = 0.0  # seconds in steps: so far, and at the line before; seconds without data by then
+    logged_step = trainer.step
     try:
         while True:
             line = run.metrics_line()
-            now = time.perf_counter()
-            since, wait = now - logged, trainer.reader.waited - waited
-            if line is not None and log is not None:
-                line["samples_per_second"] = (trainer.step - logged_step) * run.plan.batch / since
-                line["data_wait"] = wait / since
-                line["memory_bytes"] = peak_memory(device)
-                log.write(line)
+            since, wait = training - logged, trainer.reader.waited - waited
             if line is not None:
-                logged, logged_step, waited = now, trainer.step, trainer.reader.waited
+                if log is not None and since:
+                    line["samples_per_second"] = (trainer.step - logged_step) * run.plan.batch / since
+                    line["data_wait"] = wait / since
+                    line["memory_bytes"] = peak_memory(device)
+                if log is not None:
+                    log.write(line)
+                logged, logged_step, waited = training, trainer.step, trainer.reader.waited
             saved = sampled = warning = None
             if trainer.step != run.saved_step and run.due(train.save_every):
                 saved = run.save()
