@@ -19,6 +19,10 @@ from sana_cli.errors import SanaError
 
 WAIT = timedelta(days=7)  # for another process: a share of an embedding, a checkpoint or a grid of samples
 
+# Groups that have been left, which are never freed. Freeing one waits for gloo's threads while it holds the interpreter, which
+# a thread that is letting go of its last tensor waits for in turn: one end of a run in a hundred would hang.
+_left: list[Any] = []
+
 
 def launched_processes() -> int:
     """How many processes torchrun started; 1 without it."""
@@ -149,6 +153,7 @@ def world(cuda: bool = False) -> Iterator[World]:
         error.process = here.rank
         raise
     finally:
+        _left.append(torch.distributed.group.WORLD)
         torch.distributed.destroy_process_group()
 
 

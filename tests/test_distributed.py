@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp  # here, and not again in each of many processes: it is slow
 from conftest import embedded, process_environment, small_config
 from safetensors.torch import load_file, save_file
 
