@@ -28,9 +28,19 @@ SHARE_BETWEEN_LINES = 0.02  # of the time so far: a log of days is not one of te
 CURVE_WIDTH = 24
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the first alone speaks
-err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not FIRST)
+
+
+class _Voice(Console):
+    """Stderr. When whoever read it has gone, it falls silent, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+err = _Voice(stderr=True, highlight=False, soft_wrap=True, quiet=not FIRST)
 out = Console(highlight=False, soft_wrap=True, quiet=not FIRST)
-alarm = Console(stderr=True, highlight=False, soft_wrap=True)  # what any process may have to say
+alarm = _Voice(stderr=True, highlight=False, soft_wrap=True)  # what any process may have to say
 if not out.is_terminal:
     out.width = 200  # nobody's window: leave no table cell out
 

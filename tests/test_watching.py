@@ -5,6 +5,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import embedded, small_config
+from conftest import embedded, process_environment, small_config
 from PIL import Image
 
 from sana_cli import batches, checkpoint, console, estimate, metrics, report, store, trainer
@@ -348,3 +350,18 @@ def test_lines_of_a_log_grow_rarer(capsys: pytest.CaptureFixture[str], monkeypat
     assert told[0].startswith("train 1/20000")
     assert told[-1].startswith("train 20000/20000")
     assert 200 < len(told) < 600  # every ten seconds at first, then every fiftieth of the time
+
+
+def test_training_goes_on_when_nobody_reads_what_it_says(config: Config) -> None:
+    path = config.run.dir.with_suffix(".yaml")
+    path.write_text(config.to_yaml())
+    command = [sys.executable, "-m", "sana_cli", "train", "--config", str(path)]
+    environment = process_environment(config.run.dir.parent)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        process.stderr.readline()
+        process.stderr.close()
+        said = process.stdout.read()
+    assert process.returncode == 0
+    assert said.strip() == str(config.run.dir / "checkpoints" / "step-000004")
