@@ -4,7 +4,7 @@ Every draw (row of the dataset, caption, dropout, noise level, noise) is a pure 
 in the run. So a run does not depend on how its steps are cut into micro-batches or shared out over processes, and resuming
 one needs a step number and no random state.
 
-Shapes: B images of a micro-batch, C H W of an image, L caption tokens, D caption width.
+Shapes: B images of a micro-batch, K distinct captions among theirs, C H W of an image, L caption tokens, D caption width.
 """
 
 import time
@@ -55,8 +55,9 @@ class Batch:
     x_0: Tensor  # (B, C, H, W)
     noise: Tensor  # (B, C, H, W)
     sigma: Tensor  # (B,)
-    states: Tensor  # (B, L, D)
-    mask: Tensor  # (B, L)
+    states: Tensor  # (K, L, D)
+    mask: Tensor  # (K, L)
+    caption_index: Tensor  # (B,) int64: which of the K is each image's
     dropout_keys: Tensor  # (B,) int64
 
 
@@ -97,8 +98,10 @@ def _draw(
     if train.sigma_density == "logit_normal":
         sigma = flow.logit_normal(drawn, train.logit_mean, train.logit_std)
     sigma = flow.shift_sigma(sigma, train.flow_shift)
-    states, mask = pad_states(dataset.states(chosen))
-    return Batch(rows, dataset.images(rows), torch.from_numpy(noise), sigma, states, mask, torch.from_numpy(keys))
+    distinct, index = np.unique(chosen, return_inverse=True)
+    states, mask = pad_states(dataset.states(distinct.tolist()))
+    x_0, drawn_noise = dataset.images(rows), torch.from_numpy(noise)
+    return Batch(rows, x_0, drawn_noise, sigma, states, mask, torch.from_numpy(index), torch.from_numpy(keys))
 
 
 def pick(which: float, weights: Sequence[float] | None, count: int) -> int:

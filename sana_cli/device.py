@@ -57,6 +57,18 @@ def peak_memory(device: torch.device) -> int:
     return _status("VmHWM")
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could still be taken on the device, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    with contextlib.suppress(OSError, StopIteration, IndexError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    return None
+
+
 def resident_memory() -> int:
     """Bytes of this process that are in memory now, or have been at most where the system does not tell."""
     return _status("VmRSS")

@@ -19,12 +19,15 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from sana_cli import __version__, flow
-from sana_cli.config import SampleConfig
+from sana_cli.config import ModelConfig, SampleConfig
+from sana_cli.device import free_memory
 from sana_cli.errors import SanaError
-from sana_cli.model import SanaTransformer
+from sana_cli.model import Captions, SanaTransformer
 from sana_cli.text import pad_states
 
-IMAGES_PER_BATCH = 64
+FALLBACK_IMAGES = 64  # at once, where the system does not say how much memory is free
+MOST_IMAGES = 512  # at once: more are no faster, and say later how far they are
+SHARE_OF_FREE_MEMORY = 0.5
 PNG_KEY = "sana"
 GRID_GAP = 4
 MIN_CELL = 64  # small images are enlarged by a whole factor, so that a person sees them
@@ -68,6 +71,21 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def images_at_once(config: ModelConfig, shape: tuple[int, int, int], branches: int, device: torch.device) -> int:
+    """How many images of `shape` fit beside one another in the memory that is free, 1 at least.
+
+    What lives at once in a pass without gradients is the residual stream, a few tensors as wide, and the Mix-FFN's hidden one
+    three times: before its convolution, after it, and in the convolution's own memory.
+    """
+    free = free_memory(device)
+    if free is None:
+        return FALLBACK_IMAGES
+    tokens = math.prod(shape[1:]) // config.patch_size**2
+    width = 8 * config.inner_dim + 3 * 2 * int(config.mlp_ratio * config.inner_dim)
+    each = 4 * (branches * tokens * width + 6 * math.prod(shape))
+    return max(1, min(MOST_IMAGES, int(SHARE_OF_FREE_MEMORY * free) // each))
+
+
 @torch.inference_mode()
 def draw(
     model: SanaTransformer,
@@ -86,33 +104,38 @@ def draw(
     """
     assert len(captions) == len(null_captions) == len(seeds), "one of each for every image"
     device = next(model.parameters()).device
-    batches = range(0, len(captions), IMAGES_PER_BATCH)
+    scale, embeds = settings.guidance_scale, model.config.guidance_embeds
+    may_guide = not embeds and scale != 1
+    at_once = images_at_once(model.config, shape, 2 if may_guide else 1, device)
+    batches = range(0, len(captions), at_once)
     sigmas = flow.solver_sigmas(settings.solver, settings.steps, settings.flow_shift)
     done, total = 0, len(batches) * settings.steps
     for first in batches:
-        batch = captions[first : first + IMAGES_PER_BATCH]
-        count = len(batch)
-        nulls = null_captions[first : first + IMAGES_PER_BATCH]
-        states, mask = (t.to(device) for t in pad_states([*batch, *nulls]))  # (2b, L, D), (2b, L)
-        states = states.float()
+        end = min(first + at_once, len(captions))
+        count = end - first
+        wanted = [*captions[first:end], *(null_captions[first:end] if may_guide else [])]
+        distinct = {id(state): state for state in wanted}  # images that share a caption share its tensor
+        place = {key: number for number, key in enumerate(distinct)}
+        states, mask = (t.to(device) for t in pad_states(list(distinct.values())))  # (K, L, D), (K, L)
+        index = torch.tensor([place[id(state)] for state in wanted], device=device)
+        with autocast(device, precision):
+            both = model.captions(states.float(), mask, index)
+        alone = both.rows(0, count)
 
-        def velocity(x: Tensor, sigma: float, states: Tensor = states, mask: Tensor = mask, count: int = count) -> Tensor:
-            scale, embeds = settings.guidance_scale, model.config.guidance_embeds
-            guided = not embeds and scale != 1 and flow.in_interval(sigma, settings.guidance_interval)
-            rows = 2 * count if guided else count
+        def velocity(x: Tensor, sigma: float, both: Captions = both, alone: Captions = alone, count: int = count) -> Tensor:
+            guided = may_guide and flow.in_interval(sigma, settings.guidance_interval)
             time = flow.model_timestep(settings.solver, sigma, model.config.timestep_scale)
-            told = torch.full((rows,), scale * model.config.guidance_embeds_scale, device=device) if embeds else None
+            told = torch.tensor([scale * model.config.guidance_embeds_scale], device=device) if embeds else None
             with autocast(device, precision):
                 v = model(
-                    x.repeat(rows // count, 1, 1, 1),
-                    states[:rows],
-                    torch.full((rows,), time, device=device),
+                    torch.cat([x, x]) if guided else x,
+                    both if guided else alone,
+                    torch.tensor([time], device=device),
                     guidance=told,
-                    encoder_attention_mask=mask[:rows],
                 ).float()
             return flow.guide(v[:count], v[count:], scale) if guided else v
 
-        noise = Noise(seeds[first : first + count], shape, device)
+        noise = Noise(seeds[first:end], shape, device)
         x = noise()
         for step in flow.SOLVERS[settings.solver](velocity, x, sigmas, noise):
             done += 1

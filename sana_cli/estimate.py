@@ -70,15 +70,17 @@ class _Peak(TorchDispatchMode):
         self.live -= size
 
 
-def _pass(model: SanaTransformer, batch: int, side: tuple[int, int], tokens: int, precision: str) -> Tensor:
+def _pass(model: SanaTransformer, batch: int, side: tuple[int, int], tokens: int, precision: str, device: torch.device) -> Tensor:
+    """A pass on the CPU: in its own arithmetic if it is the `device` meant, else in the one asked for."""
     config = model.config
     assert config.caption_channels is not None, "resolved"
     with draw.autocast(torch.device("cpu"), precision):
-        velocity: Tensor = model(
+        velocity: Tensor = (model if device.type == "cpu" else model.velocity)(
             torch.empty(batch, config.in_channels, *side),
             torch.empty(batch, tokens, config.caption_channels),
             torch.empty(batch),
-            encoder_attention_mask=torch.ones(batch, tokens, dtype=torch.bool),
+            None,
+            torch.ones(batch, tokens, dtype=torch.bool),
             dropout_keys=torch.zeros(batch, dtype=torch.int64),
         )
     return velocity
@@ -96,7 +98,7 @@ def program_memory(config: ModelConfig, train: TrainConfig, precision: str) -> i
     )
     model = build(small, seed=0)
     optimizer, average = Optimizer(model, train, torch.device("cpu")), WeightAverage(model)
-    velocity = _pass(model, 1, (side, side), 1, precision)
+    velocity = _pass(model, 1, (side, side), 1, precision, torch.device("cpu"))
     velocity.float().square().mean().backward()
     optimizer.step(0.0)
     average.update(model, 0.0)
@@ -127,7 +129,7 @@ def training_memory(
         parameters = sum(p.numel() for p in model.parameters())
         peak = _Peak()
         with peak:
-            velocity = _pass(model, train.batch_size, side, tokens, precision)
+            velocity = _pass(model, train.batch_size, side, tokens, precision, device)
             F.mse_loss(velocity.float(), torch.empty_like(velocity)).backward()
         gradients = 4 * parameters
         with_activations = peak.peak - gradients
@@ -136,7 +138,7 @@ def training_memory(
         del velocity
         sampling = _Peak()
         with sampling, torch.no_grad():
-            _pass(model, 2 * min(drawn, draw.IMAGES_PER_BATCH), side, tokens, precision)
+            _pass(model, 2 * min(drawn, draw.MOST_IMAGES), side, tokens, precision, device)
     shards = processes if train.parallel == "fsdp" else 1
     moments = 4 * optimizer_numbers(model, train)
     copy = 4 * parameters if processes > 1 and shards == 1 else 0  # DDP's buckets

@@ -4,13 +4,17 @@ A velocity field for images or latents of any size that the patch divides, condi
 It knows neither what the timestep means (`flow.py`), nor where captions come from (`text.py`), nor files
 (`checkpoint.py`). Parameters carry the names and shapes of diffusers' `SanaTransformer2DModel`.
 
-Shapes: B batch, C channels, H W height and width of the sample, p patch, N = (H/p)(W/p) tokens, D = heads * head_dim
+Shapes: B batch, K distinct captions in it, C channels, H W height and width of the sample, p patch, N = (H/p)(W/p) tokens, D = heads * head_dim
 inner width, L caption tokens, h = int(mlp_ratio * D) hidden width of the Mix-FFN.
 """
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sana_cli.config import ModelConfig
+from sana_cli.device import has_native_bf16
 
 TIMESTEP_CHANNELS = 256
 MASKED = -10000.0  # added to the scores of padding; finite, so that a row without any caption token gives no NaN
@@ -162,7 +167,10 @@ class Dropout(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """ReLU linear self-attention (paper section 2.2): relu(q) (relu(k)^T v) / (relu(q) sum relu(k)), sums in float32."""
+    """ReLU linear self-attention (paper section 2.2): relu(q) (relu(k)^T v) / (relu(q) sum relu(k)), sums in float32.
+
+    Matrix products are associative: with fewer tokens than `head_dim`, (relu(q) relu(k)^T) v is the same and takes less.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -178,11 +186,14 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)  # (B, N, D) each
         with torch.autocast(x.device.type, enabled=False):  # half-precision sums over tokens overflow
-            q, k, v = (rearrange(t.float(), "b n (heads d) -> b heads n d", heads=self.heads) for t in (q, k, v))
-            q, k = F.relu(q), F.relu(k)
-            v = F.pad(v, (0, 1), value=1.0)  # a column of ones makes the denominator the last column
-            out = q @ (k.transpose(-1, -2) @ v)  # (B, heads, N, d + 1)
-            out = out[..., :-1] / (out[..., -1:] + 1e-15)
+            q, k, v = (rearrange(t.float(), "b n (heads d) -> b heads n d", heads=self.heads) for t in (F.relu(q), F.relu(k), v))
+            if q.shape[-2] <= q.shape[-1]:
+                scores = q @ k.transpose(-1, -2)  # (B, heads, N, N)
+                out = (scores @ v) / (scores.sum(-1, keepdim=True) + 1e-15)  # (B, heads, N, d)
+            else:
+                v = F.pad(v, (0, 1), value=1.0)  # a column of ones makes the denominator the last column
+                out = q @ (k.transpose(-1, -2) @ v)  # (B, heads, N, d + 1)
+                out = out[..., :-1] / (out[..., -1:] + 1e-15)
         out = rearrange(out, "b heads n d -> b n (heads d)").to(x.dtype)
         return self.to_out[1](self.to_out[0](out), keys)
 
@@ -201,9 +212,15 @@ class CrossAttention(nn.Module):
         self.norm_k = RMSNorm(inner, eps=1e-5) if config.qk_norm else nn.Identity()
         self.to_out = nn.ModuleList([nn.Linear(inner, dim), Dropout(config.dropout, 2 * layer + 1)])
 
-    def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None, keys: Tensor | None = None) -> Tensor:
-        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(caption)), self.to_v(caption)
-        q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads) for t in (q, k, v))
+    def keys_values(self, caption: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of caption tokens, (K, heads, L, d) each: they depend on nothing but the caption."""
+        k, v = self.norm_k(self.to_k(caption)), self.to_v(caption)
+        k, v = (rearrange(t, "k n (heads d) -> k heads n d", heads=self.heads) for t in (k, v))
+        return k, v
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None, keys: Tensor | None = None) -> Tensor:
+        q = rearrange(self.norm_q(self.to_q(x)), "b n (heads d) -> b heads n d", heads=self.heads)
+        k, v = keys_values  # (B, heads, L, d) each
         if x.device.type == "cpu":  # few caption tokens: the backward of the CPU's fused kernel costs many times this
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, N, L)
             out = (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
@@ -211,6 +228,35 @@ class CrossAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
         out = rearrange(out, "b heads n d -> b n (heads d)")
         return self.to_out[1](self.to_out[0](out), keys)
+
+
+class GatedSiLU(torch.autograd.Function):
+    """x, gate -> x silu(gate), for the two halves (..., h) of one tensor (..., 2h).
+
+    It keeps that tensor alone for the backward pass, and writes both halves of its gradient into one: as separate operations
+    it would keep silu(gate) too, and join the halves again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        x, gate = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        x, gate = both.chunk(2, dim=-1)
+        out = torch.empty_like(both)
+        of_x, of_gate = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=of_x)
+        torch.ops.aten.silu_backward(grad * x, gate, grad_input=of_gate)
+        return out
+
+
+def gated_silu(both: Tensor) -> Tensor:
+    """x silu(gate) of the two halves (..., h) of one tensor (..., 2h)."""
+    return GatedSiLU.apply(both)  # type: ignore[no-untyped-call]
 
 
 class GLUMBConv(nn.Module):
@@ -231,8 +277,7 @@ class GLUMBConv(nn.Module):
         x = F.silu(F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias))  # (B, N, 2h)
         x = rearrange(x, "b (height width) c -> b c height width", height=height)
         x = rearrange(self.conv_depth(x), "b c height width -> b (height width) c")
-        x, gate = x.chunk(2, dim=-1)  # (B, N, h) each
-        return F.linear(x * F.silu(gate), self.conv_point.weight.flatten(1))  # (B, N, D)
+        return F.linear(gated_silu(x), self.conv_point.weight.flatten(1))  # (B, N, h) to (B, N, D)
 
 
 class SanaBlock(nn.Module):
@@ -249,15 +294,38 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def forward(
-        self, x: Tensor, caption: Tensor, bias: Tensor | None, modulation: Tensor, height: int, keys: Tensor | None = None
+        self,
+        x: Tensor,
+        caption: Tensor | tuple[Tensor, Tensor],
+        caption_index: Tensor | None,
+        bias: Tensor | None,
+        modulation: Tensor,
+        height: int,
+        keys: Tensor | None = None,
     ) -> Tensor:
+        keys_values = caption if isinstance(caption, tuple) else self.attn2.keys_values(caption)
+        if caption_index is not None:
+            keys_values = keys_values[0].index_select(0, caption_index), keys_values[1].index_select(0, caption_index)
         modulation = self.scale_shift_table[None] + modulation  # (B, 6, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, 1, D) each
-        normed = self.norm1(x) * (1 + scale_msa) + shift_msa
-        x = x + gate_msa * self.attn1(normed.to(x.dtype), keys)
-        x = x + self.attn2(x, caption, bias, keys)
-        normed = self.norm2(x) * (1 + scale_mlp) + shift_mlp
-        return x + gate_mlp * self.ff(normed.to(x.dtype), height)  # (B, N, D)
+        normed = torch.addcmul(shift_msa, self.norm1(x), 1 + scale_msa)
+        x = torch.addcmul(x, gate_msa, self.attn1(normed.to(x.dtype), keys))
+        x = x + self.attn2(x, keys_values, bias, keys)
+        normed = torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)
+        return torch.addcmul(x, gate_mlp, self.ff(normed.to(x.dtype), height))  # (B, N, D)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """All that a transformer needs of captions, once and for every noise level: `SanaTransformer.captions` makes it."""
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # of each block, (B, heads, L, d) each
+    bias: Tensor | None  # (B, 1, 1, L)
+
+    def rows(self, first: int, end: int) -> "Captions":
+        """Those of samples `first` .. `end`."""
+        bias = None if self.bias is None else self.bias[first:end]
+        return Captions(tuple((k[first:end], v[first:end]) for k, v in self.keys_values), bias)
 
 
 class SanaTransformer(nn.Module):
@@ -282,21 +350,23 @@ class SanaTransformer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | Captions,
         timestep: Tensor,
         guidance: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         dropout_keys: Tensor | None = None,
+        caption_index: Tensor | None = None,
     ) -> Tensor:
         """The velocity at `hidden_states`, in diffusers' argument order.
 
         Args:
             hidden_states: the noisy sample, (B, C, H, W), H and W multiples of the patch size.
-            encoder_hidden_states: caption states, (B, L, caption_channels).
-            timestep: (B,), 1000 * sigma * timestep_scale.
-            guidance: (B,), guidance_scale * guidance_embeds_scale, only for models with `guidance_embeds`, and needed there.
+            encoder_hidden_states: caption states, (B, L, caption_channels), or what `captions` made of them.
+            timestep: (B,), or (1,) for all: 1000 * sigma * timestep_scale.
+            guidance: as timestep: guidance_scale * guidance_embeds_scale, only for models with `guidance_embeds`, and needed there.
             encoder_attention_mask: (B, L), 1 for caption tokens and 0 for padding; None attends to all.
             dropout_keys: (B,) whole numbers that each sample's dropout is drawn from; None: torch's generator.
+            caption_index: (B,), where `encoder_hidden_states` and its mask are of K distinct captions: whose is each sample's.
 
         Raises:
             ValueError: a shape that does not fit, or `guidance` given to a model that cannot use it.
@@ -309,22 +379,72 @@ class SanaTransformer(nn.Module):
             raise ValueError(f"hidden_states is {height}x{width}; the patch size {patch} must divide both")
         if (guidance is not None) != self.config.guidance_embeds:
             raise ValueError("guidance is needed by models with guidance_embeds, and by no others")
+        with _fast_arithmetic(hidden_states.device):
+            given = hidden_states, encoder_hidden_states, timestep, guidance, encoder_attention_mask, dropout_keys, caption_index
+            return self.velocity(*given)
 
-        x = self.patch_embed(hidden_states)  # (B, N, D)
-        modulation, embedded = self.time_embed(timestep, guidance, x.dtype)  # (B, 6, D), (B, D)
-        caption = self.caption_norm(self.caption_projection(encoder_hidden_states))  # (B, L, D)
-        bias = None
-        if encoder_attention_mask is not None:
-            bias = (1 - encoder_attention_mask.to(x.dtype))[:, None, None, :] * MASKED  # (B, 1, 1, L)
-        for block in self.transformer_blocks:
-            given = (x, caption, bias, modulation, height // patch, dropout_keys)
+    def captions(self, states: Tensor, mask: Tensor | None = None, caption_index: Tensor | None = None) -> Captions:
+        """Keys and values of caption states (K, L, caption_channels) with their mask (K, L), for sampling: no step repeats them.
+
+        With `caption_index` (B,), those of each sample.
+        """
+        with _fast_arithmetic(states.device):
+            caption = self.caption_norm(self.caption_projection(states))  # (K, L, D)
+            bias = None if mask is None else _mask_bias(mask, caption.dtype)
+            rows = torch.arange(len(states), device=states.device) if caption_index is None else caption_index
+            made = []
+            for block in self.transformer_blocks:
+                assert isinstance(block, SanaBlock)
+                made.append(block.attn2.keys_values(caption))
+            return Captions(tuple((k[rows], v[rows]) for k, v in made), None if bias is None else bias[rows])
+
+    def velocity(
+        self,
+        x: Tensor,
+        states: Tensor | Captions,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        caption_index: Tensor | None = None,
+    ) -> Tensor:
+        """`forward`, in the arithmetic that autocast asks for, whatever the device thinks of it."""
+        channels, height, patch = x.shape[1], x.shape[2], self.config.patch_size
+        x = self.patch_embed(x)  # (B, N, D)
+        modulation, embedded = self.time_embed(timestep, guidance, x.dtype)  # (B or 1, 6, D), (B or 1, D)
+        captions: Sequence[Tensor | tuple[Tensor, Tensor]]
+        if isinstance(states, Captions):
+            captions, bias = states.keys_values, states.bias
+        else:
+            captions = [self.caption_norm(self.caption_projection(states))] * len(self.transformer_blocks)  # (K, L, D)
+            bias = None if mask is None else _mask_bias(mask, x.dtype)  # (K, 1, 1, L)
+            if bias is not None and caption_index is not None:
+                bias = bias[caption_index]
+        for block, caption in zip(self.transformer_blocks, captions, strict=True):
+            given = (x, caption, caption_index, bias, modulation, height // patch, dropout_keys)
             again = self.activation_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
         shift, scale = (self.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
-        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, p p C)
+        x = self.proj_out(torch.addcmul(shift, self.norm_out(x), 1 + scale))  # (B, N, p p C)
         return rearrange(
             x, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=height // patch, ph=patch, pw=patch, c=channels
         )  # fmt: skip
+
+
+def _mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return (1 - mask.to(dtype))[:, None, None, :] * MASKED  # (K, 1, 1, L)
+
+
+@contextmanager
+def _fast_arithmetic(device: torch.device) -> Iterator[None]:
+    """Float32 in place of a bf16 autocast that the device could only emulate.
+
+    Autocast to bf16 is there for speed. A CPU without bf16 arithmetic takes tens of times as long over it as over float32,
+    which is nearer to the truth as well.
+    """
+    emulated = device.type == "cpu" and torch.is_autocast_enabled("cpu") and not has_native_bf16(device)
+    with torch.autocast("cpu", enabled=False) if emulated else nullcontext():
+        yield
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Caption encoders: captions to caption states, the features of their tokens that the transformer attends to.
 
-`tiny` is built in; any other is a Hugging Face model, by id or local path: causal decoders (Gemma 2, the paper's choice),
+`tiny` is built in and needs no download; any other is a Hugging Face model, by id or local path: causal decoders (Gemma 2, the paper's choice),
 T5 encoders, BERT, ModernBERT. `embed` and `sample` encode with the same `CaptionEncoder.encode`. This module knows
 neither where captions come from nor where states go.
 
@@ -8,9 +8,13 @@ Shapes: B captions of a batch, T tokens of the longest, D the encoder's width.
 """
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +26,8 @@ from sana_cli.errors import SanaError
 
 FINGERPRINT_VERSION = 1
 TINY_DIM = 128  # width of the built-in encoder's states
-TINY_BRANCH = 0.4  # what each of its branches adds, beside an embedding of size 1: enough to tell orders of letters apart
+TINY_PLACE = 0.25  # size of a place's vector beside a word's
+TINY_VERSION = 2  # of its vectors; 1 was a random Gemma 2 on bytes
 MAX_INSTRUCTION = 4096  # tokens of an instruction
 TOKENS_PER_BATCH = 8192  # padded tokens that go through an encoder at once
 UNGATED_GEMMA = "Efficient-Large-Model/gemma-2-2b-it"
@@ -71,14 +76,24 @@ def text_config(fingerprint: Mapping[str, Any], encoder: str | None = None) -> T
 # --- tokenizing -------------------------------------------------------------------------------------------------------
 
 
-class ByteTokenizer:
-    """UTF-8 bytes after a beginning-of-sequence token. Ids: 0 padding, 1 beginning, 2 + byte."""
+class WordTokenizer:
+    """Words, single digits, single CJK characters and signs, after a beginning-of-sequence token. White space only parts them.
 
-    pad_id, bos_id, size = 0, 1, 258
+    There is no vocabulary: the id of a word is 63 bits of its hash. Ids 0 and 1 are padding and the beginning.
+    """
+
+    pad_id, bos_id = 0, 1
+    _PATTERN = re.compile(r"[\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S")
 
     def __call__(self, text: str, max_length: int) -> list[int]:
         """Token ids of a caption, the first `max_length`."""
-        return [self.bos_id, *(2 + byte for byte in text.encode("utf-8", errors="surrogatepass")[: max_length - 1])]
+        words = itertools.islice(self._PATTERN.finditer(text), max_length - 1)
+        return [self.bos_id, *(self._id(word[0]) for word in words)]
+
+    @staticmethod
+    def _id(word: str) -> int:
+        digest = hashlib.sha256(word.encode("utf-8", errors="surrogatepass")).digest()
+        return max(2, int.from_bytes(digest[:8], "little") >> 1)
 
 
 class HuggingFaceTokenizer:
@@ -116,7 +131,7 @@ class CaptionEncoder:
     """A model, its tokenizer and the settings they run with. `fingerprint` says whether two would give the same states."""
 
     model: nn.Module
-    tokenizer: ByteTokenizer | HuggingFaceTokenizer
+    tokenizer: WordTokenizer | HuggingFaceTokenizer
     text: TextConfig
     fingerprint: dict[str, Any]
     device: torch.device
@@ -209,11 +224,12 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
     """
     name = text.dtype if text.dtype != "auto" else ("fp32" if device.type == "cpu" else "bf16")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    tokenizer: ByteTokenizer | HuggingFaceTokenizer
+    model: nn.Module
+    tokenizer: WordTokenizer | HuggingFaceTokenizer
     if text.encoder == "tiny":
         if text.template != "none":
             raise SanaError("text.template: the tiny encoder has no chat template", "use text.template: none", exit_code=2)
-        model, tokenizer, vocabulary = _tiny().to(dtype), ByteTokenizer(), "utf-8 bytes"
+        model, tokenizer, vocabulary = WordVectors(), WordTokenizer(), "words"
     else:
         model, hf_tokenizer = _from_hugging_face(text.encoder, text.revision, dtype)
         tokenizer = HuggingFaceTokenizer(hf_tokenizer, text.template)
@@ -223,7 +239,7 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
         "encoder": hub.model_name(text.encoder),
         "revision": text.revision,
         "architecture": type(model).__name__,
-        "weights": hub.hash_weights(model),
+        "weights": f"tiny {TINY_VERSION}" if text.encoder == "tiny" else hub.hash_weights(model),
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "dtype": name,
         "max_length": text.max_length,
@@ -235,55 +251,33 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
     return CaptionEncoder(model, tokenizer, text, fingerprint, device)
 
 
-def _tiny() -> nn.Module:
-    """A Gemma 2 of two layers on bytes, whose weights are a fixed function of their names.
+class WordVectors(nn.Module):
+    """The `tiny` encoder: a fixed random vector for each word, and a fainter one for its place.
 
-    It knows no language, but tells captions apart: its states depend on every byte so far and on their order. The
-    weights are uniform numbers read off SHAKE-256, so neither torch, numpy nor transformers can change them.
+    It knows no language, but tells captions apart, and gives a word the same vector wherever it stands but for the place. A
+    model learns from such vectors faster than from a random transformer's states, in which all that went before a word mixes
+    with it. Vectors are uniform numbers read off SHAKE-256, so neither torch nor numpy can change them.
     """
-    from transformers import Gemma2Config, Gemma2Model
 
-    config = Gemma2Config(
-        vocab_size=ByteTokenizer.size,
-        hidden_size=TINY_DIM,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        hidden_activation="gelu_pytorch_tanh",
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-6,
-        pad_token_id=ByteTokenizer.pad_id,
-        bos_token_id=ByteTokenizer.bos_id,
-        eos_token_id=None,
-        attention_bias=False,
-        query_pre_attn_scalar=32,
-        sliding_window=4096,
-        layer_types=["sliding_attention", "full_attention"],
-        attn_logit_softcapping=50.0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        attn_implementation="eager",
-        use_cache=False,
-    )
-    model = Gemma2Model(config)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if "norm" in name:  # Gemma's norms multiply by 1 + weight
-            post = "post_attention" in name or "post_feedforward" in name
-            state[name] = torch.full(tensor.shape, TINY_BRANCH - 1 if post else 0.0)
-        else:
-            state[name] = tensor.shape[-1] ** -0.5 * _shake(name, tensor.shape)
-    model.load_state_dict(state)
-    return model
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=TINY_DIM)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """Token ids and mask (B, T) to an object with `last_hidden_state` (B, T, D), of mean square 1."""
+        places = torch.stack([_shake(f"place {i}") for i in range(input_ids.shape[1])])  # (T, D)
+        words = {i: _shake(f"word {i}") for i in input_ids[attention_mask.bool()].unique().tolist()} | {0: torch.zeros(TINY_DIM)}
+        states = torch.stack([torch.stack([words[i] for i in row]) for row in (input_ids * attention_mask).tolist()])
+        states = (states + TINY_PLACE * places) / (1 + TINY_PLACE**2) ** 0.5
+        return SimpleNamespace(last_hidden_state=states.to(input_ids.device))
 
 
-def _shake(name: str, shape: Sequence[int]) -> Tensor:
-    """Uniform numbers of mean 0 and variance 1 that depend on `name` alone."""
-    count = torch.Size(shape).numel()
-    raw = hashlib.shake_256(f"sana tiny encoder {FINGERPRINT_VERSION}: {name}".encode()).digest(2 * count)
+@lru_cache(maxsize=65536)
+def _shake(name: str) -> Tensor:
+    """Uniform numbers (D,) of mean 0 and variance 1 that depend on `name` alone."""
+    raw = hashlib.shake_256(f"sana tiny encoder {TINY_VERSION}: {name}".encode()).digest(2 * TINY_DIM)
     integers = torch.frombuffer(bytearray(raw), dtype=torch.uint16).to(torch.float32)
-    return ((integers + 0.5) / 32768 - 1).reshape(shape) * 3**0.5
+    return ((integers + 0.5) / 32768 - 1) * 3**0.5
 
 
 def _from_hugging_face(encoder: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Any]:

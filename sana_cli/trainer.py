@@ -61,6 +61,7 @@ def batch_loss(model: nn.Module, batch: Batch, timestep_scale: float, device: to
             sigma * flow.TRAIN_TIMESTEPS * timestep_scale,
             encoder_attention_mask=batch.mask.to(device),
             dropout_keys=batch.dropout_keys.to(device),
+            caption_index=batch.caption_index.to(device),
         )
     return F.mse_loss(velocity.float(), flow.velocity_target(x_0, noise), reduction="none").flatten(1).mean(1)
 

@@ -91,7 +91,7 @@ def test_each_distinct_caption_goes_through_once(monkeypatch: pytest.MonkeyPatch
 
 def test_batches_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = text.load_encoder(TextConfig(), CPU)
-    captions = ["x" * n for n in (1, 30, 2, 9, 17, 3)]
+    captions = ["x " * n for n in (1, 30, 2, 9, 17, 3)]
     together = encode(encoder, captions)
     monkeypatch.setattr(text, "TOKENS_PER_BATCH", 20)
     apart = encode(encoder, captions)
@@ -100,23 +100,40 @@ def test_batches_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tiny_is_the_same_everywhere() -> None:
-    encoder = text.load_encoder(TextConfig(), CPU)
-    assert encoder.fingerprint["weights"] == text.load_encoder(TextConfig(), CPU).fingerprint["weights"]
-    raw = hashlib.shake_256(b"sana tiny encoder 1: norm").digest(4)
-    first = ((int.from_bytes(raw[:2], "little") + 0.5) / 32768 - 1) * 3**0.5
-    assert float(text._shake("norm", (2,))[0]) == pytest.approx(first, rel=1e-6)
-    draws = text._shake("many", (100_000,))
+    """Its vectors by hand: SHAKE-256 of the word's hash, and of the place."""
+
+    def numbers(name: str) -> Tensor:
+        raw = hashlib.shake_256(f"sana tiny encoder 2: {name}".encode()).digest(256)
+        return torch.tensor([((int.from_bytes(raw[i : i + 2], "little") + 0.5) / 32768 - 1) * 3**0.5 for i in range(0, 256, 2)])
+
+    word = int.from_bytes(hashlib.sha256(b"four").digest()[:8], "little") >> 1
+    expected = torch.stack([numbers("word 1") + 0.25 * numbers("place 0"), numbers(f"word {word}") + 0.25 * numbers("place 1")])
+    found = encode(text.load_encoder(TextConfig(), CPU), ["four", "a much longer one beside it"])["four"]
+    assert torch.equal(found, (expected / (1 + 0.25**2) ** 0.5).bfloat16())
+    draws = torch.stack([text._shake(f"word {n}") for n in range(1000)])
     assert float(draws.mean()) == pytest.approx(0, abs=0.01)
     assert float(draws.std()) == pytest.approx(1, abs=0.01)
 
 
 def test_tiny_tells_captions_apart() -> None:
-    captions = ["4", "four", "ruof", "forty", "four ", "six", "seven", "a red cup on a blue table", "a blue cup on a red table"]
+    captions = [
+        "4",
+        "four",
+        "Four",
+        "forty",
+        "four.",
+        "six",
+        "a red cup on a blue table",
+        "a blue cup on a red table",
+        "四十",
+        "4 2",
+    ]
     states = encode(text.load_encoder(TextConfig(), CPU), captions)
-    last = torch.stack([torch.nn.functional.normalize(states[caption][-1].float(), dim=0) for caption in captions])
-    distance = torch.cdist(last, last) + 9 * torch.eye(len(captions))
-    assert float(distance.min()) > 0.1  # of states of length 1, by the last state alone: far beyond the rounding of bf16
-    assert [len(states[caption]) for caption in captions] == [1 + len(caption) for caption in captions]
+    assert [len(states[caption]) for caption in captions] == [2, 2, 2, 2, 3, 2, 8, 8, 3, 3]
+    means = torch.stack([states[caption].float().relu().mean(0) for caption in captions])  # as attention may see them: no order
+    distance = torch.cdist(means, means) / 128**0.5 + 9 * torch.eye(len(captions))
+    assert float(distance.min()) > 0.01  # where sizes are 1: far beyond what bf16 rounds a mean by
+    assert torch.equal(states["4"], encode(text.load_encoder(TextConfig(), CPU), [" 4  "])[" 4  "])  # white space parts words
 
 
 def test_instruction_follows_the_select_index_rule(gemma: Path) -> None:

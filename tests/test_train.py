@@ -73,14 +73,16 @@ def test_draws_are_what_the_config_says(config: Config) -> None:
     assert float(batch.noise.std()) == pytest.approx(1, abs=0.01)
     assert float(batch.sigma.median()) == pytest.approx(0.75, abs=0.02)
     null = dataset.states([dataset.index["null_caption"]])[0]
-    dropped = batch.mask.sum(1) == len(null)
+    states, mask = batch.states[batch.caption_index], batch.mask[batch.caption_index]
+    dropped = mask.sum(1) == len(null)
+    assert len(batch.states) == 21  # each distinct caption once
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.03)
     row = int(dropped.nonzero()[0])
-    assert torch.equal(batch.states[row, : len(null)], null)  # with its own mask, not the caption's
+    assert torch.equal(states[row, : len(null)], null)  # with its own mask, not the caption's
     labels = dataset.labels()
     assert labels is not None
     lengths = {text: len(dataset.states([i])[0]) for i, text in enumerate(dataset.texts())}
-    kept = [(int(batch.mask[i].sum()), int(labels[r])) for i, r in enumerate(batch.rows) if not dropped[i]]
+    kept = [(int(mask[i].sum()), int(labels[r])) for i, r in enumerate(batch.rows) if not dropped[i]]
     words = [text for text in dataset.texts() if len(text) > 1]
     assert {length for length, _ in kept} == {lengths[w] for w in words} | {2}
     spelled = sum(length > 2 for length, _ in kept) / len(kept)
