@@ -34,6 +34,12 @@ RAW_WEIGHTS = Path("training/raw.safetensors")
 OPTIMIZER = Path("training/optimizer.safetensors")
 STATE = Path("training/state.json")
 RECORD_VERSION = 1
+SHIPPED = "shipped"  # what the checkpoint that comes with the package is called, where a path is asked for
+
+
+def shipped() -> Path:
+    """The step folder that comes with the package: the quickstart's weights in bf16, with nothing to resume from."""
+    return Path(__file__).parent / "assets" / "quickstart"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -114,11 +120,36 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     files.write_tensors(folder / RAW_WEIGHTS, checkpoint.raw_weights, metadata)
     files.write_tensors(folder / OPTIMIZER, checkpoint.optimizer)
     files.write_json(folder / STATE, checkpoint.state)
+    _seal(folder)
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest: after it, and not before, this is a checkpoint."""
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     listing = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)} for path in written
     }
     files.write_sealed_json(folder / MANIFEST, {"files": listing})
+
+
+def release(source: Path, target: Path, more: Mapping[str, Any]) -> Path:
+    """A step folder to give away: its averaged weights in bf16, nothing to resume from, and `more` on its record.
+
+    What its config says of model, training and sampling goes into the record, where else only `training/` would have it.
+    """
+    record = read_record(source)
+    with files.whole_folder(target, target.with_name(target.name + ".partial")) as folder:
+        for path in sorted(source.rglob("*")):
+            name = path.relative_to(source)
+            if path.is_file() and name.parts[0] != "training" and name.name not in (MANIFEST, RECORD, formats.WEIGHTS):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
+        weights = Path("transformer") / formats.WEIGHTS
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in files.read_tensors(source / weights).items()}
+        files.write_tensors(folder / weights, tensors, files.read_metadata(source / weights))
+        files.write_json(folder / RECORD, {**record, "config": files.read_json(source / STATE)["config"], **more})
+        _seal(folder)
+    return target
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -172,8 +203,8 @@ def newest_step(run: Path, hashes: bool = False) -> tuple[Path | None, list[str]
 def find_checkpoint(path: Path | None) -> Path:
     """The checkpoint that a path means.
 
-    It is a step folder, the newest whole one of a run (`None`: of all runs under `runs/`), or a folder or file of other
-    people's, as it is.
+    It is a step folder, the newest whole one of a run (`None`: of all runs under `runs/`, or where there are none, the one that
+    comes with the package, which `SHIPPED` names as well), or a folder or file of other people's, as it is.
 
     Raises:
         SanaError: there is none; says what there is, and how to get one.
@@ -181,6 +212,10 @@ def find_checkpoint(path: Path | None) -> Path:
     if path is None:
         runs = [folder.parent for folder in Path("runs").glob("*/checkpoints")]
         where = "runs/*/checkpoints"
+        if not any(steps(run) for run in runs):
+            return shipped()
+    elif str(path) == SHIPPED and not path.exists():
+        return shipped()
     elif (path / "checkpoints").is_dir():
         runs, where = [path], str(path)
     elif path.is_file():

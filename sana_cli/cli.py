@@ -20,6 +20,7 @@ from sana_cli.units import human_bytes, human_time
 
 if TYPE_CHECKING:
     from sana_cli.commands.embed import EmbedSummary
+    from sana_cli.commands.eval import EvalSummary
     from sana_cli.commands.inspect import Report
     from sana_cli.commands.train import TrainPlan, TrainStep
 
@@ -348,7 +349,7 @@ def sample(
         typer.Option(
             metavar="PATH",
             help="A run, a step folder, a diffusers pipeline or transformer, or a file of weights: diffusers', official or the "
-            "lesson's. Default: the newest checkpoint under runs/.",
+            "lesson's; or `shipped`, the weights that come with sana. Default: the newest checkpoint under runs/, else those.",
         ),
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")] = None,
@@ -439,13 +440,130 @@ def sample(
         if json:
             return console.print_json(summary)
         settings = summary.settings
+        if summary.shipped:
+            console.note("no run of your own yet (sana train makes one): drawing with the weights that come with sana")
+        who = "them" if summary.shipped else summary.checkpoint
         console.note(
-            f"drew {len(summary.images)} images with {summary.checkpoint} in {summary.seconds:.1f} s "
+            f"drew {len(summary.images)} images with {who} in {summary.seconds:.1f} s "
             f"({settings.solver}, {settings.steps} steps, guidance {settings.guidance_scale:g}, seed {settings.seed})"
         )
         for path in summary.saved:
             console.result(str(path))
         return None
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[
+        Path | None,
+        typer.Argument(help="A run, a step folder, a folder of pictures, or `shipped`. Default: the newest checkpoint under runs/."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The dataset to judge by. Default: data.dir of the run's config.")
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=2, help="Images drawn at each setting; with few, the distance is mostly bias.")
+    ] = 10_000,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Solver steps. Repeatable: every combination is judged.")] = None,
+    guidance_scale: Annotated[list[float] | None, typer.Option(min=0, help="1 is no guidance. Repeatable.")] = None,
+    solver: Annotated[list[str] | None, typer.Option(metavar="dpm++|euler|heun", help="Repeatable.")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LO HI", help="The range of sigma in which guidance is used.")
+    ] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Of the solver's noise levels.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Judge many step counts and guidance scales.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Image i has seed + i.")] = 0,
+    weights: Annotated[
+        str, typer.Option(metavar="ema|raw", help="The averaged weights, or those that the optimizer moved.")
+    ] = "ema",
+    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(metavar="auto|bf16|fp32", help="What the transformer computes in. Default: as it was trained.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="JSON", help="Also keep the results in this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG|SVG", help="Also draw them (needs the plot extra).")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Judge a checkpoint, or a folder of samples: prompt accuracy, Fréchet distance, and diversity within a caption.
+
+    The judge is a classifier that is trained once on the dataset's labels and kept beside it; real images that it has not
+    seen are judged too, for comparison.
+
+    Examples: sana eval; sana eval runs/quickstart --sweep --images 2000 --plot sweep.png; sana eval samples/ --json
+    """
+    with user_errors():
+        from sana_cli.commands.eval import EvalOptions, EvalStep, record
+        from sana_cli.commands.eval import evaluate as run
+
+        options = EvalOptions(
+            target=target,
+            data=data,
+            images=images,
+            steps=tuple(steps or ()),
+            guidance_scale=tuple(guidance_scale or ()),
+            solver=tuple(solver or ()),
+            guidance_interval=guidance_interval,
+            flow_shift=flow_shift,
+            sweep=sweep,
+            seed=seed,
+            weights=weights,
+            device=device,
+            precision=precision,
+            out=out,
+            plot=plot,
+        )
+
+        def describe(step: object) -> Line | None:
+            return Line(step.stage, step.done, step.total) if isinstance(step, EvalStep) else None
+
+        summary = console.watch(_attentive(run(options)), describe, quiet=json)
+        if json:
+            return console.print_json(record(summary))
+        _tell_judged(summary)
+        return None
+
+
+def _tell_judged(summary: "EvalSummary") -> None:
+    console.note(
+        f"the judge of {summary.dataset} reads {summary.judge_accuracy:.2%} of {summary.real_images:,} real images that it was "
+        "not trained on"
+    )
+    first = summary.results[0]
+    if len(summary.results) == 1:
+        shares = [*first.verdict.labels, *(share for share in first.verdict.captions if len(first.verdict.captions) > 1)]
+        rows = [
+            (f"label {s.name}" if s in first.verdict.labels else s.name, s.accuracy, _between(s.interval), s.count)
+            for s in shares
+        ]
+        console.table(("caption", "as prompted", "95 % interval", "images"), rows)
+    table = []
+    for result in summary.results:
+        verdict, settings = result.verdict, result.settings
+        how = "pictures" if settings is None else f"{settings.solver} {settings.steps} x {settings.guidance_scale:g}"
+        table.append(
+            (
+                how,
+                verdict.total.accuracy,
+                _between(verdict.total.interval),
+                f"{verdict.distance:.2f} ± {verdict.distance_spread:.2f}",
+                f"{verdict.diversity:.2f}",
+                f"{result.seconds:.0f} s",
+            )
+        )
+    console.table(("solver, steps x guidance", "as prompted", "95 %", "Fréchet", "diversity", "time"), table)
+    console.note(
+        f"as many real images have a Fréchet distance of {first.verdict.real_distance:.2f} and a diversity of 1 "
+        f"({first.images:,} images each)"
+    )
+    for path in summary.saved:
+        console.result(str(path))
+
+
+def _between(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------

@@ -328,7 +328,11 @@ class Dataset:
         """Images (B, C, H, W) in [-1, 1], or latents as the transformer sees them, float32."""
         if self.index["image"]["kind"] == "latents":
             return torch.stack([shard["latents"][row] for shard, row in self._rows(rows)]).float()
-        return torch.stack([shard["images"][row] for shard, row in self._rows(rows)]).float() / 127.5 - 1
+        return self.pixels(rows).float() / 127.5 - 1
+
+    def pixels(self, rows: np.ndarray) -> Tensor:
+        """Images (B, C, H, W) as they are stored, uint8."""
+        return torch.stack([shard["images"][row] for shard, row in self._rows(rows)])
 
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:
         """The ids of each image's captions."""

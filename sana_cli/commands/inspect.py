@@ -46,6 +46,8 @@ def inspect(options: InspectOptions) -> Report:
     if options.target is None:
         return _shipped()
     path = Path(options.target)
+    if options.target == checkpoint.SHIPPED and not path.exists():
+        return _checkpoint(checkpoint.shipped(), options.verify)
     if path.is_dir():
         if store.is_dataset(path) or store.partial_dir(path).is_dir():
             return _dataset(path, options.verify)
@@ -164,7 +166,8 @@ def _checkpoint(path: Path, verify: bool) -> Report:
     facts |= _model_facts(model) | {
         "step": record["step"],
         "sample": f"{image['channels']} x {image['height']} x {image['width']} {image['kind']}",
-        "weights": f"float32, {human_bytes(sizes['transformer'])}; {human_bytes(sizes['training'])} to resume from",
+        "weights": human_bytes(sizes["transformer"])
+        + (f"; {human_bytes(sizes['training'])} to resume from" if sizes["training"] else ""),
         "trained in": record["precision"],
         "encoder": f"{encoder['encoder']} ({encoder['architecture']}, {encoder['dtype']}, {encoder['weights'][:12]})",
         "captions": "single words" if record["one_word_captions"] else "sentences",
@@ -172,14 +175,20 @@ def _checkpoint(path: Path, verify: bool) -> Report:
         "sampling": f"{sample['solver']}, {sample['steps']} steps, guidance {sample['guidance_scale']:g}",
         "made by": record["made_by"],
     }
+    if "score" in record:
+        score = record["score"]
+        facts["score"] = (
+            f"{score['accuracy']:.1%} of {score['images']:,} images read as prompted, Fréchet distance "
+            f"{score['frechet_distance']:.2f} (real images {score['real_frechet_distance']:.2f})"
+        )
     if verify:
         facts["verified"] = f"{len(checked)} files, every byte"
     run_config, state = path / "config.yaml", folder / checkpoint.STATE
     config = None
     if run_config.is_file():
         config = load_config(str(run_config))
-    elif state.is_file():  # a step folder alone knows no paths
-        known = files.read_json(state)["config"]
+    elif "config" in record or state.is_file():  # a step folder alone knows no paths
+        known = dict(record["config"] if "config" in record else files.read_json(state)["config"])
         known["text"] = text_config(encoder).model_dump()
         factor = image.get("factor", 1)
         known["data"] = {"image_size": [image["height"] * factor, image["width"] * factor], "autoencoder": record["autoencoder"]}

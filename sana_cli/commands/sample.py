@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sana_cli import checkpoint, draw, files, hub
+from sana_cli import __version__, checkpoint, draw, files, hub
 from sana_cli.autoencoder import Autoencoder, AutoencoderInfo, read_info
 from sana_cli.config import SampleConfig
 from sana_cli.device import Stage, peak_memory, resolve_device, resolve_precision
@@ -71,6 +71,7 @@ class SampleSummary:
     """What was drawn, and where it is."""
 
     checkpoint: Path
+    shipped: bool  # the weights that come with the package drew
     saved: tuple[Path, ...]
     images: tuple[dict[str, Any], ...]  # prompt, seed, and file where each has its own
     settings: SampleConfig
@@ -285,7 +286,8 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
             saved = (*saved, options.trajectory)
     except OSError as error:
         raise files.storage_error(error, "writing the pictures (--out PNG says where)") from error
-    yield SampleSummary(place, saved, listing, settings, pixels, time.perf_counter() - start, peak_memory(device))
+    shipped = place == checkpoint.shipped()
+    yield SampleSummary(place, shipped, saved, listing, settings, pixels, time.perf_counter() - start, peak_memory(device))
 
 
 def _decoded_by(info: AutoencoderInfo | None) -> dict[str, str]:
@@ -325,6 +327,8 @@ def _write(
 
 def _beside(folder: Path) -> tuple[Path, str]:
     """Where pictures of a checkpoint go, and its name in their record: the run that it lies in, or the folder around it."""
+    if folder == checkpoint.shipped():
+        return Path(), f"sana {__version__}, {folder.name}"
     whole = folder.absolute()
     in_run = whole.parent.name == "checkpoints"
     place = whole.parents[1] if in_run else whole.parent

@@ -1,0 +1,276 @@
+"""`sana eval`: how good a checkpoint's pictures are, or a folder's, by a judge trained on the dataset's labels. It prints nothing.
+
+Prompt accuracy, Fréchet distance and diversity within a caption, at one setting of the solver or at many.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from sana_cli import __version__, checkpoint, draw, files, judge, plots
+from sana_cli.config import DEFAULT_CONFIG, SampleConfig, load_config
+from sana_cli.data import BadImage, decode_image, fit_image
+from sana_cli.device import resolve_device, resolve_precision
+from sana_cli.errors import SanaError
+from sana_cli.judge import Judge, JudgeStep, Verdict
+from sana_cli.pipeline import Pipeline, open_pipeline
+from sana_cli.store import Dataset, held_out_dir, is_dataset
+from sana_cli.text import check_same_encoder
+
+SWEEP_STEPS = (4, 6, 8, 12, 20)
+SWEEP_GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to judge. Several steps, scales or solvers are judged in every combination; empty: as the checkpoint has it."""
+
+    target: Path | None = None  # a run, a step folder, or a folder of pictures; None: the newest checkpoint under runs/
+    data: Path | None = None  # the dataset directory; None: that of the run's config
+    images: int = 10_000  # drawn at each setting, shared evenly among the captions
+    steps: tuple[int, ...] = ()
+    guidance_scale: tuple[float, ...] = ()
+    solver: tuple[str, ...] = ()
+    guidance_interval: tuple[float, float] | None = None
+    flow_shift: float | None = None
+    sweep: bool = False  # over `SWEEP_STEPS` and `SWEEP_GUIDANCE`, where steps and scales are not given
+    seed: int = 0
+    weights: str = "ema"
+    device: str = "auto"
+    precision: str | None = None
+    out: Path | None = None  # a JSON file
+    plot: Path | None = None  # a PNG or SVG file
+
+
+@dataclass(frozen=True)
+class EvalStep:
+    """Progress: "judge" (its training, in batches), or "draw" (solver steps over all batches and settings)."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What was found at one setting."""
+
+    settings: SampleConfig | None  # None: pictures that were there
+    seconds: float  # of drawing
+    images: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class EvalSummary:
+    """All results, and what they are measured by."""
+
+    target: Path
+    dataset: Path
+    judge_accuracy: float  # on real images that the judge was not trained on
+    real_images: int  # how many of these there are
+    results: tuple[EvalResult, ...]
+    saved: tuple[Path, ...]
+
+
+def _dataset(options: EvalOptions, place: Path | None) -> tuple[Dataset, Dataset | None]:
+    """The dataset to judge by, and its held-out part where there is one."""
+    run = None if place is None else place.absolute().parents[1] / "config.yaml"
+    config = load_config(str(run) if run is not None and run.is_file() else DEFAULT_CONFIG)
+    directory = options.data or config.data.dir
+    if not is_dataset(directory):
+        raise SanaError(
+            f"no dataset in {directory}: the judge learns from its images and labels",
+            "make one with: sana embed (with the same --config), or name another with --data DIR",
+        )
+    split = config.data.held_out
+    there = None if split is None else held_out_dir(directory, split)
+    return Dataset(directory), Dataset(there) if there is not None and is_dataset(there) else None
+
+
+def _settings(options: EvalOptions, pipeline: Pipeline) -> list[SampleConfig]:
+    base = pipeline.sample.model_dump() | {"seed": options.seed}
+    for key in ("guidance_interval", "flow_shift"):
+        if getattr(options, key) is not None:
+            base[key] = getattr(options, key)
+    steps = options.steps or (SWEEP_STEPS if options.sweep else (base["steps"],))
+    scales = options.guidance_scale or (SWEEP_GUIDANCE if options.sweep else (base["guidance_scale"],))
+    made = []
+    for solver, count, scale in itertools.product(options.solver or (base["solver"],), steps, scales):
+        try:
+            made.append(SampleConfig.model_validate({**base, "solver": solver, "steps": count, "guidance_scale": scale}))
+        except ValidationError as error:
+            lines = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
+            raise SanaError(*lines, exit_code=2) from error
+    return made
+
+
+def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
+    """Judge; yields progress, and at the end an `EvalSummary`.
+
+    Raises:
+        SanaError: no checkpoint or dataset, one without labels, or two that do not belong together.
+    """
+    if options.images < 2:
+        raise SanaError("--images: at least 2 are needed", exit_code=2)
+    plots.check(options.plot)
+    device = resolve_device(options.device)
+    folder = options.target if options.target is not None and _is_pictures(options.target) else None
+    place = None if folder is not None else checkpoint.find_checkpoint(options.target)
+    dataset, held_out = _dataset(options, place)
+    meaning = judge.labels_of_captions(dataset)
+    source: Iterator[tuple[SampleConfig | None, float, Tensor, Sequence[str]] | EvalStep]
+    if folder is not None:
+        source, target = _pictures(folder, dataset, meaning), folder
+    else:
+        assert place is not None, "a folder of pictures or a checkpoint"
+        pipeline = open_pipeline(place)
+        if pipeline.fingerprint is None:
+            raise SanaError(f"{place} does not say how its captions were encoded; sana eval is for checkpoints of sana's own")
+        check_same_encoder(dataset.index["encoder"], pipeline.fingerprint, str(dataset.directory), "give its own with --data DIR")
+        if pipeline.sample_shape != dataset.image_shape:
+            raise SanaError(f"{place} draws {pipeline.sample_shape}, and {dataset.directory} has {dataset.image_shape}")
+        source = _drawn(options, place, pipeline, dataset, meaning, _settings(options, pipeline), device)
+        target = place
+    found: Judge | None = None
+    for step in judge.obtain(dataset, held_out, device):
+        if isinstance(step, JudgeStep):
+            yield EvalStep("judge", step.done, step.total)
+        else:
+            found = step
+    assert found is not None, "the last thing that obtain yields"
+    results = []
+    for drawn in source:
+        if isinstance(drawn, EvalStep):
+            yield drawn
+            continue
+        settings, seconds, pixels, captions = drawn
+        results.append(EvalResult(settings, seconds, len(pixels), judge.give(found, pixels, captions, meaning)))
+    bare = EvalSummary(target, dataset.directory, found.accuracy, len(found.real), tuple(results), ())
+    saved = []
+    try:
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(options.out, json.dumps(record(bare), indent=2, ensure_ascii=False) + "\n")
+            saved.append(options.out)
+        if options.plot is not None:
+            options.plot.parent.mkdir(parents=True, exist_ok=True)
+            plots.evaluation(record(bare), options.plot)
+            saved.append(options.plot)
+    except OSError as error:
+        raise files.storage_error(error, "writing what was found") from error
+    yield EvalSummary(target, dataset.directory, found.accuracy, len(found.real), tuple(results), tuple(saved))
+
+
+def _is_pictures(target: Path) -> bool:
+    return target.is_dir() and any(path.suffix.lower() in PICTURES for path in (*target.glob("*"), *target.glob("*/*")))
+
+
+def _drawn(
+    options: EvalOptions,
+    place: Path,
+    pipeline: Pipeline,
+    dataset: Dataset,
+    meaning: Mapping[str, int],
+    settings: Sequence[SampleConfig],
+    device: torch.device,
+) -> Iterator[tuple[SampleConfig, float, Tensor, Sequence[str]] | EvalStep]:
+    """For each of `settings`: it, the seconds, the pictures (n, C, H, W) uint8, and their captions. Progress in between."""
+    precision = resolve_precision(options.precision or pipeline.precision, device)
+    model = checkpoint.load_transformer(place, options.weights, device)
+    known = dataset.texts()
+    states = {text: dataset.states([number])[0] for number, text in enumerate(known) if text in meaning}
+    null = dataset.states([dataset.index["null_caption"]])[0]
+    captions = [text for _, text in zip(range(options.images), itertools.cycle(states), strict=False)]
+    seeds = range(options.seed, options.seed + len(captions))
+    shape = pipeline.sample_shape
+    every = sum(setting.steps for setting in settings)
+    before = 0
+    for setting in settings:
+        start, pixels = time.perf_counter(), {}
+        given = [states[caption] for caption in captions]
+        for step in draw.draw(model, given, [null] * len(given), seeds, shape, setting, precision):
+            if step.done % setting.steps == 0:
+                pixels[step.first] = draw.to_pixels(step.images)
+            yield EvalStep("draw", before + step.done * setting.steps // step.total, every)
+        before += setting.steps
+        yield setting, time.perf_counter() - start, torch.cat([pixels[first] for first in sorted(pixels)]), captions
+
+
+def _pictures(folder: Path, dataset: Dataset, meaning: Mapping[str, int]) -> Iterator[tuple[None, float, Tensor, Sequence[str]]]:
+    """The pictures of a folder: each says its prompt (as `sana sample --separate` writes it), or lies in a folder of that name."""
+    channels, height, width = dataset.image_shape
+    images, captions = [], []
+    for path in sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.suffix.lower() in PICTURES):
+        prompt = _prompt(path, folder)
+        if prompt not in meaning:
+            some = ", ".join(map(repr, list(meaning)[:4]))
+            raise SanaError(
+                f"{path}: its caption is {prompt!r}, which is none of {dataset.directory}",
+                f"a picture's caption is what sana sample --separate wrote into it, or its folder's name; there are {some}, ...",
+            )
+        try:
+            image = decode_image(path.read_bytes())
+        except (BadImage, OSError) as error:
+            raise SanaError(f"{path}: {error}") from error
+        if image.size != (width, height):
+            raise SanaError(
+                f"{path} is {image.width}x{image.height}; {dataset.directory} has {width}x{height}",
+                "single images are judged, not grids: sana sample --separate DIR",
+            )
+        images.append(torch.from_numpy(fit_image(image, (height, width), channels)))
+        captions.append(str(prompt))
+    yield None, 0.0, torch.stack(images), captions
+
+
+def _prompt(path: Path, folder: Path) -> str | None:
+    try:
+        prompts = [image["prompt"] for row in draw.read_record(path)["images"] for image in row]
+        return prompts[0] if len(prompts) == 1 else None
+    except (SanaError, KeyError, TypeError):
+        return path.parent.name if path.parent != folder else None
+
+
+def record(summary: EvalSummary) -> dict[str, Any]:
+    """A summary as plain JSON values: what `--json` prints and `--out` keeps."""
+
+    def share(found: judge.Share) -> dict[str, Any]:
+        low, high = found.interval
+        return {"name": found.name, "accuracy": found.accuracy, "low": low, "high": high, "images": found.count}
+
+    results = []
+    for result in summary.results:
+        verdict, settings = result.verdict, result.settings
+        told = None
+        if settings is not None:
+            told = settings.model_dump(mode="json", exclude={"prompts"})
+        results.append(
+            {
+                "settings": told,
+                "images": result.images,
+                "seconds": result.seconds,
+                "accuracy": share(verdict.total),
+                "frechet_distance": verdict.distance,
+                "frechet_distance_spread": verdict.distance_spread,
+                "real_frechet_distance": verdict.real_distance,
+                "diversity": verdict.diversity,
+                "captions": [share(found) for found in verdict.captions],
+                "labels": [share(found) for found in verdict.labels],
+            }
+        )
+    return {
+        "made_by": f"sana {__version__}",
+        "target": str(summary.target),
+        "dataset": str(summary.dataset),
+        "judge": {"accuracy": summary.judge_accuracy, "real_images": summary.real_images},
+        "results": results,
+    }
