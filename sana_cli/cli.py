@@ -459,7 +459,9 @@ def sample(
 def evaluate(
     target: Annotated[
         Path | None,
-        typer.Argument(help="A run, a step folder, a folder of pictures, or `shipped`. Default: the newest checkpoint under runs/."),
+        typer.Argument(
+            help="A run, a step folder, a folder of pictures, or `shipped`. Default: the newest checkpoint under runs/."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The dataset to judge by. Default: data.dir of the run's config.")

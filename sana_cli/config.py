@@ -229,6 +229,11 @@ class TrainConfig(Section):
     flow_shift: Annotated[float, Field(gt=0)] = Field(
         1.0, description="s in sigma -> s sigma / (1 + (s - 1) sigma); the paper's 3 is for large latents"
     )
+    init: Literal["official", "fan_in"] = Field(
+        "fan_in",
+        description="initial weights; official: those of NVlabs/Sana, made for wide models; fan_in: the same, but embedders by their "
+        "own width and captions at full strength, from which narrow models learn sooner",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="of the initial weights, the order of the data and every draw"
     )

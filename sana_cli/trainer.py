@@ -101,7 +101,7 @@ class Trainer:
         self.step = 0
         here, device = place.here, place.device
         sharded = here.size > 1 and train.parallel == "fsdp"
-        model = build(model_config, train.seed)
+        model = build(model_config, train.seed, train.init)
         if weights is not None:
             model.load_state_dict(weights)
         model = model.to("cpu" if sharded else device)  # shards go to the device block by block

@@ -41,6 +41,7 @@ MAY_CHANGE = {
         "save_every",
         "keep",
         "sample_every",
+        "init",
         "init_from",
         "held_out_every",
         "held_out_images",

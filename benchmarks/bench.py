@@ -1,0 +1,336 @@
+"""Every stage against what a user would run instead, side by side: `make bench` prints this table of ratios.
+
+The lesson's ways and diffusers' are written out here, on diffusers' `SanaTransformer2DModel` with the same weights. The ways of a
+case are run in turn in one process, after one round that is not counted, and the ratio is the median of the rounds' ratios; the
+peak memory of each way is that of a process of its own. A way that takes longer than `LONG` seconds is run once.
+
+    python benchmarks/bench.py [--repeats 5] [--only train-sana,sample] [--json FILE]
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LONG = 20.0  # seconds
+LESSON_TOKENS = 300
+LESSON_STEPS = 1000
+Ways = dict[str, Callable[[], object]]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def training(name: str, tokens: int, precision: str) -> Ways:
+    """Forward and backward of a micro-batch of a config's size: ours, diffusers' on the same captions, and as the lesson does."""
+    from sana_cli.draw import autocast
+
+    config, ours, theirs = _models(name)
+    batch, side = {"sana": 16}.get(name, 64), 32
+    generator = torch.Generator().manual_seed(0)
+    x, target = (torch.randn(batch, 1, side, side, generator=generator) for _ in range(2))
+    distinct = torch.randn(21, tokens, config.caption_channels, generator=generator)
+    which = torch.randint(21, (batch,), generator=generator)
+    kinds, index = which.unique(return_inverse=True)
+    timestep = torch.rand(batch, generator=generator) * 1000
+    padded = F.pad(distinct, (0, 0, 0, LESSON_TOKENS - tokens))
+    lesson_mask = (torch.arange(LESSON_TOKENS) < tokens).float().expand(batch, -1)
+    mask = torch.ones(21, tokens)
+
+    def learn(model: torch.nn.Module, velocity: Callable[[], Tensor]) -> None:
+        with autocast(torch.device("cpu"), precision):
+            predicted = velocity()
+        F.mse_loss(predicted.float(), target).backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def call(states: Tensor, mask: Tensor) -> Tensor:
+        return theirs(x, states, timestep, encoder_attention_mask=mask).sample
+
+    return {
+        "ours": lambda: learn(
+            ours,
+            lambda: ours(x, distinct[kinds], timestep, encoder_attention_mask=mask[kinds], caption_index=index),
+        ),
+        "diffusers": lambda: learn(theirs, lambda: call(distinct[which], mask[which])),
+        "lesson": lambda: learn(theirs, lambda: call(padded[which], lesson_mask)),
+    }
+
+
+def _models(name: str) -> tuple[Any, Any, Any]:
+    from diffusers import SanaTransformer2DModel
+
+    from sana_cli import formats
+    from sana_cli.config import load_config
+    from sana_cli.model import build
+
+    config = load_config(name).model
+    config = config.model_copy(update={"sample_size": 32, "caption_channels": config.caption_channels or 128})
+    ours = build(config, 0)
+    theirs = SanaTransformer2DModel.from_config(formats.diffusers_config(config))
+    theirs.load_state_dict(ours.state_dict())
+    return config, ours, theirs
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sampling() -> Ways:
+    """64 images by the quickstart's defaults: ours, diffusers' transformer in the same solver, and the lesson's 1,000 Euler steps."""
+    from sana_cli import draw, flow
+    from sana_cli.config import load_config
+
+    _, ours, theirs = _models("quickstart")
+    settings = load_config("quickstart").sample
+    count, shape = 64, (1, 32, 32)
+    states = [torch.randn(2, 128, generator=torch.Generator().manual_seed(n)) for n in range(20)]
+    null = torch.randn(1, 128, generator=torch.Generator().manual_seed(99))
+    captions = [states[n % 20] for n in range(count)]
+    both, mask = draw.pad_states([*captions, *[null] * count])
+
+    def solve(solver: str, steps: int, velocity: Callable[[Tensor, float], Tensor]) -> Tensor:
+        noise = draw.Noise(range(count), shape)
+        *_, last = flow.SOLVERS[solver](velocity, noise(), flow.solver_sigmas(solver, steps, settings.flow_shift), noise)
+        return last.x
+
+    @torch.no_grad()
+    def same_solver() -> Tensor:
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            timestep = torch.full((2 * count,), flow.model_timestep(settings.solver, sigma))
+            v = theirs(x.repeat(2, 1, 1, 1), both.float(), timestep, encoder_attention_mask=mask).sample
+            return flow.guide(v[:count], v[count:], settings.guidance_scale)
+
+        return solve(settings.solver, settings.steps, velocity)
+
+    padded = F.pad(both[:count].float(), (0, 0, 0, LESSON_TOKENS - both.shape[1]))
+    lesson_mask = F.pad(mask[:count].float(), (0, LESSON_TOKENS - both.shape[1]))
+
+    @torch.no_grad()
+    def lesson() -> Tensor:
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return theirs(x, padded, torch.full((count,), 1000 * sigma), encoder_attention_mask=lesson_mask).sample
+
+        return solve("euler", LESSON_STEPS, velocity)
+
+    drawing = (ours, captions, [null] * count, range(count), shape, settings, "fp32")
+    return {"ours": lambda: draw.final_images(draw.draw(*drawing)), "diffusers": same_solver, "lesson": lesson}
+
+
+# --- embedding and reading --------------------------------------------------------------------------------------------
+
+
+def embedding() -> Ways:
+    """As many distinct captions through the same random Gemma 2: ours, and the lesson's one by one, padded to 300."""
+    import embed  # beside this file
+    from transformers import AutoModel, AutoTokenizer
+
+    from sana_cli.config import TextConfig
+    from sana_cli.text import load_encoder
+
+    folder = Path(tempfile.mkdtemp())
+    embed.make(folder, 48, 256, 4)
+    captions = [json.loads(line)["text"] for line in (folder / "images" / "metadata.jsonl").read_text().splitlines()]
+    encoder = load_encoder(TextConfig(encoder=str(folder / "gemma")), torch.device("cpu"))
+    tokenizer, model = AutoTokenizer.from_pretrained(folder / "gemma"), AutoModel.from_pretrained(folder / "gemma").eval()
+    tokenizer.padding_side = "right"
+
+    @torch.no_grad()
+    def lesson() -> None:
+        for caption in captions:
+            tokens = tokenizer(caption, padding="max_length", max_length=LESSON_TOKENS, truncation=True, return_tensors="pt")
+            model(**tokens)
+
+    return {"ours": lambda: list(encoder.encode(captions)), "lesson": lesson}
+
+
+def reading() -> Ways:
+    """20 batches of 64: ours, and the lesson's, which opens four memory maps for each sample. 128 images, Gemma 2's width."""
+    from sana_cli.batches import training_batch
+    from sana_cli.config import TrainConfig
+    from sana_cli.store import Dataset, DatasetWriter, Images
+
+    folder, images, width, tokens = Path(tempfile.mkdtemp()), 128, 2304, 13
+    names = ["", *(str(n) for n in range(20))]
+    pixels = torch.randint(0, 256, (images, 1, 32, 32), dtype=torch.uint8)
+    writer = DatasetWriter(folder / "ours", {})
+    shard = writer.write_captions(0, 0, {name: torch.randn(tokens, width).bfloat16() for name in names})
+    ids = [str(n) for n in range(images)]
+    captions = [[names[1 + n % 20]] for n in range(images)]
+    ours = Images(pixels, ids, captions, [None] * images, [n % 10 for n in range(images)])
+    writer.write(0, [shard], ours, {name: n for n, name in enumerate(names)}, [])
+    image = {"kind": "pixels", "channels": 1, "height": 32, "width": 32}
+    writer.finish(1, names, {"image": image, "caption_dim": width, "encoder": {}, "source": {}})
+    dataset, train = Dataset(folder / "ours"), TrainConfig()
+
+    shapes = {"images": (1, 32, 32), "labels": (), "states": (LESSON_TOKENS, width), "masks": (LESSON_TOKENS,)}
+    for name, shape in shapes.items():
+        array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(images, *shape))
+        array[:] = 1.0
+        array.flush()
+    order = np.random.default_rng(0)
+
+    def lesson() -> None:
+        for _ in range(20):
+            rows = order.integers(0, images, 64)
+            samples = [[np.array(np.load(folder / f"{name}.npy", mmap_mode="r")[row]) for name in shapes] for row in rows]
+            for column in zip(*samples, strict=True):
+                torch.from_numpy(np.stack(column))
+
+    return {"ours": lambda: [training_batch(dataset, train, 64 * n, 64) for n in range(20)], "lesson": lesson}
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def start_up() -> Ways:
+    """`sana --help` and a Python that does nothing, as processes."""
+
+    def process(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+
+    return {"ours": process("-m", "sana_cli", "--help"), "python -c pass": process("-c", "pass")}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+CASES: dict[str, tuple[str, Callable[[], Ways]]] = {
+    "train-sana": ("(a) micro-batch of sana.yaml, 16 images, 13 caption tokens", lambda: training("sana", 13, "fp32")),
+    "train-sana-bf16": ("(a) the same under bf16 autocast, as its config says", lambda: training("sana", 13, "bf16")),
+    "train-quickstart": ("(b) quickstart's step, 32 images, 2 caption tokens", lambda: training("quickstart", 2, "fp32")),
+    "train-quickstart-bf16": ("(b) the same under bf16 autocast", lambda: training("quickstart", 2, "bf16")),
+    "sample": ("(c) 64 images by the quickstart's defaults", sampling),
+    "embed": ("(d) 48 distinct captions, Gemma 2 of 4 layers of 256", embedding),
+    "read": ("(e) 20 batches of 64 images", reading),
+    "help": ("(f) sana --help", start_up),
+}
+
+
+def rounds(ways: Ways, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way in each round, in turn; one round before them is not counted. Long ways are run once, and counted."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+
+    def timed(way: str) -> float:
+        start = time.perf_counter()
+        ways[way]()
+        return time.perf_counter() - start
+
+    first = {way: timed(way) for way in ways}
+    for _ in range(repeats):
+        for way in ways:
+            if first[way] < LONG:
+                seconds[way].append(timed(way))
+    return {way: found or [first[way]] for way, found in seconds.items()}
+
+
+def peak(case: str, way: str) -> int:
+    """Peak memory of a process that goes one way once. Processes that ways start do not count."""
+    command = [sys.executable, __file__, "--case", case, "--way", way]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def peak_arithmetic(dtype: torch.dtype) -> float:
+    """The best of ten 2048 x 2048 matrix products, in operations a second."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    best, repeats = float("inf"), 10
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+        if best > 1:
+            break
+    return 2 * 2048**3 / best
+
+
+def operations(ways: Ways) -> int:
+    """Multiplications and additions in matrix products and convolutions of our way, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        ways["ours"]()
+    return int(counter.get_total_flops())
+
+
+def measure(names: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+    """A row for each way of each case."""
+    for name in names:
+        title, make = CASES[name]
+        ways = make()
+        seconds = rounds(ways, repeats)
+        ours = seconds["ours"]
+        reached = {}
+        if name.startswith("train-sana"):
+            reached = {"operations_per_second": operations(ways) / statistics.median(ours)}
+        del ways
+        for way, found in seconds.items():
+            ratios = [theirs / mine for theirs, mine in zip(found, ours, strict=False)]
+            if len(found) < len(ours):
+                ratios = [found[0] / statistics.median(ours)]
+            long = statistics.median(found) > LONG and len(found) == 1
+            memory = None if name == "help" or long else peak(name, way)
+            row = {"case": name, "title": title, "way": way, "seconds": statistics.median(found), "runs": len(found)}
+            yield row | {"ratio": statistics.median(ratios), "memory": memory} | (reached if way == "ours" else {})
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    from sana_cli.device import has_native_bf16, peak_memory
+    from sana_cli.units import human_bytes
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default=",".join(CASES), help="cases, with commas between them")
+    parser.add_argument("--json", type=Path, help="also keep the rows here")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    cpu = torch.device("cpu")
+    if options.way:
+        ways = CASES[options.case][1]()
+        with contextlib.redirect_stdout(sys.stderr):
+            ways[options.way]()
+        print(peak_memory(cpu))
+        return
+    names = options.only.split(",")
+    native = "native" if has_native_bf16(cpu) else "emulated"
+    threads, versions = torch.get_num_threads(), f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(
+        f"{versions}, {threads} threads, {platform.machine()}, bf16 {native}; {os.cpu_count()} cores; medians of {options.repeats} rounds"
+    )
+    rows, last = [], ""
+    for row in measure(names, options.repeats):
+        rows.append(row)
+        if row["title"] != last:
+            print(f"\n{row['title']}")
+            last = row["title"]
+        memory = "" if row["memory"] is None else human_bytes(row["memory"])
+        ratio = "" if row["way"] == "ours" else f"{row['ratio']:.2f} x"
+        once = "  (one run)" if row["runs"] == 1 else ""
+        print(f"  {row['way']:<16}{row['seconds']:>10.3f} s {ratio:>10} {memory:>10}{once}", flush=True)
+        if "operations_per_second" in row:
+            for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                best = peak_arithmetic(dtype)
+                share = row["operations_per_second"] / best
+                print(
+                    f"  (h) {row['operations_per_second'] / 1e9:.0f} GFLOP/s, {share:.0%} of the {best / 1e9:.0f} of {kind} products"
+                )
+                row[f"share_of_{kind}_peak"] = share
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
