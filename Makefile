@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quality fix clean help
+.PHONY: demo test quality bench fix clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -21,6 +21,9 @@ test: .venv/dev  ## lint, types and tests
 
 quality: .venv/dev  ## train the quickstart in full and let a digit classifier read 200 of its samples
 	$(BIN)/pytest -m quality -s
+
+bench: .venv/dev  ## every stage against what a user would run instead, as ratios; a quarter of an hour
+	$(BIN)/python benchmarks/bench.py
 
 fix: .venv/dev  ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix .

@@ -198,8 +198,8 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    steps: PositiveInt = Field(2400, description="optimizer steps")
-    batch_size: PositiveInt = Field(64, description="images of a micro-batch of one process")
+    steps: PositiveInt = Field(3200, description="optimizer steps")
+    batch_size: PositiveInt = Field(32, description="images of a micro-batch of one process")
     accumulate: PositiveInt = Field(
         1, description="micro-batches of a step in each process, whose gradients are averaged over their images"
     )
@@ -210,7 +210,7 @@ class TrainConfig(Section):
         "adamw",
         description="muon: Muon for the matrices inside blocks, whose updates it makes the size of AdamW's; AdamW for the rest",
     )
-    lr: Annotated[float, Field(gt=0)] = Field(8e-3, description="peak learning rate")
+    lr: Annotated[float, Field(gt=0)] = Field(6e-3, description="peak learning rate")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "cosine", description="what follows the warm-up; cosine and linear end at zero"
     )
@@ -220,14 +220,14 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="on matrices and convolutions only, decoupled")
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm of a step; null: no limit")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.995, description="of the weights to sample with; warms up as (1 + step) / (10 + step)"
+        0.998, description="of the weights to sample with; warms up as (1 + step) / (10 + step)"
     )
     caption_dropout: Fraction = Field(0.1, description="share of captions replaced by the null caption, which guidance needs")
     sigma_density: Literal["logit_normal", "uniform"] = Field("logit_normal", description="how noise levels are drawn")
     logit_mean: float = Field(0.0, description="of the logit-normal density")
     logit_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of the logit-normal density")
     flow_shift: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="s in sigma -> s sigma / (1 + (s - 1) sigma); the paper's 3 is for large latents"
+        2.3, description="s in sigma -> s sigma / (1 + (s - 1) sigma): more of the higher noise levels; the paper's is 3 or more"
     )
     init: Literal["official", "fan_in"] = Field(
         "fan_in",
@@ -261,16 +261,16 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """How checkpoints of this run are sampled, unless `sana sample` is told otherwise."""
 
-    steps: PositiveInt = Field(20, description="solver steps")
+    steps: PositiveInt = Field(8, description="solver steps")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
-        3.0, description="1 is none; above 1 follows the prompt more, with less variety"
+        2.0, description="1 is none; above 1 follows the prompt more, with less variety"
     )
     guidance_interval: Interval = Field((0.0, 1.0), description="the range of sigma in which guidance is used")
     solver: Literal["dpm++", "euler", "heun", "scm"] = Field(
         "dpm++", description="dpm++: DPM-Solver++ 2M; euler; heun; scm: the consistency sampler of Sprint models"
     )
     flow_shift: Annotated[float, Field(gt=0, le=1000)] = Field(
-        1.0, description="as train.flow_shift, for the solver's steps; euler and heun apply it twice, as diffusers' do"
+        2.3, description="as train.flow_shift, for the solver's steps; euler and heun apply it twice, as diffusers' do"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="image i of a grid has seed + i")
     prompts: Prompts | None = Field(None, description="of the grids drawn while training; null: captions of the dataset")

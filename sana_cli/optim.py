@@ -43,6 +43,7 @@ class WeightAverage:
         self._averaged = AveragedModel(model)
         self._averaged.n_averaged.fill_(1)  # else the first update would be a plain copy
         self._averaged.requires_grad_(False).eval()
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None  # asked for once: going through modules takes milliseconds
 
     @property
     def model(self) -> SanaTransformer:
@@ -53,8 +54,9 @@ class WeightAverage:
 
     def update(self, model: nn.Module, decay: float) -> None:
         """average = decay * average + (1 - decay) * weights."""
-        self._averaged.multi_avg_fn = get_ema_multi_avg_fn(decay)
-        self._averaged.update_parameters(model)
+        if self._pairs is None:
+            self._pairs = list(self.model.parameters()), list(model.parameters())
+        get_ema_multi_avg_fn(decay)(*self._pairs, self._averaged.n_averaged)  # no gradient is recorded in there
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:

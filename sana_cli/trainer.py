@@ -117,6 +117,7 @@ class Trainer:
         if sharded:
             shard(self.average.model, list(self.average.model.transformer_blocks), device)
         self.model: SanaTransformer = model
+        self.parameters = list(model.parameters())
         self.optimizer = Optimizer(model, train, device)
         self.blocks = blocks(images, train.batch_size, here.rank, here.size)
         self.reader = Reader(partial(training_batch, dataset, train))
@@ -141,7 +142,7 @@ class Trainer:
             NotFiniteError: a loss or the gradient is not finite; the weights are untouched.
         """
         losses, sigma = self._gradients(stop)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.train.grad_clip or math.inf)
         grad_norm = float(whole(norm))
         if not (np.isfinite(losses).all() and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()

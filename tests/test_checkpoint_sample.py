@@ -13,7 +13,9 @@ from conftest import REPOSITORY, SMALL, embedded, small_config
 from PIL import Image
 
 from sana_cli import checkpoint, draw, files, formats
+from sana_cli.checkpoint import load_transformer
 from sana_cli.commands import sample as sampling
+from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.commands.train import TrainOptions, train
 from sana_cli.config import Config, ModelConfig, SampleConfig, parse_config
@@ -272,8 +274,6 @@ def test_another_encoder_is_refused_by_field(step: Path, tmp_path: Path, gemma: 
 
 def test_what_is_missing_is_said(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SanaError, match=r"no checkpoint in runs/\*/checkpoints\ntrain one with: sana train"):
-        list(sample(SampleOptions(("4",))))
     with pytest.raises(SanaError, match="no checkpoint at nowhere: there is no such file"):
         list(sample(SampleOptions(("4",), Path("nowhere"))))
     with pytest.raises(SanaError, match="nothing to draw: give prompts(.|\n)*captions such as '5' 'five'"):
@@ -331,3 +331,36 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
 
 def test_config_strings_survive(config: Config) -> None:
     assert SampleConfig.model_validate(config.to_dict()["sample"]) == config.sample
+
+
+def test_the_weights_that_come_with_sana(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They draw where there is no run, say so, and write into the working directory; a run of the user's own goes first."""
+    monkeypatch.chdir(tmp_path)
+    *_, summary = sample(SampleOptions(("4 two 4 six",), device="cpu"))
+    assert isinstance(summary, SampleSummary)
+    assert summary.shipped
+    assert summary.saved == (Path("sample-quickstart.png"),)
+    list(checkpoint.verify(checkpoint.shipped(), hashes=True))
+    assert checkpoint.find_checkpoint(Path("shipped")) == checkpoint.shipped()
+    assert not (checkpoint.shipped() / "training").exists()
+    record = checkpoint.read_record(checkpoint.shipped())
+    assert {"config", "score"} <= set(record)
+    assert str(Path.home()) not in str(record)
+    assert load_transformer(checkpoint.shipped()).proj_out.weight.dtype == torch.float32
+    assert sum(path.stat().st_size for path in checkpoint.shipped().rglob("*") if path.is_file()) < 4_000_000
+
+    shutil.copytree(step, tmp_path / "runs" / "mine" / "checkpoints" / "step-000004")
+    *_, summary = sample(SampleOptions(("4",), device="cpu"))
+    assert isinstance(summary, SampleSummary)
+    assert not summary.shipped
+    assert summary.checkpoint.parts[:2] == ("runs", "mine")
+
+
+def test_a_release_is_its_checkpoint_in_bf16(step: Path, tmp_path: Path) -> None:
+    given = checkpoint.release(step, tmp_path / "given", {"score": {"accuracy": 1.0}})
+    list(checkpoint.verify(given, hashes=True))
+    assert checkpoint.read_record(given)["score"] == {"accuracy": 1.0}
+    theirs, ours = (load_transformer(place, dtype=None).state_dict() for place in (step, given))
+    assert all(torch.equal(theirs[name].bfloat16(), tensor) for name, tensor in ours.items())
+    assert not (given / "training").exists()
+    assert inspect(InspectOptions(str(given))).facts["step"] == 4

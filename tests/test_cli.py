@@ -26,7 +26,7 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", [(), ("embed",), ("train",), ("sample",), ("inspect",)])
+@pytest.mark.parametrize("command", [(), ("embed",), ("train",), ("sample",), ("inspect",), ("eval",)])
 def test_help_needs_no_torch(command: tuple[str, ...], tmp_path: Path) -> None:
     script = (
         "import sys\nfrom sana_cli.cli import app\n"
@@ -90,7 +90,8 @@ def test_inspect_alone_lists_the_shipped_configs(sana: Sana) -> None:
         (("inspect", "bad.yaml"), 2, "error: bad.yaml:1: unknown key train.lrr; did you mean train.lr?"),
         (("train", "--config", "quikstart"), 2, "error: no config 'quikstart'; did you mean quickstart?"),
         (("train",), 1, "error: no dataset in data/quickstart"),
-        (("sample", "4"), 1, "error: no checkpoint in runs/*/checkpoints"),
+        (("sample", "4", "--checkpoint", "runs"), 1, "error: no checkpoint in runs: it has neither checkpoints/ nor"),
+        (("eval",), 1, "error: no dataset in data/quickstart: the judge learns from its images and labels"),
         (("embed", "--set", "text.encoder=./gemma"), 1, "error: text.encoder: no folder ./gemma"),
         (
             ("embed", "--set", "text.encoder=google/gemma-2-2b-it"),
@@ -105,6 +106,7 @@ def test_inspect_alone_lists_the_shipped_configs(sana: Sana) -> None:
 )
 def test_mistakes_are_one_message(sana: Sana, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
     (tmp_path / "bad.yaml").write_text("train: {lrr: 1}")
+    (tmp_path / "runs").mkdir()
     answer = sana(*arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
     assert (answer.returncode, answer.stdout) == (code, "")
     assert message in answer.stderr

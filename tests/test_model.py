@@ -13,7 +13,7 @@ from torch import Tensor
 from sana_cli.checkpoint import parameter_count
 from sana_cli.config import ModelConfig, load_config
 from sana_cli.formats import diffusers_config
-from sana_cli.model import SanaTransformer, build, positions, sinusoid
+from sana_cli.model import GatedSiLU, SanaTransformer, build, positions, sinusoid
 
 
 def perturbed(config: ModelConfig, seed: int = 0) -> SanaTransformer:
@@ -64,7 +64,7 @@ CONFIGS = st.fixed_dictionaries(
         "cross_attention_head_dim": st.sampled_from([12, 16]),
     }
 )
-GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))  # tokens down and across
+GRIDS = st.tuples(st.integers(1, 7), st.integers(1, 7))  # tokens down and across: fewer and more than a head is wide
 
 
 def a_pair(fields: dict[str, Any]) -> tuple[SanaTransformer, Any]:
@@ -270,3 +270,61 @@ def test_wrong_shapes_are_named() -> None:
         model(x[:, :, :7], captions, timestep, None, mask)
     with pytest.raises(ValueError, match="guidance is needed by models with guidance_embeds"):
         model(x, captions, timestep, timestep, mask)
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm_across_heads"])
+def test_captions_once_and_gathered_are_captions_each_time(qk_norm: str | None) -> None:
+    """Distinct captions with an index, and keys and values made beforehand, give the same velocity and the same gradients."""
+    config = small(qk_norm=qk_norm)
+    model = perturbed(config)
+    x, captions, timestep, mask = inputs(config, 8, 12)
+    index = torch.tensor([2, 0, 0, 1, 2])
+    x, time = x[index] + torch.arange(5.0).view(-1, 1, 1, 1), timestep[index]
+
+    def gradients(velocity: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(velocity.square().sum(), list(model.parameters())))
+
+    expected = model(x, captions[index], time, encoder_attention_mask=mask[index])
+    gathered = model(x, captions, time, encoder_attention_mask=mask, caption_index=index)
+    assert torch.allclose(gathered, expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(gradients(gathered), gradients(expected), strict=True):
+        assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
+    with torch.no_grad():
+        made = model.captions(captions, mask, index)
+        assert torch.allclose(model(x, made, time), expected, atol=1e-5, rtol=1e-5)
+        assert torch.allclose(model(x[1:3], made.rows(1, 3), time[1:3]), expected[1:3], atol=1e-5, rtol=1e-5)
+        one = model(x, made, torch.tensor([437.5]))
+        assert torch.equal(one, model(x, made, torch.full((5,), 437.5)))
+
+
+def test_the_gradient_of_the_gate() -> None:
+    both = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(GatedSiLU.apply, (both,))
+    x, gate = both.detach().chunk(2, dim=-1)
+    assert torch.allclose(GatedSiLU.apply(both), x * gate * gate.sigmoid())
+
+
+def test_bf16_autocast_on_a_cpu_that_has_none_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small()
+    model = perturbed(config)
+    x, captions, timestep, mask = inputs(config, 8, 8)
+    monkeypatch.setattr("sana_cli.model.has_native_bf16", lambda _: False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x, captions, timestep, encoder_attention_mask=mask)
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert torch.equal(found, model(x, captions, timestep, encoder_attention_mask=mask))
+    assert product.dtype == torch.bfloat16  # autocast is as it was
+    monkeypatch.setattr("sana_cli.model.has_native_bf16", lambda _: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(x, captions, timestep, encoder_attention_mask=mask)
+    assert not torch.equal(rounded.float(), found)
+
+
+@pytest.mark.parametrize("init", ["official", "fan_in"])
+def test_initial_embedders(init: str) -> None:
+    weights = build(small(num_attention_heads=8, caption_channels=64), 0, init).state_dict()
+    width = 8 * 16
+    for name, fan_in in (("time_embed.emb.timestep_embedder.linear_1", 256), ("time_embed.linear", width)):
+        expected = 0.02 if init == "official" else fan_in**-0.5
+        assert float(weights[f"{name}.weight"].std()) == pytest.approx(expected, rel=0.03)
+    assert weights["caption_norm.weight"].unique().tolist() == pytest.approx([0.01 if init == "official" else 1.0])

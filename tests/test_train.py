@@ -89,6 +89,18 @@ def test_draws_are_what_the_config_says(config: Config) -> None:
     assert spelled == pytest.approx(0.5, abs=0.03)  # "4" and "four" come equally often
 
 
+def test_any_run_of_images_sees_all_noise_levels() -> None:
+    """Of n in a row, every tenth of the density gets n / 10, give or take two; each seed begins elsewhere."""
+    for first, count in ((0, 64), (12345, 64), (10**9, 640)):
+        drawn = batches.quantiles(first, count, seed=3)
+        assert (drawn > 0).all()
+        assert (drawn < 1).all()
+        counts = np.histogram(drawn, bins=10, range=(0, 1))[0]
+        assert abs(counts - count / 10).max() <= 2
+    assert np.array_equal(batches.quantiles(5, 3, 0), batches.quantiles(0, 8, 0)[5:])
+    assert not np.isclose(batches.quantiles(0, 1, 0), batches.quantiles(0, 1, 1))
+
+
 def test_schedules() -> None:
     settings = TrainConfig(steps=110, warmup_steps=10, schedule="cosine")
     factors = [optim.lr_factor(settings, step) for step in range(110)]

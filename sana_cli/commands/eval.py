@@ -172,6 +172,9 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
 
 
 def _is_pictures(target: Path) -> bool:
+    """A folder with pictures in it that is no run and no checkpoint, which may hold some as well."""
+    if any((target / name).exists() for name in ("checkpoints", "transformer", "config.json")):
+        return False
     return target.is_dir() and any(path.suffix.lower() in PICTURES for path in (*target.glob("*"), *target.glob("*/*")))
 
 

@@ -1,0 +1,98 @@
+"""From nothing to digits, timed: `sana embed` and `sana train`, then every checkpoint judged, against the seconds since the start.
+
+It runs the command line as a user does, in an empty folder, with the default config; saving more checkpoints than that does is the
+only difference. The times are those at which checkpoints were whole, embedding and every start-up included.
+
+    python benchmarks/quickstart.py [--seeds 0 1] [--images 10000] [--plot docs/quickstart.png] [--ship]
+
+`--ship` puts the last checkpoint of the first seed, in bf16 and with its score, where the package finds it (`sana sample` on a
+fresh install).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sana_cli import checkpoint, plots
+
+SAMPLERS = {"dpm++": (), "euler 20 x 2": ("euler", "20", "2"), "euler 20 x 2.5": ("euler", "20", "2.5")}
+
+
+def sana(folder: Path, *arguments: str) -> str:
+    """Run `sana ...` in `folder`; what it printed to stdout."""
+    command = [sys.executable, "-m", "sana_cli", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def judged(folder: Path, step: Path, images: int, sampler: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The result of `sana eval` for one checkpoint, by its own sampler or another (without shift, as plain as can be)."""
+    options = []
+    if sampler:
+        solver, steps, scale = sampler
+        options = ["--solver", solver, "--steps", steps, "--guidance-scale", scale, "--flow-shift", "1"]
+    found = json.loads(sana(folder, "eval", str(step), "--images", str(images), *options, "--json"))
+    (result,) = found["results"]
+    return dict(result) | {"judge": found["judge"]}
+
+
+def main() -> None:
+    """Embed, train, judge; a table, a plot, and with `--ship` the package's weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--folder", type=Path, help="work here, and keep what was made")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--ship", action="store_true")
+    options = parser.parse_args()
+    runs: dict[str, list[dict[str, float]]] = {}
+    real = 0.0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        start = time.time()
+        sana(folder, "embed")
+        embedding = time.time() - start
+        print(f"embedded in {embedding:.1f} s")
+        for seed in options.seeds:
+            run, start = f"runs/seed-{seed}", time.time()
+            sets = (f"train.seed={seed}", f"run.dir={run}", f"train.save_every={options.every}", "train.keep=1000")
+            sana(folder, "train", *(word for one in sets for word in ("--set", one)))
+            points = []
+            for step in checkpoint.steps(folder / run):
+                seconds = embedding + (step / checkpoint.MANIFEST).stat().st_mtime - start
+                result = judged(folder, step, options.images)
+                share, real = result["accuracy"], result["real_frechet_distance"]
+                points.append(
+                    {"seconds": seconds, "distance": result["frechet_distance"], "diversity": result["diversity"], **share}
+                )
+                print(
+                    f"seed {seed}, {step.name}: {seconds:4.0f} s, {share['accuracy']:.2%} as prompted "
+                    f"({share['low']:.2%} to {share['high']:.2%}), Fréchet distance {result['frechet_distance']:.2f} "
+                    f"(real {real:.2f}), diversity {result['diversity']:.2f}",
+                    flush=True,
+                )
+            runs[f"seed {seed}"] = points
+            last = checkpoint.steps(folder / run)[-1]
+            for name, sampler in SAMPLERS.items():
+                other = judged(folder, last, options.images, sampler) if sampler else result
+                print(
+                    f"  {name}: {other['accuracy']['accuracy']:.2%}, Fréchet distance {other['frechet_distance']:.2f}", flush=True
+                )
+            if options.ship and seed == options.seeds[0]:
+                keys = ("images", "frechet_distance", "real_frechet_distance", "diversity", "judge")
+                score = {"accuracy": result["accuracy"]["accuracy"], **{key: result[key] for key in keys}}
+                print(checkpoint.release(last, checkpoint.shipped(), {"score": score}))
+        if options.plot:
+            plots.training_curves(runs, real, options.plot)
+
+
+if __name__ == "__main__":
+    main()
