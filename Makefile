@@ -19,7 +19,7 @@ test: .venv/dev  ## lint, types and tests
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not quality"
 
-quality: .venv/dev  ## train the quickstart in full and let a digit classifier read 200 of its samples
+quality: .venv/dev  ## train the quickstart in full and let its judge read the samples
 	$(BIN)/pytest -m quality -s
 
 bench: .venv/dev  ## every stage against what a user would run instead, as ratios; a quarter of an hour

@@ -46,7 +46,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument(
+        "--between", type=int, default=2000, help="images for other checkpoints and samplers than the last one's own"
+    )
+    parser.add_argument("--every", type=int, default=400, help="steps between checkpoints")
     parser.add_argument("--folder", type=Path, help="work here, and keep what was made")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--ship", action="store_true")
@@ -66,9 +69,10 @@ def main() -> None:
             sets = (f"train.seed={seed}", f"run.dir={run}", f"train.save_every={options.every}", "train.keep=1000")
             sana(folder, "train", *(word for one in sets for word in ("--set", one)))
             points = []
-            for step in checkpoint.steps(folder / run):
+            folders = checkpoint.steps(folder / run)
+            for step in folders:
                 seconds = embedding + (step / checkpoint.MANIFEST).stat().st_mtime - start
-                result = judged(folder, step, options.images)
+                result = judged(folder, step, options.images if step == folders[-1] else options.between)
                 share, real = result["accuracy"], result["real_frechet_distance"]
                 points.append(
                     {"seconds": seconds, "distance": result["frechet_distance"], "diversity": result["diversity"], **share}
@@ -80,9 +84,9 @@ def main() -> None:
                     flush=True,
                 )
             runs[f"seed {seed}"] = points
-            last = checkpoint.steps(folder / run)[-1]
+            last = folders[-1]
             for name, sampler in SAMPLERS.items():
-                other = judged(folder, last, options.images, sampler) if sampler else result
+                other = judged(folder, last, options.between, sampler) if sampler else result
                 print(
                     f"  {name}: {other['accuracy']['accuracy']:.2%}, Fréchet distance {other['frechet_distance']:.2f}", flush=True
                 )

@@ -1,5 +1,10 @@
-"""The command line: parse, call, print. It imports neither torch nor transformers until a command runs."""
+"""The command line: parse, call, print.
 
+What it takes to answer `--help` is imported at once, and the rest when a command runs: not only torch and transformers, but
+pydantic and most of rich too, since a person waits for each tenth of a second.
+"""
+
+import importlib.util
 import os
 import signal
 import sys
@@ -12,17 +17,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sana_cli import __version__, console
-from sana_cli.config import DEFAULT_CONFIG, Config, load_config
-from sana_cli.console import Line
+from sana_cli import __version__
 from sana_cli.errors import Interrupted, SanaError
 from sana_cli.units import human_bytes, human_time
 
 if TYPE_CHECKING:
+    from sana_cli import console
     from sana_cli.commands.embed import EmbedSummary
     from sana_cli.commands.eval import EvalSummary
     from sana_cli.commands.inspect import Report
     from sana_cli.commands.train import TrainPlan, TrainStep
+    from sana_cli.config import Config
+else:
+
+    def _when_used(name: str) -> Any:
+        """A module that is executed when something of it is first asked for."""
+        spec = importlib.util.find_spec(name)
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    console = _when_used("sana_cli.console")
 
 app = typer.Typer(
     name="sana",
@@ -128,7 +145,9 @@ class Stop:
             yield from steps
 
 
-def _config(name: str | None, overrides: list[str] | None) -> Config:
+def _config(name: str | None, overrides: list[str] | None) -> "Config":
+    from sana_cli.config import DEFAULT_CONFIG, load_config
+
     if name is None:
         console.note(f"no --config given: using {DEFAULT_CONFIG}, the offline default")
     return load_config(name, overrides or ())
@@ -200,11 +219,11 @@ def embed(
             )
             return None
 
-        def describe(step: object) -> Line | None:
+        def describe(step: object) -> "console.Line | None":
             if not isinstance(step, EmbedStep):
                 return None
             what = "embed" if step.split == loaded.data.split else f"embed {step.split}"
-            return Line(what, step.images, step.total, f"{step.captions} distinct captions")
+            return console.Line(what, step.images, step.total, f"{step.captions} distinct captions")
 
         summary = console.watch(_attentive(run(options)), describe, quiet=json)
         if summary is None:  # one of several processes, of which the first alone speaks
@@ -247,7 +266,7 @@ def _tell_embedded(summary: "EmbedSummary", held_out: bool) -> None:
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
-def _train_line(step: "TrainStep") -> Line:
+def _train_line(step: "TrainStep") -> "console.Line":
     events = [f"step {step.step}: checkpoint {step.saved}"] if step.saved else []
     events += [f"step {step.step}: samples {step.sampled}"] if step.sampled else []
     events += [f"warning: {step.warning}"] if step.warning else []
@@ -260,7 +279,7 @@ def _train_line(step: "TrainStep") -> Line:
             f"{step.samples_per_second:.0f} img/s{wait}  {human_bytes(step.memory)}"
         )
         left = f"{human_time(step.seconds_left)} left" if step.step < step.steps else ""
-    return Line("train", step.step, step.steps, info, "\n".join(events), step.loss, left)
+    return console.Line("train", step.step, step.steps, info, "\n".join(events), step.loss, left)
 
 
 def _plan_facts(plan: "TrainPlan", keep: int) -> dict[str, Any]:
@@ -309,7 +328,7 @@ def train(
             plan = make_plan(TrainOptions(loaded, resume))
             return console.print_json(plan) if json else console.facts(_plan_facts(plan, loaded.train.keep))
 
-        def describe(step: object) -> Line | None:
+        def describe(step: object) -> "console.Line | None":
             if isinstance(step, TrainStart) and not json:
                 for name, fact in _plan_facts(step.plan, loaded.train.keep).items():
                     console.note(f"{name:<10}  {fact:,}" if isinstance(fact, int) else f"{name:<10}  {fact}")
@@ -433,8 +452,8 @@ def sample(
             trajectory=trajectory,
         )
 
-        def describe(step: object) -> Line | None:
-            return Line(step.stage, step.done, step.total) if isinstance(step, SampleStep) else None
+        def describe(step: object) -> "console.Line | None":
+            return console.Line(step.stage, step.done, step.total) if isinstance(step, SampleStep) else None
 
         summary = console.watch(_attentive(run(options)), describe, quiet=json)
         if json:
@@ -518,8 +537,8 @@ def evaluate(
             plot=plot,
         )
 
-        def describe(step: object) -> Line | None:
-            return Line(step.stage, step.done, step.total) if isinstance(step, EvalStep) else None
+        def describe(step: object) -> "console.Line | None":
+            return console.Line(step.stage, step.done, step.total) if isinstance(step, EvalStep) else None
 
         summary = console.watch(_attentive(run(options)), describe, quiet=json)
         if json:

@@ -198,7 +198,7 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    steps: PositiveInt = Field(3200, description="optimizer steps")
+    steps: PositiveInt = Field(2600, description="optimizer steps")
     batch_size: PositiveInt = Field(32, description="images of a micro-batch of one process")
     accumulate: PositiveInt = Field(
         1, description="micro-batches of a step in each process, whose gradients are averaged over their images"
@@ -263,7 +263,7 @@ class SampleConfig(Section):
 
     steps: PositiveInt = Field(8, description="solver steps")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
-        2.0, description="1 is none; above 1 follows the prompt more, with less variety"
+        2.5, description="1 is none; above 1 follows the prompt more, with less variety"
     )
     guidance_interval: Interval = Field((0.0, 1.0), description="the range of sigma in which guidance is used")
     solver: Literal["dpm++", "euler", "heun", "scm"] = Field(

@@ -198,9 +198,9 @@ def _theirs(place: Path, folder: Path, weights: formats.Weights | None) -> Pipel
 def _family_sampling(weights: formats.Weights) -> SampleConfig:
     """The settings that a family was published with."""
     if weights.origin == "lesson":  # which has no guidance
-        return SampleConfig(guidance_scale=1.0)
+        return SampleConfig(steps=20, guidance_scale=1.0, flow_shift=1.0)
     if weights.model.guidance_embeds:  # diffusers `pipeline_sana_sprint.py`
-        return SampleConfig(solver="scm", steps=2, guidance_scale=4.5)
+        return SampleConfig(solver="scm", steps=2, guidance_scale=4.5, flow_shift=1.0)
     if weights.model.in_channels in (1, 3):  # pixels: nobody published any, so what suits ours
         return SampleConfig()
     shift = 6.0 if (weights.model.sample_size or 0) >= 128 else 3.0  # 6 for the 4K model

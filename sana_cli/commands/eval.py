@@ -230,7 +230,7 @@ def _pictures(folder: Path, dataset: Dataset, meaning: Mapping[str, int]) -> Ite
                 f"{path} is {image.width}x{image.height}; {dataset.directory} has {width}x{height}",
                 "single images are judged, not grids: sana sample --separate DIR",
             )
-        images.append(torch.from_numpy(fit_image(image, (height, width), channels)))
+        images.append(torch.tensor(fit_image(image, (height, width), channels)))
         captions.append(str(prompt))
     yield None, 0.0, torch.stack(images), captions
 
