@@ -26,7 +26,7 @@ from sana_cli.model import Captions, SanaTransformer
 from sana_cli.text import pad_states
 
 FALLBACK_IMAGES = 64  # at once, where the system does not say how much memory is free
-MOST_IMAGES = 512  # at once: more are no faster, and say later how far they are
+MOST_IMAGES = 256  # at once: more are no faster, and say later how far they are
 SHARE_OF_FREE_MEMORY = 0.5
 PNG_KEY = "sana"
 GRID_GAP = 4

@@ -166,6 +166,15 @@ class Dropout(nn.Module):
         return x * (drawn >= self.p * 2**32).view_as(x) / (1 - self.p)
 
 
+def together(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """What several linear layers of the same width make of the same x, by one product with their weights end to end.
+
+    One product of three times the width runs faster, forward and back, than three; joining the weights takes little beside it.
+    """
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias).chunk(len(layers), dim=-1)
+
+
 class LinearAttention(nn.Module):
     """ReLU linear self-attention (paper section 2.2): relu(q) (relu(k)^T v) / (relu(q) sum relu(k)), sums in float32.
 
@@ -184,7 +193,8 @@ class LinearAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), Dropout(config.dropout, 2 * layer)])
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)  # (B, N, D) each
+        q, k, v = together(x, self.to_q, self.to_k, self.to_v)  # (B, N, D) each
+        q, k = self.norm_q(q), self.norm_k(k)
         with torch.autocast(x.device.type, enabled=False):  # half-precision sums over tokens overflow
             q, k, v = (rearrange(t.float(), "b n (heads d) -> b heads n d", heads=self.heads) for t in (F.relu(q), F.relu(k), v))
             if q.shape[-2] <= q.shape[-1]:
@@ -214,8 +224,8 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, caption: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of caption tokens, (K, heads, L, d) each: they depend on nothing but the caption."""
-        k, v = self.norm_k(self.to_k(caption)), self.to_v(caption)
-        k, v = (rearrange(t, "k n (heads d) -> k heads n d", heads=self.heads) for t in (k, v))
+        k, v = together(caption, self.to_k, self.to_v)
+        k, v = (rearrange(t, "k n (heads d) -> k heads n d", heads=self.heads) for t in (self.norm_k(k), v))
         return k, v
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None, keys: Tensor | None = None) -> Tensor:
