@@ -389,7 +389,7 @@ class SanaTransformer(nn.Module):
             raise ValueError(f"hidden_states is {height}x{width}; the patch size {patch} must divide both")
         if (guidance is not None) != self.config.guidance_embeds:
             raise ValueError("guidance is needed by models with guidance_embeds, and by no others")
-        with _fast_arithmetic(hidden_states.device):
+        with _fast_arithmetic(self.proj_out.weight):
             given = hidden_states, encoder_hidden_states, timestep, guidance, encoder_attention_mask, dropout_keys, caption_index
             return self.velocity(*given)
 
@@ -398,7 +398,7 @@ class SanaTransformer(nn.Module):
 
         With `caption_index` (B,), those of each sample.
         """
-        with _fast_arithmetic(states.device):
+        with _fast_arithmetic(self.proj_out.weight):
             caption = self.caption_norm(self.caption_projection(states))  # (K, L, D)
             bias = None if mask is None else _mask_bias(mask, caption.dtype)
             rows = torch.arange(len(states), device=states.device) if caption_index is None else caption_index
@@ -446,14 +446,14 @@ def _mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _fast_arithmetic(device: torch.device) -> Iterator[None]:
-    """Float32 in place of a bf16 autocast that the device could only emulate.
+def _fast_arithmetic(weight: Tensor) -> Iterator[None]:
+    """Float32 in place of a bf16 autocast that the device of a float32 `weight` could only emulate.
 
     Autocast to bf16 is there for speed. A CPU without bf16 arithmetic takes tens of times as long over it as over float32,
     which is nearer to the truth as well.
     """
-    emulated = device.type == "cpu" and torch.is_autocast_enabled("cpu") and not has_native_bf16(device)
-    with torch.autocast("cpu", enabled=False) if emulated else nullcontext():
+    asked = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", enabled=False) if asked and not has_native_bf16(weight.device) else nullcontext():
         yield
 
 

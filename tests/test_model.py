@@ -314,6 +314,9 @@ def test_bf16_autocast_on_a_cpu_that_has_none_is_float32(monkeypatch: pytest.Mon
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert torch.equal(found, model(x, captions, timestep, encoder_attention_mask=mask))
     assert product.dtype == torch.bfloat16  # autocast is as it was
+    with torch.autocast("cpu", torch.bfloat16):  # weights that are kept in bf16 go on in bf16
+        kept = copy.deepcopy(model).bfloat16()(x, captions, timestep, encoder_attention_mask=mask)
+    assert float((kept - found).norm() / found.norm()) < 0.05
     monkeypatch.setattr("sana_cli.model.has_native_bf16", lambda _: True)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x, captions, timestep, encoder_attention_mask=mask)
