@@ -140,7 +140,9 @@ def test_runs_do_not_depend_on_the_number_of_processes(config: Config, optimizer
             # Muon makes its matrices orthogonal in bf16
             assert_near(there.run.dir / "checkpoints" / folder.name, folder, 2e-5 if optimizer == "adamw" else 1e-3)
         found = [json.loads(line) for line in (there.run.dir / "metrics.jsonl").read_text().splitlines()]
-        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+        # as far as a loss tells of weights that Muon's bf16 products keep apart by 1e-3
+        rounding = 1e-6 if optimizer == "adamw" else 1e-5
+        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in lines], rel=rounding)
         assert found[1]["held_out_loss"] == pytest.approx(lines[1]["held_out_loss"], rel=1e-5)
         assert sorted(path.name for path in (there.run.dir / "samples").iterdir()) == [f"step-00000{n}.png" for n in (0, 2, 4)]
 
@@ -148,17 +150,19 @@ def test_runs_do_not_depend_on_the_number_of_processes(config: Config, optimizer
 @pytest.mark.parametrize(("first", "second"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (4, "fsdp")), ((4, "ddp"), (2, "fsdp"))])
 def test_any_number_of_processes_resumes(config: Config, first: tuple[int, str], second: tuple[int, str]) -> None:
     """A step keeps its images: with the same config, another number of processes only cuts it otherwise."""
-    straight = small_config(config.data.dir.parent, f"run.dir={config.run.dir}-straight", "train.batch_size=6", "train.keep=9")
+    straight = small_config(
+        config.data.dir.parent, f"run.dir={config.run.dir}-straight", "train.batch_size=6", "train.keep=9", "train.lr=1e-3"
+    )
     run(straight)
 
     def part(processes: int, kind: str, steps: int) -> Config:
         size = 6 // first[0]  # a step of the first part: 6 images, or with four processes 4
         return small_config(
-            config.data.dir.parent, f"train.parallel={kind}", f"train.batch_size={size}", f"train.steps={steps}", "train.schedule=constant"
+            config.data.dir.parent, f"train.parallel={kind}", f"train.batch_size={size}", f"train.steps={steps}", "train.schedule=constant", "train.lr=1e-3"
         )  # fmt: skip
 
     straight = small_config(
-        config.data.dir.parent, f"run.dir={config.run.dir}-constant", f"train.batch_size={6 // first[0] * first[0]}", "train.schedule=constant"
+        config.data.dir.parent, f"run.dir={config.run.dir}-constant", f"train.batch_size={6 // first[0] * first[0]}", "train.schedule=constant", "train.lr=1e-3"
     )  # fmt: skip
     expected = run(straight)
     for (processes, kind), steps in ((first, 2), (second, 4)):
