@@ -104,6 +104,17 @@ def user_errors() -> Iterator[None]:
             raise typer.Exit(1) from None
 
 
+def _load_torch() -> None:
+    """Import torch. An exception that a signal raises while its C++ loads would abort the process: until then one ends it at once."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        os.write(2, b"error: interrupted\n" if number == signal.SIGINT else b"error: terminated\n")
+        os._exit(128 + number)
+
+    with _handling(end):
+        import torch  # noqa: F401
+
+
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """SIGINT and SIGTERM go to `handler`, and SIGHUP too, unless it is ignored (nohup)."""
@@ -197,6 +208,7 @@ def embed(
     """
     with user_errors():
         loaded = _config(config, set_)
+        _load_torch()
         from sana_cli.commands.embed import EmbedOptions, EmbedStep
         from sana_cli.commands.embed import embed as run
         from sana_cli.commands.embed import plan as make_plan
@@ -320,6 +332,7 @@ def train(
     """
     with user_errors():
         loaded = _config(config, set_)
+        _load_torch()
         from sana_cli.commands.train import TrainOptions, TrainStart, TrainStep
         from sana_cli.commands.train import plan as make_plan
         from sana_cli.commands.train import train as run
@@ -423,6 +436,7 @@ def sample(
     Examples: sana sample '4 two 4 six'; sana sample seven --images-per-prompt 8 --guidance-scale 3 --out seven.png
     """
     with user_errors():
+        _load_torch()
         from sana_cli.commands.sample import SampleOptions, SampleStep
         from sana_cli.commands.sample import sample as run
 
@@ -516,6 +530,7 @@ def evaluate(
     Examples: sana eval; sana eval runs/quickstart --sweep --images 2000 --plot sweep.png; sana eval samples/ --json
     """
     with user_errors():
+        _load_torch()
         from sana_cli.commands.eval import EvalOptions, EvalStep, record
         from sana_cli.commands.eval import evaluate as run
 
@@ -609,6 +624,7 @@ def inspect(
     Examples: sana inspect; sana inspect sana; sana inspect runs/quickstart; sana inspect quickstart --yaml > mine.yaml
     """
     with user_errors():
+        _load_torch()
         from sana_cli.commands.inspect import InspectOptions
         from sana_cli.commands.inspect import inspect as run
 
