@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from sana_cli import checkpoint, files, formats
@@ -98,6 +99,23 @@ def open_pipeline(
     if autoencoder is not None and not pipeline.latents:
         raise SanaError(f"--autoencoder: {place} draws pixels, not latents", exit_code=2)
     return replace(pipeline, text=text, autoencoder=autoencoder or pipeline.autoencoder)
+
+
+def given_settings(base: Mapping[str, Any], given: Mapping[str, Any]) -> SampleConfig:
+    """Sampling settings of a checkpoint with what the command line says instead.
+
+    Raises:
+        SanaError: naming each option that cannot be.
+    """
+    try:
+        settings = SampleConfig.model_validate({**base, **given})
+    except ValidationError as error:
+        lines = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
+        raise SanaError(*lines, exit_code=2) from error
+    low, high = settings.guidance_interval
+    if low >= high:
+        raise SanaError(f"--guidance-interval: {low} must be below {high}", exit_code=2)
+    return settings
 
 
 def _around(place: Path) -> Path:

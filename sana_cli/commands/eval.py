@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from sana_cli import __version__, checkpoint, draw, files, judge, plots
@@ -21,7 +20,7 @@ from sana_cli.data import BadImage, decode_image, fit_image
 from sana_cli.device import resolve_device, resolve_precision
 from sana_cli.errors import SanaError
 from sana_cli.judge import Judge, JudgeStep, Verdict
-from sana_cli.pipeline import Pipeline, open_pipeline
+from sana_cli.pipeline import Pipeline, given_settings, open_pipeline
 from sana_cli.store import Dataset, held_out_dir, is_dataset
 from sana_cli.text import check_same_encoder
 
@@ -104,14 +103,10 @@ def _settings(options: EvalOptions, pipeline: Pipeline) -> list[SampleConfig]:
             base[key] = getattr(options, key)
     steps = options.steps or (SWEEP_STEPS if options.sweep else (base["steps"],))
     scales = options.guidance_scale or (SWEEP_GUIDANCE if options.sweep else (base["guidance_scale"],))
-    made = []
-    for solver, count, scale in itertools.product(options.solver or (base["solver"],), steps, scales):
-        try:
-            made.append(SampleConfig.model_validate({**base, "solver": solver, "steps": count, "guidance_scale": scale}))
-        except ValidationError as error:
-            lines = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
-            raise SanaError(*lines, exit_code=2) from error
-    return made
+    return [
+        given_settings(base, {"solver": solver, "steps": count, "guidance_scale": scale})
+        for solver, count, scale in itertools.product(options.solver or (base["solver"],), steps, scales)
+    ]
 
 
 def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from sana_cli import __version__, checkpoint, draw, files, hub
@@ -19,7 +18,7 @@ from sana_cli.autoencoder import Autoencoder, AutoencoderInfo, read_info
 from sana_cli.config import SampleConfig
 from sana_cli.device import Stage, peak_memory, resolve_device, resolve_precision
 from sana_cli.errors import SanaError
-from sana_cli.pipeline import Pipeline, open_pipeline
+from sana_cli.pipeline import Pipeline, given_settings, open_pipeline
 from sana_cli.text import CaptionEncoder, check_same_encoder, load_encoder
 
 OFFLOADS = ("auto", "model", "none")
@@ -89,14 +88,7 @@ def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
         for key in ("steps", "guidance_scale", "guidance_interval", "solver", "flow_shift", "seed")
         if getattr(options, key) is not None
     }
-    try:
-        settings = SampleConfig.model_validate({**pipeline.sample.model_dump(), **given})
-    except ValidationError as error:
-        lines = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
-        raise SanaError(*lines, exit_code=2) from error
-    low, high = settings.guidance_interval
-    if low >= high:
-        raise SanaError(f"--guidance-interval: {low} must be below {high}", exit_code=2)
+    settings = given_settings(pipeline.sample.model_dump(), given)
     if pipeline.model.guidance_embeds and settings.solver != "scm":
         raise SanaError(f"--solver: a Sprint model is for scm, not {settings.solver}", exit_code=2)
     if settings.solver == "scm" and not pipeline.model.guidance_embeds:
