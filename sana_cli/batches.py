@@ -120,7 +120,7 @@ def pick(which: float, weights: Sequence[float] | None, count: int) -> int:
     if weights is None:
         return int(which * count)
     ends = np.cumsum(weights)
-    return int(np.searchsorted(ends, which * ends[-1], side="right"))
+    return min(int(np.searchsorted(ends, which * ends[-1], side="right")), count - 1)
 
 
 class Reader:

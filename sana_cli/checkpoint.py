@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_cli import __version__, files, formats
+from sana_cli import __version__, files, formats, records
 from sana_cli.config import ModelConfig, SampleConfig
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer, build
@@ -147,7 +147,7 @@ def release(source: Path, target: Path, more: Mapping[str, Any]) -> Path:
         weights = Path("transformer") / formats.WEIGHTS
         tensors = {name: tensor.to(torch.bfloat16) for name, tensor in files.read_tensors(source / weights).items()}
         files.write_tensors(folder / weights, tensors, files.read_metadata(source / weights))
-        files.write_json(folder / RECORD, {**record, "config": files.read_json(source / STATE)["config"], **more})
+        files.write_json(folder / RECORD, {**record, "config": read_state(source)["config"], **more})
         _seal(folder)
     return target
 
@@ -177,7 +177,7 @@ def verify(folder: Path, hashes: bool = False) -> Iterator[str]:
     """
     if not (folder / MANIFEST).is_file():
         raise SanaError(f"{folder.name} lacks {MANIFEST}: it was not finished")
-    listing = files.read_sealed_json(folder / MANIFEST)["files"]
+    listing = records.checked(records.Manifest, files.read_sealed_json(folder / MANIFEST), folder / MANIFEST)["files"]
     yield MANIFEST
     for name, entry in listing.items():
         files.check_size(folder / name, entry["bytes"])
@@ -262,7 +262,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = files.read_json(folder / RECORD)
     if record.get("version") != RECORD_VERSION:
         raise SanaError(f"{folder / RECORD}: version {record.get('version')}; this sana reads version {RECORD_VERSION}")
-    return record
+    return records.checked(records.Checkpoint, record, folder / RECORD)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`training/state.json` of a step folder.
+
+    Raises:
+        SanaError: there is none, or it is damaged.
+    """
+    return records.checked(records.State, files.read_json(folder / STATE), folder / STATE)
 
 
 def transformer_path(place: Path) -> Path:

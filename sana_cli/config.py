@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, one_line
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_DEPTH = 20  # of YAML: PyYAML's time grows with the square of it
 MAX_WIDTH = 65536
 DEFAULT_CONFIG = "quickstart"
 
@@ -376,11 +377,9 @@ def _parse(text: str, name: str) -> _Document:
     loader: _Loader | None = None
     try:
         loader = _Loader(text)
-        events = list(yaml.parse(text, Loader=yaml.SafeLoader))
-        aliases = [event for event in events if isinstance(event, yaml.AliasEvent)]
-        if aliases:
-            line = aliases[0].start_mark.line + 1 if aliases[0].start_mark else 1
-            document.problems.append(f"{name}:{line}: YAML aliases are not used in configs; write it out")
+        refusal = _refusal(text)
+        if refusal:
+            document.problems.append(f"{name}:{refusal}")
             return document
         root = loader.get_single_node()
         if root is None:
@@ -396,12 +395,23 @@ def _parse(text: str, name: str) -> _Document:
         document.problems.append(f"{name}:{line}: not YAML: {error.problem}")
     except yaml.YAMLError as error:
         document.problems.append(f"{name}:1: not YAML: {str(error).splitlines()[0]}")
-    except RecursionError:
-        document.problems.append(f"{name}:1: nested too deeply to be a config")
     finally:
         if loader is not None:
             loader.dispose()
     return document
+
+
+def _refusal(text: str) -> str:
+    """Why YAML text is not even composed, with its line: an alias, which may unfold without end, or brackets within brackets."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if isinstance(event, yaml.AliasEvent):
+            return f"{line}: YAML aliases are not used in configs; write it out"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            return f"{line}: nested too deeply to be a config"
+    return ""
 
 
 def _plain(loader: _Loader, node: yaml.Node, at: tuple[str, ...], name: str, document: _Document) -> Any:
@@ -505,7 +515,7 @@ def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
         if not dropped:
             break
     if problems:
-        raise SanaError(*dict.fromkeys(problems), exit_code=2)
+        raise SanaError(*map(one_line, dict.fromkeys(problems)), exit_code=2)
     return config
 
 

@@ -4,7 +4,6 @@ Human text goes to stderr, results to stdout. It imports no torch and computes n
 """
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -21,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sana_cli.errors import SanaError
-from sana_cli.units import human_bytes
+from sana_cli.units import as_json, human_bytes
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress, at first
 SHARE_BETWEEN_LINES = 0.02  # of the time so far: a log of days is not one of ten thousands of lines
@@ -94,7 +93,7 @@ def plain(value: Any) -> Any:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     if FIRST:
-        sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(as_json(plain(value), indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

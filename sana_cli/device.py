@@ -115,8 +115,13 @@ class Stage:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what freed tensors held, so that the next model finds room."""
+    """Free what only cycles still hold, and give all back to the system, so that the next model finds room."""
     gc.collect()
+    return_memory(device)
+
+
+def return_memory(device: torch.device) -> None:
+    """Give back to the system what freed tensors held."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

@@ -18,12 +18,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from sana_cli import __version__, flow
+from sana_cli import __version__, flow, records
 from sana_cli.config import ModelConfig, SampleConfig
 from sana_cli.device import free_memory
 from sana_cli.errors import SanaError
 from sana_cli.model import Captions, SanaTransformer
 from sana_cli.text import pad_states
+from sana_cli.units import as_json
 
 FALLBACK_IMAGES = 64  # at once, where the system does not say how much memory is free
 MOST_IMAGES = 256  # at once: more are no faster, and say later how far they are
@@ -245,7 +246,7 @@ def _fit(label: str, font: Any, width: int) -> str:
 def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
     """Write a PNG that says how it was made, in its `sana` text chunk (JSON); `read_record` gives it back."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(PNG_KEY, json.dumps(record, ensure_ascii=False))
+    info.add_itxt(PNG_KEY, as_json(record))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -265,7 +266,7 @@ def read_record(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             text = getattr(image, "text", {}).get(PNG_KEY)
-            return dict(json.loads(text)) if text else _not_ours(path)
+            return records.checked(records.Picture, json.loads(text), path) if text else _not_ours(path)
     except (OSError, ValueError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
         raise SanaError(f"{path} is not a PNG that can be read: {error}") from error
 

@@ -11,6 +11,11 @@ def listed(problems: Sequence[str]) -> list[str]:
     return [f"  {line}" for line in (*problems[:MOST_LISTED], *more)]
 
 
+def one_line(text: str) -> str:
+    """Text that others wrote, such as a key or a file's name, as one line that no terminal obeys: odd characters are spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class SanaError(Exception):
     """A mistake or a mishap that the user can do something about.
 

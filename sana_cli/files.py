@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sana_cli.errors import SanaError
+from sana_cli.units import as_json
 
 _UNSEALED = '"sha256": ""'
 
@@ -48,7 +49,7 @@ def write_text(path: Path, text: str) -> None:
 
 def json_text(content: Mapping[str, Any]) -> str:
     """Readable JSON."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return as_json(content, indent=2) + "\n"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ Shapes: n rows of a shard, k captions of an image at most, C H W of an image, D 
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sana_cli import files
+from sana_cli import files, records
 from sana_cli.errors import SanaError
+from sana_cli.units import as_json
 
 FORMAT_VERSION = 1
 WINDOW = 4096  # entries of the source in a shard, at most
@@ -86,7 +87,14 @@ def _pack_texts(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 def _unpack_texts(joined: Tensor, offsets: Tensor) -> list[str]:
     raw, ends = joined.numpy().tobytes(), offsets.tolist()
-    return [raw[a:b].decode("utf-8", errors="surrogatepass") for a, b in pairwise(ends)]
+    return [_text(raw[a:b]) for a, b in pairwise(ends)]
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8", errors="surrogatepass")
+    except UnicodeDecodeError:  # damaged, which `verify` finds
+        return raw.decode("utf-8", errors="backslashreplace")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -186,7 +194,7 @@ class DatasetWriter:
             assert len(whole) == windows, "a window is missing"
             skipped = [entry for record in whole for entry in record["skipped"]]
             if skipped:
-                lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+                lines = "".join(as_json(entry) + "\n" for entry in skipped)
                 files.write_text(self.folder / SKIPPED, lines)
             image_shards = [shard for record in whole for shard in record["images"]]
             texts = list(captions)
@@ -255,21 +263,61 @@ class Dataset:
             if partial_dir(directory).is_dir():
                 lines.append(f"{partial_dir(directory)} is unfinished work: an embed that was stopped")
             raise SanaError(*lines, "make one with: sana embed (with the same --config)")
-        self.index = files.read_sealed_json(directory / INDEX)
-        if self.index["format_version"] != FORMAT_VERSION:
+        index = files.read_sealed_json(directory / INDEX)
+        if index.get("format_version") != FORMAT_VERSION:
             raise SanaError(
-                f"{directory}: format version {self.index['format_version']}; this sana reads version {FORMAT_VERSION}",
+                f"{directory}: format version {index.get('format_version')}; this sana reads version {FORMAT_VERSION}",
                 "embed it again with: sana embed --overwrite",
             )
-        self._captions = [self._open(shard) for shard in self.index["captions"]]
-        self._images = [self._open(shard) for shard in self.index["images"]]
+        self.index = records.checked(records.Index, index, directory / INDEX)
+        for kind in ("captions", "images"):
+            if sum(shard["count"] for shard in self.index[kind]) != self.index["counts"][kind]:
+                raise SanaError(f"{directory / INDEX}: {kind}: its shards do not have as many as it says")
+        self._captions = [self._open(shard, self._captions_fit) for shard in self.index["captions"]]
+        self._images = [self._open(shard, self._images_fit) for shard in self.index["images"]]
         self._caption_starts = np.cumsum([0, *(shard["count"] for shard in self.index["captions"])])
         self._image_starts = np.cumsum([0, *(shard["count"] for shard in self.index["images"])])
 
-    def _open(self, shard: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _open(self, shard: Mapping[str, Any], fit: Callable[[dict[str, Tensor], int], bool]) -> dict[str, Tensor]:
         path = self.directory / shard["file"]
         files.check_size(path, shard["bytes"])
-        return files.read_tensors(path)
+        tensors = files.read_tensors(path)
+        try:
+            whole = fit(tensors, shard["count"])
+        except (KeyError, IndexError, RuntimeError):  # a tensor that is not there, or has nothing in it
+            whole = False
+        if not whole:
+            raise self._damaged(path)
+        return tensors
+
+    def _damaged(self, path: Path) -> SanaError:
+        return SanaError(
+            f"{path} is damaged: its tensors are not those of a dataset",
+            f"sana inspect --verify {self.directory} looks at every byte; sana embed --overwrite makes it anew",
+        )
+
+    def _captions_fit(self, tensors: dict[str, Tensor], count: int) -> bool:
+        states, offsets, ends = tensors["states"], tensors["offsets"], tensors["text_offsets"]
+        return (
+            (states.dtype, states.shape[1:]) == (torch.bfloat16, (self.index["caption_dim"],))
+            and all((t.dtype, t.shape) == (torch.int64, (count + 1,)) for t in (offsets, ends))
+            and bool(offsets[0] == 0 and offsets[-1] == len(states) and (offsets.diff() > 0).all())
+            and bool(ends[0] == 0 and (ends.diff() >= 0).all())
+            and (tensors["text"].dtype, tensors["text"].ndim) == (torch.uint8, 1)
+        )
+
+    def _images_fit(self, tensors: dict[str, Tensor], count: int) -> bool:
+        kind, dtype = ("images", torch.uint8) if self.index["image"]["kind"] == "pixels" else ("latents", torch.bfloat16)
+        samples, ids, ends = tensors[kind], tensors["caption_ids"], tensors["sample_id_offsets"]
+        weights, labels = tensors.get("caption_weights"), tensors.get("labels")
+        return (
+            (samples.dtype, samples.shape) == (dtype, (count, *self.image_shape))
+            and (ids.dtype, ids.ndim, len(ids)) == (torch.int32, 2, count)
+            and (ends.dtype, ends.shape) == (torch.int64, (count + 1,))
+            and (tensors["sample_ids"].dtype, tensors["sample_ids"].ndim) == (torch.uint8, 1)
+            and (weights is None or (weights.dtype, weights.shape) == (torch.float32, ids.shape))
+            and (labels is None or (labels.dtype in (torch.int16, torch.int32) and labels.shape == (count,)))
+        )
 
     def __len__(self) -> int:
         return int(self.index["counts"]["images"])
@@ -306,9 +354,15 @@ class Dataset:
                 yield from map(json.loads, file)
 
     def states(self, caption_ids: Iterable[int]) -> list[Tensor]:
-        """The states (tokens, D) of each caption."""
-        found = []
-        for shard, row in _locate(self._captions, self._caption_starts, list(caption_ids)):
+        """The states (tokens, D) of each caption.
+
+        Raises:
+            SanaError: there is no such caption: the ids are of a damaged file.
+        """
+        found, wanted = [], list(caption_ids)
+        if any(not 0 <= number < self._caption_starts[-1] for number in wanted):
+            raise self._damaged(self.directory)
+        for shard, row in _locate(self._captions, self._caption_starts, wanted):
             start, end = shard["offsets"][row : row + 2].tolist()
             found.append(shard["states"][start:end])
         return found
@@ -335,8 +389,11 @@ class Dataset:
         return torch.stack([shard["images"][row] for shard, row in self._rows(rows)])
 
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:
-        """The ids of each image's captions."""
-        return [[i for i in shard["caption_ids"][row].tolist() if i >= 0] for shard, row in self._rows(rows)]
+        """The ids of each image's captions, one at least."""
+        found = [[i for i in shard["caption_ids"][row].tolist() if i >= 0] for shard, row in self._rows(rows)]
+        if not all(found):
+            raise self._damaged(self.directory)
+        return found
 
     def caption_weights(self, rows: np.ndarray) -> list[list[float] | None]:
         """The weights of each image's captions, in the same order; None where all are alike."""
@@ -356,7 +413,7 @@ class Dataset:
         names = []
         for shard, row in self._rows(rows):
             start, end = shard["sample_id_offsets"][row : row + 2].tolist()
-            names.append(shard["sample_ids"][start:end].numpy().tobytes().decode("utf-8", errors="surrogatepass"))
+            names.append(_text(shard["sample_ids"][start:end].numpy().tobytes()))
         return names
 
 

@@ -99,7 +99,7 @@ def test_what_is_stored_comes_back(config: Config) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    captions=st.lists(st.lists(st.text(max_size=8), max_size=3, unique=True), min_size=1, max_size=6),
+    captions=st.lists(st.lists(st.text(max_size=8), min_size=1, max_size=3, unique=True), min_size=1, max_size=6),
     channels=st.sampled_from([1, 3]),
     windows_count=st.integers(1, 3),
 )
@@ -126,7 +126,8 @@ def test_any_dataset_comes_back(
         shards = [writer.write_captions(number, at, fresh) for at, fresh in enumerate(windows[number][0])]
         writer.write(number, shards, windows[number][1], ids, [])
     image = {"kind": "pixels", "channels": channels, "height": 2, "width": 3}
-    facts = {"image": image, "encoder": {}, "source": {}, "caption_dim": 4}
+    encoder = {"encoder": "drawn", "architecture": "none", "weights": "", "dtype": "fp32"}
+    facts = {"image": image, "encoder": encoder, "source": {}, "caption_dim": 4}
     store.DatasetWriter(folder, plan).finish(windows_count, ids, facts)
     dataset = store.Dataset(folder)
     assert dataset.labels() is None

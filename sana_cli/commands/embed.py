@@ -27,7 +27,7 @@ from sana_cli.autoencoder import Autoencoder, read_info
 from sana_cli.config import Config
 from sana_cli.data import Entry, Skipped, Source, open_source
 from sana_cli.data.images import decode_all
-from sana_cli.device import peak_memory, release_memory, resolve_device
+from sana_cli.device import peak_memory, resolve_device, return_memory
 from sana_cli.distributed import World, world
 from sana_cli.errors import SanaError
 from sana_cli.text import CaptionEncoder, asked_for, check_same_encoder, load_encoder
@@ -409,7 +409,7 @@ class _Work:
                     skipped = [{"name": entry.name, "reason": entry.reason} for _, entry in window.skipped]
                     write(self.writer.write, window.number, captions, images, self.caption_ids, skipped)
                     del window, shards, captions, images, new
-                    release_memory(self.encoder.device)  # many small tensors leave holes that malloc would keep
+                    return_memory(self.encoder.device)  # many small tensors leave holes that malloc would keep
                     yield
                 if writing is not None:
                     writing.result()
@@ -440,7 +440,7 @@ class _Work:
         for begin in range(0, len(entries), IMAGES_AT_ONCE):
             pixels = torch.from_numpy(np.stack(window.pixels[begin : begin + IMAGES_AT_ONCE]))
             parts.append(pixels if self.autoencoder is None else self.autoencoder.encode(pixels.float() / 127.5 - 1))
-            if not parts[-1].isfinite().all():
+            if self.autoencoder is not None and not parts[-1].isfinite().all():
                 raise SanaError(f"the autoencoder gave latents that are not finite, from {entries[begin].id} on")
         return store.Images(
             pixels=torch.cat(parts) if parts else torch.empty(0),

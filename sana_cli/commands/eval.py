@@ -4,7 +4,6 @@ Prompt accuracy, Fréchet distance and diversity within a caption, at one settin
 """
 
 import itertools
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,7 +154,7 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
     try:
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            files.write_text(options.out, json.dumps(record(bare), indent=2, ensure_ascii=False) + "\n")
+            files.write_text(options.out, files.json_text(record(bare)))
             saved.append(options.out)
         if options.plot is not None:
             options.plot.parent.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_cli import checkpoint, draw, files, formats, store
+from sana_cli import checkpoint, draw, formats, store
 from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, one_line
 from sana_cli.model import build, module_rows
 from sana_cli.pipeline import INDEX, Pipeline, open_pipeline
 from sana_cli.text import TINY_DIM, text_config
@@ -155,8 +155,8 @@ def _config(path: Path) -> Report:
 def _checkpoint(path: Path, verify: bool) -> Report:
     folder = checkpoint.find_checkpoint(path)
     checked = list(checkpoint.verify(folder, hashes=verify))
-    record, model = checkpoint.read_record(folder), open_pipeline(folder).model
-    image, encoder, sample = record["image"], record["encoder"], record["sample"]
+    record, pipeline = checkpoint.read_record(folder), open_pipeline(folder)
+    image, encoder, model, sample = record["image"], record["encoder"], pipeline.model, pipeline.sample
     sizes = {name: sum(f.stat().st_size for f in (folder / name).rglob("*")) for name in ("transformer", "training")}
     facts: dict[str, Any] = {}
     is_run = (path / "checkpoints").is_dir()
@@ -172,7 +172,7 @@ def _checkpoint(path: Path, verify: bool) -> Report:
         "encoder": f"{encoder['encoder']} ({encoder['architecture']}, {encoder['dtype']}, {encoder['weights'][:12]})",
         "captions": "single words" if record["one_word_captions"] else "sentences",
         "dataset": f"{record['dataset']['images']:,} images, {record['dataset']['sha256'][:12]}",
-        "sampling": f"{sample['solver']}, {sample['steps']} steps, guidance {sample['guidance_scale']:g}",
+        "sampling": f"{sample.solver}, {sample.steps} steps, guidance {sample.guidance_scale:g}",
         "made by": record["made_by"],
     }
     if "score" in record:
@@ -188,12 +188,15 @@ def _checkpoint(path: Path, verify: bool) -> Report:
     if run_config.is_file():
         config = load_config(str(run_config))
     elif "config" in record or state.is_file():  # a step folder alone knows no paths
-        known = dict(record["config"] if "config" in record else files.read_json(state)["config"])
+        known = dict(record["config"] if "config" in record else checkpoint.read_state(folder)["config"])
         known["text"] = text_config(encoder).model_dump()
         factor = image.get("factor", 1)
         known["data"] = {"image_size": [image["height"] * factor, image["width"] * factor], "autoencoder": record["autoencoder"]}
         known["data"] |= {"latent_factor": factor} if factor > 1 else {}
-        config = Config.model_validate(known)
+        try:
+            config = Config.model_validate(known)
+        except ValueError as error:
+            raise SanaError(f"{folder}: the config on its record is not one: {one_line(str(error))[:200]}") from error
     rows = module_rows(build(model, seed=None))
     return Report("run" if is_run else "checkpoint", str(path), facts, MODULE_COLUMNS, rows, config)
 
@@ -275,10 +278,7 @@ def _picture(path: Path) -> Report:
     if not path.is_file():
         raise SanaError(f"{path} does not exist")
     record = draw.read_record(path)
-    try:
-        images = [image for row in record["images"] for image in row]
-        facts = {key: value for key, value in record.items() if key not in ("images", "settings")} | record["settings"]
-        rows = tuple((image["prompt"], image["seed"]) for image in images)
-    except (KeyError, TypeError) as error:
-        raise SanaError(f"{path} carries a record that is not sana's") from error
+    images = [image for row in record["images"] for image in row]
+    facts = {key: value for key, value in record.items() if key not in ("images", "settings")} | record["settings"]
+    rows = tuple((image["prompt"], image["seed"]) for image in images)
     return Report("picture", str(path), facts | {"images": len(images)}, ("prompt", "seed"), rows)

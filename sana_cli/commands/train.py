@@ -366,7 +366,7 @@ class _Run:
                 saved = None if folder is None else str(folder)
         chosen = here.gather(saved)[0]
         with here.together():
-            self.saved = None if chosen is None else _Saved(Path(chosen), files.read_json(Path(chosen) / checkpoint.STATE))
+            self.saved = None if chosen is None else _Saved(Path(chosen), checkpoint.read_state(Path(chosen)))
             if self.saved is not None:
                 self.notes += _check_resumable(self.saved, config, self.dataset, self.plan)
                 batch = self.saved.images
