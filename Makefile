@@ -17,7 +17,7 @@ test: .venv/dev  ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not quality"
+	$(BIN)/pytest -m "not quality" -n 2 --dist worksteal
 
 quality: .venv/dev  ## train the quickstart in full and let its judge read the samples
 	$(BIN)/pytest -m quality -s

@@ -80,7 +80,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     doing = f"writing {target}"
     try:
         with files.whole_folder(target, partial / target.name) as folder:
-            _write(folder, checkpoint)
+            _write(folder, checkpoint, run.absolute().name)
         shutil.rmtree(partial)  # with what a killed process may have left there
     except OSError as error:
         raise files.storage_error(error, doing) from error
@@ -90,7 +90,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return target
 
 
-def _write(folder: Path, checkpoint: Checkpoint) -> None:
+def _write(folder: Path, checkpoint: Checkpoint, run_name: str) -> None:
     for name in ("transformer", "scheduler", "training"):
         (folder / name).mkdir()
     scheduler, model = formats.scheduler_config(checkpoint.sample), formats.diffusers_config(checkpoint.model)
@@ -100,6 +100,12 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "step": str(checkpoint.step),
         "config_sha256": checkpoint.config_sha256,
         "model": json.dumps(model),  # so that the file can be read without the folder
+        "encoder": str(checkpoint.record["encoder"]["encoder"]),
+        "modelspec.sai_model_spec": "1.0.1",  # github.com/Stability-AI/ModelSpec: what model managers show
+        "modelspec.architecture": "sana",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"{run_name} {step_name(checkpoint.step)}",
+        "modelspec.resolution": "x".join(str(checkpoint.record["image"][side]) for side in ("width", "height")),
     }
     files.write_tensors(folder / "transformer" / formats.WEIGHTS, checkpoint.weights, metadata)
     files.write_json(folder / "transformer" / "config.json", model)

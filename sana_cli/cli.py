@@ -56,6 +56,16 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set train.lr=1e-3. Repeatable.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def _hush(wanted: bool) -> None:
+    if wanted:
+        console.err.quiet = True
+
+
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_hush, help="Say nothing on stderr but errors; results stay on stdout.")
+]
 SECONDS_TO_PASS_ON = 5.0  # torchrun passes on to its processes a signal that the terminal has sent them already
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 
@@ -198,6 +208,7 @@ def embed(
     ] = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Turn images and captions into a pre-embedded dataset.
 
@@ -323,6 +334,7 @@ def train(
     ] = "none",
     dry_run: DryRunOption = False,
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train on a pre-embedded dataset.
 
@@ -428,6 +440,7 @@ def sample(
     separate: Annotated[Path | None, typer.Option(metavar="DIR", help="A PNG for each image instead of a grid.")] = None,
     trajectory: Annotated[Path | None, typer.Option(metavar="GIF", help="Also the grid from noise to images, animated.")] = None,
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Draw images for prompts with a checkpoint: trained here, by diffusers, by NVlabs/Sana or by the lesson.
 
@@ -521,6 +534,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="JSON", help="Also keep the results in this file.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="PNG|SVG", help="Also draw them (needs the plot extra).")] = None,
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Judge a checkpoint, or a folder of samples: prompt accuracy, Fréchet distance, and diversity within a caption.
 
@@ -617,6 +631,10 @@ def inspect(
     yaml: Annotated[
         bool, typer.Option("--yaml", help="Print the whole config, every key explained, to start one's own from.")
     ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of configs, for editors to check them by.")
+    ] = False,
+    env: Annotated[bool, typer.Option("--env", help="What sana runs on here, for a bug report.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Say what anything is, parameter counts first.
@@ -624,11 +642,21 @@ def inspect(
     Examples: sana inspect; sana inspect sana; sana inspect runs/quickstart; sana inspect quickstart --yaml > mine.yaml
     """
     with user_errors():
+        if target is not None and (schema or env):
+            raise SanaError(f"--{'schema' if schema else 'env'} is of no target; leave {target} out", exit_code=2)
+        if schema:
+            from sana_cli.config import json_schema
+
+            return console.print_json(json_schema())
         _load_torch()
+        if env:
+            from sana_cli.commands.inspect import environment
+
+            return _print_report(environment(), yaml, json)
         from sana_cli.commands.inspect import InspectOptions
         from sana_cli.commands.inspect import inspect as run
 
-        _print_report(run(InspectOptions(target, verify)), yaml, json)
+        return _print_report(run(InspectOptions(target, verify)), yaml, json)
 
 
 def _print_report(report: "Report", yaml: bool, json: bool) -> None:
@@ -647,7 +675,7 @@ def _print_report(report: "Report", yaml: bool, json: bool) -> None:
         console.print_json(document)
         return
     if report.kind != "configs":
-        console.result(f"{report.kind} {report.title}")
+        console.result(f"{report.kind} {report.title}".rstrip())
         console.facts(report.facts)
     if report.rows:
         console.table(report.columns, report.rows)

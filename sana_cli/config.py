@@ -345,6 +345,11 @@ class Config(Section):
         return "\n".join(lines[1:]) + "\n"
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a config file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
 def _yaml_value(value: Any) -> str:
     """A value on one line; JSON's quoting is YAML's too."""
     if isinstance(value, str) and ("\n" in value or not value):

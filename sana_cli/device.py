@@ -69,6 +69,14 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device, or the system, has no room for a tensor: CUDA has a class for it, others words."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
 def resident_memory() -> int:
     """Bytes of this process that are in memory now, or have been at most where the system does not tell."""
     return _status("VmRSS")

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sana_cli import __version__, flow, records
 from sana_cli.config import ModelConfig, SampleConfig
-from sana_cli.device import free_memory
+from sana_cli.device import free_memory, is_out_of_memory, release_memory
 from sana_cli.errors import SanaError
-from sana_cli.model import Captions, SanaTransformer
+from sana_cli.model import SanaTransformer
 from sana_cli.text import pad_states
 from sana_cli.units import as_json
 
@@ -101,46 +101,76 @@ def draw(
 
     Where guidance is used, the conditional and the null branch run as one batch, each with its own caption mask. A model
     with `guidance_embeds` is told the scale instead and has no null branch. An image depends on its caption, seed and
-    settings, and on nothing else in the call beyond floating-point rounding.
+    settings, and on nothing else in the call beyond floating-point rounding. Where memory runs out, half as many are drawn at
+    once, from the batch on that had no room: a batch may so be yielded twice in part, the second time with fewer images.
+
+    Raises:
+        SanaError: there is no room for one image.
     """
     assert len(captions) == len(null_captions) == len(seeds), "one of each for every image"
     device = next(model.parameters()).device
     scale, embeds = settings.guidance_scale, model.config.guidance_embeds
     may_guide = not embeds and scale != 1
     at_once = images_at_once(model.config, shape, 2 if may_guide else 1, device)
-    batches = range(0, len(captions), at_once)
     sigmas = flow.solver_sigmas(settings.solver, settings.steps, settings.flow_shift)
-    done, total = 0, len(batches) * settings.steps
-    for first in batches:
+    first = done = 0
+    while first < len(captions):
         end = min(first + at_once, len(captions))
-        count = end - first
-        wanted = [*captions[first:end], *(null_captions[first:end] if may_guide else [])]
-        distinct = {id(state): state for state in wanted}  # images that share a caption share its tensor
-        place = {key: number for number, key in enumerate(distinct)}
-        states, mask = (t.to(device) for t in pad_states(list(distinct.values())))  # (K, L, D), (K, L)
-        index = torch.tensor([place[id(state)] for state in wanted], device=device)
+        given = captions[first:end], null_captions[first:end] if may_guide else [], seeds[first:end]
+        total = done + settings.steps * -(-(len(captions) - first) // at_once)
+        try:
+            for number, step in enumerate(_draw_batch(model, *given, shape, settings, precision, sigmas), 1):
+                yield DrawStep(done + number, total, step.x, step.x_0, first, step.sigma)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if at_once == 1:
+                raise SanaError(
+                    f"there is no room on {device} to draw a single image of {' x '.join(map(str, shape))}",
+                    "draw smaller ones (--height, --width), or elsewhere (--device cpu)",
+                ) from error
+            at_once = -(-min(at_once, end - first) // 2)  # and this batch again: an image does not depend on those beside it
+            no_room = True
+        else:
+            no_room, first, done = False, end, done + settings.steps
+        if no_room:  # outside the handler, whose traceback would hold the tensors that were too many
+            release_memory(device)
+
+
+def _draw_batch(
+    model: SanaTransformer,
+    captions: Sequence[Tensor],
+    null_captions: Sequence[Tensor],
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    settings: SampleConfig,
+    precision: str,
+    sigmas: Sequence[float],
+) -> Iterator[flow.SolverStep]:
+    """The images of one batch, after each solver step. Without `null_captions` there is no guidance."""
+    device, count = next(model.parameters()).device, len(captions)
+    scale, embeds = settings.guidance_scale, model.config.guidance_embeds
+    wanted = [*captions, *null_captions]
+    distinct = {id(state): state for state in wanted}  # images that share a caption share its tensor
+    place = {key: number for number, key in enumerate(distinct)}
+    states, mask = (t.to(device) for t in pad_states(list(distinct.values())))  # (K, L, D), (K, L)
+    index = torch.tensor([place[id(state)] for state in wanted], device=device)
+    with autocast(device, precision):
+        both = model.captions(states.float(), mask, index)
+    alone = both.rows(0, count)
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        guided = bool(null_captions) and flow.in_interval(sigma, settings.guidance_interval)
+        time = flow.model_timestep(settings.solver, sigma, model.config.timestep_scale)
+        told = torch.tensor([scale * model.config.guidance_embeds_scale], device=device) if embeds else None
         with autocast(device, precision):
-            both = model.captions(states.float(), mask, index)
-        alone = both.rows(0, count)
+            v = model(
+                torch.cat([x, x]) if guided else x, both if guided else alone, torch.tensor([time], device=device), guidance=told
+            ).float()
+        return flow.guide(v[:count], v[count:], scale) if guided else v
 
-        def velocity(x: Tensor, sigma: float, both: Captions = both, alone: Captions = alone, count: int = count) -> Tensor:
-            guided = may_guide and flow.in_interval(sigma, settings.guidance_interval)
-            time = flow.model_timestep(settings.solver, sigma, model.config.timestep_scale)
-            told = torch.tensor([scale * model.config.guidance_embeds_scale], device=device) if embeds else None
-            with autocast(device, precision):
-                v = model(
-                    torch.cat([x, x]) if guided else x,
-                    both if guided else alone,
-                    torch.tensor([time], device=device),
-                    guidance=told,
-                ).float()
-            return flow.guide(v[:count], v[count:], scale) if guided else v
-
-        noise = Noise(seeds[first:end], shape, device)
-        x = noise()
-        for step in flow.SOLVERS[settings.solver](velocity, x, sigmas, noise):
-            done += 1
-            yield DrawStep(done, total, step.x, step.x_0, first, step.sigma)
+    noise = Noise(seeds, shape, device)
+    yield from flow.SOLVERS[settings.solver](velocity, noise(), sigmas, noise)
 
 
 def final_images(drawn: Iterable[DrawStep]) -> Tensor:
@@ -247,6 +277,7 @@ def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
     """Write a PNG that says how it was made, in its `sana` text chunk (JSON); `read_record` gives it back."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PNG_KEY, as_json(record))
+    info.add_itxt("parameters", _parameters(record))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -254,6 +285,15 @@ def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _parameters(record: Mapping[str, Any]) -> str:
+    """The same in the words of other tools' `parameters` chunk: prompts, then settings by name."""
+    cells, settings = [cell for row in record["images"] for cell in row], record["settings"]
+    told = {"Steps": settings["steps"], "Sampler": settings["solver"], "CFG scale": settings["guidance_scale"]}
+    told |= {"Seed": cells[0]["seed"], "Model": record["checkpoint"], "Version": record["made_by"]}
+    text = "\n".join(cell["prompt"] for cell in cells) + "\n" + ", ".join(f"{key}: {value}" for key, value in told.items())
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_record(path: Path) -> dict[str, Any]:

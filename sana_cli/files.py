@@ -4,12 +4,14 @@ It knows nothing of what the files hold.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, one_line
 from sana_cli.units import as_json
 
 _UNSEALED = '"sha256": ""'
@@ -60,7 +62,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write and sync a safetensors file."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(whole, path, metadata=None if metadata is None else dict(metadata))
+    try:
+        safetensors.torch.save_file(whole, path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(0o644)  # it is written through a private temporary file
     sync(path)
 
@@ -200,6 +208,71 @@ def put_in_place(partial: Path, target: Path) -> None:
     partial.rename(target)
     sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Be the only process that writes a directory. The system ends the claim with the process, however that ends.
+
+    The lock lies beside the directory, `.NAME.lock`, since the directory itself may be replaced; it says who holds it.
+
+    Raises:
+        SanaError: another process has it; says which.
+    """
+    path = _lock_of(directory)
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise storage_error(error, f"writing {directory}") from error
+        _claim(descriptor, directory, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+        os.close(descriptor)  # the one before has just removed it
+    try:
+        with suppress(OSError):  # a full disk: nobody will read it, and the claim holds
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()}\n".encode())
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def check_unlocked(directory: Path) -> None:
+    """Refuse a directory that another process writes, without a trace.
+
+    Raises:
+        SanaError: one does; says which.
+    """
+    with suppress(OSError):  # no lock, or no folder for one: then nobody writes there
+        descriptor = os.open(_lock_of(directory), os.O_RDONLY)
+        try:
+            _claim(descriptor, directory, fcntl.LOCK_SH)
+        finally:
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+def _lock_of(directory: Path) -> Path:
+    whole = directory.resolve()
+    return whole.with_name(f".{whole.name}.lock")
+
+
+def _claim(descriptor: int, directory: Path, kind: int) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = one_line(os.pread(descriptor, 100, 0).decode(errors="replace").strip()) or "another process"
+        os.close(descriptor)
+        raise SanaError(
+            f"{directory} is being written by {holder}", "wait until it is done, or end it; or choose another directory"
+        ) from None
+    except OSError:  # a network file system without locks
+        pass
 
 
 def storage_error(error: OSError, doing: str) -> SanaError:

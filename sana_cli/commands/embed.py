@@ -297,6 +297,7 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
     except OSError as error:
         raise files.storage_error(error, f"reading {config.data.path}") from error
     device, partial = resolve_device(config.run.device), store.partial_dir(directory)
+    files.check_unlocked(directory)
     store.check_only_ours(partial)
     if store.is_dataset(partial) and not (partial / store.PLAN).exists() and not directory.exists():
         with contextlib.suppress(SanaError):  # whole, but stopped before it was in its place
@@ -323,10 +324,12 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
     facts = {"image": image, "caption_dim": encoder.dim, "encoder": encoder.fingerprint, "source": fingerprint}
     entries = source if count is None else itertools.islice(iter(source), count)
     reader = _Reader(config, entries, size, few=count is not None and count < FEW)
+    held = contextlib.ExitStack()
     try:
-        if here.first:  # takes up what an earlier embed of the same plan left, or makes room; the others find it so
-            store.DatasetWriter(partial, made)
-        here.wait()
+        with here.together():
+            if here.first:  # takes up what an earlier embed of the same plan left, or makes room; the others find it so
+                held.enter_context(files.locked(directory))
+                store.DatasetWriter(partial, made)
         work = _Work(encoder, autoencoder, store.DatasetWriter(partial, made), options.strict)
         for _ in work.windows(reader, here):
             if here.first:
@@ -346,6 +349,8 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
             "a process that decodes images was killed, for want of memory perhaps",
             "run the command again to go on, with fewer: --set data.workers=1",
         ) from error
+    finally:
+        held.close()
 
 
 class _Work:

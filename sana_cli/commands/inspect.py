@@ -3,13 +3,20 @@
 It builds models on the meta device, so it needs no encoder, no network and next to no memory. It prints nothing.
 """
 
+import os
+import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sana_cli import checkpoint, draw, formats, store
+import torch
+
+from sana_cli import __version__, checkpoint, draw, formats, store
 from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs
+from sana_cli.device import free_memory, resolve_device, resolve_precision
 from sana_cli.errors import SanaError, one_line
 from sana_cli.model import build, module_rows
 from sana_cli.pipeline import INDEX, Pipeline, open_pipeline
@@ -74,6 +81,43 @@ def _beginning(path: Path) -> bytes:
             return file.read(9)
     except OSError:
         return b""
+
+
+LIBRARIES = ("torch", "transformers", "diffusers", "safetensors", "pydantic", "typer", "rich", "pillow", "numpy")
+VARIABLES = (
+    "HF_HUB_OFFLINE",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "NO_COLOR",
+    "WORLD_SIZE",
+)
+
+
+def environment() -> Report:
+    """What `sana` runs on, to be pasted into a bug report: no path, no name of a user or machine, no token."""
+    devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    best = resolve_device("auto")
+    facts: dict[str, Any] = {
+        "sana": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            facts[name] = metadata.version(name)
+    memory = free_memory(best)
+    facts |= {
+        "devices": devices,
+        "auto is": f"{best}, {resolve_precision('auto', best)}",
+        "threads": torch.get_num_threads(),
+        "free memory": "unknown" if memory is None else human_bytes(memory),
+        "token": "set" if os.environ.get("HF_TOKEN") else "not in the environment",
+        "environment": [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+        or ["nothing that matters here"],
+    }
+    return Report("environment", "", facts)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

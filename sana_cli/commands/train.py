@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,7 @@ class _Run:
         saved = None
         with here.together():
             if here.first:
+                files.check_unlocked(self.dir)
                 folder, self.skipped = _resume_from(options)
                 self.notes += tuple(f"passed over: {reason}" for reason in self.skipped)
                 saved = None if folder is None else str(folder)
@@ -657,8 +659,11 @@ def train(options: TrainOptions) -> Iterator[TrainStart | TrainStep | TrainSumma
             if here.first:
                 run.encode_prompts()
         yield TrainStart(run.plan, run.first_step, run.saved_in, run.notes)
-        log = None
+        log, held = None, ExitStack()
         try:
+            with here.together():
+                if run.first_step < options.config.train.steps and here.first:
+                    held.enter_context(files.locked(run.dir))
             if run.first_step < options.config.train.steps and here.first:
                 (run.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
                 files.write_text(run.dir / "config.yaml", options.config.to_yaml())
@@ -673,6 +678,7 @@ def train(options: TrainOptions) -> Iterator[TrainStart | TrainStep | TrainSumma
             run.trainer.close()
             if log is not None:
                 log.close()
+            held.close()
         yield _summary(run, loss, time.perf_counter() - begin)
 
 

@@ -1,0 +1,343 @@
+"""What a sceptic would try: ways in, ways out, and everything that can fail around a run."""
+
+import ast
+import getpass
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, SMALL, process_environment
+
+from sana_cli import checkpoint, draw, files, store
+from sana_cli.commands.embed import EmbedOptions, embed
+from sana_cli.commands.sample import SampleOptions, sample
+from sana_cli.commands.train import TrainOptions, train
+from sana_cli.config import Config
+from sana_cli.errors import SanaError
+from sana_cli.model import SanaTransformer
+
+Sana = Callable[..., subprocess.CompletedProcess[str]]
+SOURCES = sorted((REPOSITORY / "sana_cli").rglob("*.py"))
+
+# --- no ways in -------------------------------------------------------------------------------------------------------
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Each call by its dotted name, as it is written."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_no_source_can_run_what_it_reads(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {"pickle", "cPickle", "dill", "shelve", "marshal", "joblib", "cloudpickle", "subprocess"} & imported
+    loads = 0
+    for name, call in calls(tree):
+        assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "input"), f"{name} in {path}"
+        assert not re.fullmatch(r"yaml\.(load|load_all|full_load|unsafe_load)|(np|numpy|joblib|marshal|pickle)\.loads?", name), (
+            name
+        )
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        assert "shell" not in given
+        remote = given.get("trust_remote_code")
+        assert remote is None or (isinstance(remote, ast.Constant) and remote.value is False), f"{path}:{call.lineno}"
+        if name == "torch.load":
+            loads += 1
+            safe = given["weights_only"]
+            assert isinstance(safe, ast.Constant)
+            assert safe.value is True
+    assert loads == (1 if path.name == "formats.py" else 0)
+
+
+def test_the_network_is_reached_by_the_hub_alone() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
+            for name in names if isinstance(node, ast.Import | ast.ImportFrom) else []:
+                assert name.split(".")[0] not in ("requests", "httpx", "urllib", "http", "aiohttp", "ftplib"), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/passwd", "a/../../b", "a\\b", "C:x", "a\0b", "", ".", "a//b"])
+def test_no_list_of_files_leads_out_of_its_folder(name: str, config: Config, tmp_path: Path) -> None:
+    index = files.read_sealed_json(config.data.dir / store.INDEX)
+    index["images"][0]["file"] = name
+    files.write_sealed_json(config.data.dir / store.INDEX, {key: value for key, value in index.items() if key != "sha256"})
+    with pytest.raises(SanaError, match=r"images\.0\.file: must be the name of a file in"):
+        store.Dataset(config.data.dir)
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    files.write_sealed_json(folder / checkpoint.MANIFEST, {"files": {name: {"bytes": 1, "sha256": ""}}})
+    with pytest.raises(SanaError, match="must be the name of a file"):
+        list(checkpoint.verify(folder))
+
+
+# --- no ways out ------------------------------------------------------------------------------------------------------
+
+CANARY = "hf_CANARYcanaryCANARYcanary1234567890"
+
+
+def test_nothing_leaves_and_no_secret_stays(sana: Sana, tmp_path: Path) -> None:
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import socket\n"
+        "def refuse(*a, **k):\n"
+        f"    open({str(tmp_path / 'attempts')!r}, 'a').write('connect\\n'); raise OSError('blocked')\n"
+        "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse\n"
+    )
+    (tmp_path / "small.yaml").write_text(SMALL + "run: {dir: runs/small, device: cpu}\n")
+    secrets = {"HF_TOKEN": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY, "HF_HUB_OFFLINE": ""}
+    told = []
+    for arguments in (
+        ("embed", "--config", "small.yaml", "--limit", "50"),
+        ("train", "--config", "small.yaml"),
+        ("sample", "4 two", "--trajectory", "four.gif"),
+        ("sample", "4", "--separate", "single"),
+        ("inspect", "runs/small", "--verify"),
+        ("inspect", "--env"),
+        ("train", "--config", "small.yaml", "--set", "train.lr=x"),
+        ("sample", "4", "--checkpoint", "nowhere"),
+    ):
+        answer = sana(*arguments, **secrets)
+        assert answer.returncode == (2 if "train.lr=x" in arguments else 1 if "nowhere" in arguments else 0), answer.stderr
+        told.append(answer.stdout + answer.stderr)
+    assert not (tmp_path / "attempts").exists(), "a connection was tried"
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and "site" not in path.parts]
+    assert len(written) > 20
+    private = [CANARY, CANARY[3:20], str(tmp_path)]
+    private += [name for name in (getpass.getuser(), socket.gethostname()) if len(name) > 4]  # a short one is in any file
+    for secret in private:
+        assert not [path for path in written if secret.encode() in path.read_bytes()], secret
+    assert CANARY not in "".join(told)
+    assert "token         set" in told[5]
+
+
+def test_a_crash_tells_no_secret(tmp_path: Path) -> None:
+    script = "from sana_cli import cli\ndef broken(*a): token = 'hf_secret'; raise RuntimeError('bug')\ncli._config = broken\ncli.app(['embed'])"
+    answer = subprocess.run(
+        [sys.executable, "-c", script], env=process_environment(tmp_path) | {"HF_TOKEN": CANARY}, capture_output=True, text=True
+    )
+    assert answer.returncode == 1
+    assert "RuntimeError" in answer.stderr
+    assert "hf_secret'" not in answer.stderr.replace("token = 'hf_secret'; raise", "")  # the line is shown, its variables are not
+    assert CANARY not in answer.stderr
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own, or a skip where none can be had."""
+    place = tmp_path / "small-disk"
+    place.mkdir()
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True).returncode
+    ):
+        pytest.skip("no tmpfs can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=False)
+
+
+def test_a_full_disk_leaves_what_was_whole(config: Config, full_disk: Path) -> None:
+    run = full_disk / "run"
+    several = config.model_copy(update={"run": config.run.model_copy(update={"dir": run})})
+    longer = several.model_copy(
+        update={"train": several.train.model_copy(update={"steps": 60, "save_every": 1, "keep": 50, "sample_every": 60})}
+    )
+    with pytest.raises(SanaError, match="the disk is full") as caught:
+        for _ in train(TrainOptions(longer)):
+            pass
+    assert "what was whole still is" in str(caught.value)
+    folder, skipped = checkpoint.newest_step(run, hashes=True)
+    assert folder is not None
+    assert skipped == []
+    assert checkpoint.load_transformer(folder)
+    with pytest.raises(SanaError, match="the disk is full|needs at least"):
+        for _ in embed(EmbedOptions(config, out=full_disk / "data", limit=20_000)):
+            pass
+    assert not (full_disk / "data").exists()
+    _fill(full_disk)
+    with pytest.raises(SanaError, match="the disk is full"):
+        for _ in sample(SampleOptions(("4",) * 64, folder, device="cpu", out=full_disk / "grid.png")):
+            pass
+    assert not list(full_disk.glob("grid*"))
+
+
+def _fill(place: Path) -> None:
+    with (place / "fill").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1024))
+        except OSError:
+            pass
+
+
+def test_files_that_vanish_are_one_message(config: Config) -> None:
+    steps = train(TrainOptions(config.model_copy(update={"run": config.run})))
+    next(steps)
+    shutil.rmtree(config.data.dir)  # memory-mapped: training goes on with what it has
+    for _ in steps:
+        pass
+    with pytest.raises(SanaError, match="no dataset in"):
+        next(iter(train(TrainOptions(config))))
+    folder = checkpoint.newest_step(config.run.dir)[0]
+    assert folder is not None
+    (folder / "transformer" / "config.json").unlink()
+    with pytest.raises(SanaError, match=r"config\.json is missing"):
+        checkpoint.find_checkpoint(folder)
+
+
+def test_two_processes_do_not_write_one_run_or_dataset(config: Config, sana: Sana, tmp_path: Path) -> None:
+    steps = train(TrainOptions(config))
+    next(steps), next(steps)  # has begun to write
+    holder = rf"is being written by process {os.getpid()}"
+    with pytest.raises(SanaError, match=holder):
+        next(iter(train(TrainOptions(config, resume="auto"))))
+    steps.close()
+    assert not list(config.run.dir.parent.glob(".*.lock"))
+    *_, done = train(TrainOptions(config, resume="auto"))
+    assert done.steps == 4
+
+    again = EmbedOptions(config, out=tmp_path / "other", limit=20)
+    embedding = embed(again)
+    next(embedding)
+    with pytest.raises(SanaError, match=holder):
+        next(iter(embed(again)))
+    for _ in embedding:
+        pass
+    assert len(store.Dataset(tmp_path / "other")) == 20
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom sana_cli import files\n"
+        f"with files.locked(Path({str(tmp_path / 'run')!r})): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=process_environment(tmp_path))
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    for _ in range(2):
+        with pytest.raises(SanaError, match=f"written by process {other.pid}"), files.locked(tmp_path / "run"):
+            pass
+    with pytest.raises(SanaError, match=f"written by process {other.pid}"):
+        files.check_unlocked(tmp_path / "run")
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    files.check_unlocked(tmp_path / "run")
+    with files.locked(tmp_path / "run"):
+        assert list(tmp_path.glob(".run.lock"))
+    assert not list(tmp_path.glob(".run.lock"))
+
+
+def test_sampling_halves_its_batches_when_memory_runs_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, summary = train(TrainOptions(config))
+    prompts = SampleOptions(("4 two six one nine seven three",), summary.checkpoint, device="cpu")
+    *_, plain = sample(prompts)
+    forward, sizes = SanaTransformer.forward, []
+
+    def small_device(self: SanaTransformer, hidden_states: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
+        sizes.append(len(hidden_states))
+        if len(hidden_states) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(self, hidden_states, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SanaTransformer, "forward", small_device)
+    *_, halved = sample(prompts)
+    assert torch.equal(halved.pixels, plain.pixels)
+    assert max(sizes) == 14  # seven images, two branches
+    assert sizes[-1] <= 4
+
+    def none_fits(self: SanaTransformer, *_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(SanaTransformer, "forward", none_fits)
+    with pytest.raises(SanaError, match="no room on cpu to draw a single image of 1 x 16 x 16"):
+        for _ in sample(prompts):
+            pass
+
+
+def test_the_clock_may_jump(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # monotonic clocks alone tell durations
+    *_, summary = train(TrainOptions(config))
+    assert 0 < summary.seconds < 600
+    for step in checkpoint.steps(config.run.dir):  # files from the future
+        os.utime(step / checkpoint.MANIFEST, (4e9, 4e9))
+    assert checkpoint.find_checkpoint(config.run.dir).name == "step-000004"
+
+
+def test_two_hundred_flipped_bytes_are_found(config: Config) -> None:
+    *_, summary = train(TrainOptions(config))
+    found = 0
+    rng = torch.Generator().manual_seed(0)
+    for place, check in (
+        (config.data.dir, lambda: list(store.Dataset(config.data.dir).verify())),
+        (summary.checkpoint, lambda: list(checkpoint.verify(summary.checkpoint, hashes=True))),
+    ):
+        whole = sorted(path for path in place.rglob("*") if path.is_file() and path.stat().st_size)
+        for _ in range(100):
+            path = whole[int(torch.randint(len(whole), (), generator=rng))]
+            raw = bytearray(path.read_bytes())
+            raw[int(torch.randint(len(raw), (), generator=rng))] ^= 1 << int(torch.randint(8, (), generator=rng))
+            before = path.read_bytes()
+            path.write_bytes(raw)
+            with pytest.raises(SanaError):
+                check()
+            found += 1
+            path.write_bytes(before)
+        check()
+    assert found == 200
+
+
+# --- pleasure ---------------------------------------------------------------------------------------------------------
+
+
+def test_quiet_says_nothing_but_results_and_errors(sana: Sana, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL + "run: {dir: runs/small, device: cpu}\n")
+    embedded = sana("embed", "--config", "small.yaml", "--limit", "50", "--quiet")
+    assert (embedded.returncode, embedded.stderr) == (0, "")
+    trained = sana("train", "--config", "small.yaml", "-q")
+    assert (trained.stdout, trained.stderr) == ("runs/small/checkpoints/step-000004\n", "")
+    drawn = sana("sample", "4", "-q")
+    assert (drawn.stdout, drawn.stderr) == ("runs/small/sample-step-000004.png\n", "")
+    assert sana("train", "--config", "small.yaml", "-q").stderr.startswith("error: runs/small has checkpoints already")
+
+
+def test_the_schema_is_that_of_the_configs(sana: Sana) -> None:
+    import jsonschema
+    import yaml
+
+    schema = json.loads(sana("inspect", "--schema").stdout)
+    for path in (REPOSITORY / "configs").glob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"train": {"lrr": 1}}, schema)
+
+
+def test_pictures_speak_other_tools_language(config: Config, tmp_path: Path) -> None:
+    from PIL import Image
+
+    *_, summary = train(TrainOptions(config))
+    for _ in sample(SampleOptions(("4 two",), summary.checkpoint, device="cpu", out=tmp_path / "o.png")):
+        pass
+    text = Image.open(tmp_path / "o.png").text["parameters"]
+    assert text.splitlines()[:2] == ["4", "two"]
+    assert "Steps: 2, Sampler: dpm++, CFG scale: 2.5, Seed: 0, Model: run/step-000004" in text
+    assert draw.read_record(tmp_path / "o.png")["settings"]["steps"] == 2
+    metadata = files.read_metadata(summary.checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert metadata["modelspec.architecture"] == "sana"
+    assert metadata["modelspec.title"] == "run step-000004"
