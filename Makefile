@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quality bench fix clean help
+.PHONY: demo test quality bench package lowest newest audit pictures fix clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -25,12 +25,44 @@ quality: .venv/dev  ## train the quickstart in full and let its judge read the s
 bench: .venv/dev  ## every stage against what a user would run instead, as ratios; a quarter of an hour
 	$(BIN)/python benchmarks/bench.py
 
+package: .venv/dev  ## build the wheel, install it in a fresh environment, and run the commands from there
+	rm -rf dist && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	dist/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	mkdir dist/empty && cd dist/empty && export HF_HUB_OFFLINE=1 && ../venv/bin/sana sample "4 two 4 six" && \
+	  ../venv/bin/sana embed --limit 1000 && ../venv/bin/sana train --set train.steps=60 && \
+	  ../venv/bin/sana sample "4 two" --steps 2 && ../venv/bin/sana inspect runs/quickstart --verify
+
+# torch stays as it is pinned: an older one would be another build, of gigabytes
+lowest: .venv/bin/python  ## the tests with the oldest libraries that pyproject.toml allows
+	$(BIN)/python tests/bounds.py > .venv/lowest.txt
+	$(PYTHON) -m venv .venv/lowest
+	.venv/lowest/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	.venv/lowest/bin/pip install --quiet --disable-pip-version-check -c .venv/lowest.txt -e '.[dev]'
+	.venv/lowest/bin/pytest -m "not quality" -n 2 --dist worksteal
+
+newest: .venv/bin/python  ## the tests with the newest libraries that the index serves
+	$(PYTHON) -m venv .venv/newest
+	.venv/newest/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	.venv/newest/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]' "$$(grep '^torch==' constraints.txt)"
+	.venv/newest/bin/pytest -m "not quality" -n 2 --dist worksteal
+
+audit: .venv/dev  ## known vulnerabilities in what is pinned
+	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+pictures: .venv/dev  ## the README's pictures again: the grid, accuracy over time, what a terminal shows; a quarter of an hour
+	$(BIN)/sana sample --checkpoint shipped --prompts-file configs/prompts/lesson.txt --out docs/lesson-grid.png
+	$(BIN)/python benchmarks/quickstart.py --plot docs/quickstart.png
+	$(BIN)/python benchmarks/terminal.py docs
+
 fix: .venv/dev  ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; data/ and runs/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sana needs Python >= 3.11; say which with: make PYTHON=python3.12")'

@@ -3,9 +3,9 @@
 It runs the command line as a user does, in an empty folder, with the default config; saving more checkpoints than that does is the
 only difference. The times are those at which checkpoints were whole, embedding and every start-up included.
 
-    python benchmarks/quickstart.py [--seeds 0 1] [--images 10000] [--plot docs/quickstart.png] [--ship]
+    python benchmarks/quickstart.py [--seeds 0 1] [--steps 2600] [--images 10000] [--plot docs/quickstart.png] [--ship]
 
-`--ship` puts the last checkpoint of the first seed, in bf16 and with its score, where the package finds it (`sana sample` on a
+What is in `--folder` already is gone on with. `--ship` puts the last checkpoint of the first seed, in bf16 and with its score, where the package finds it (`sana sample` on a
 fresh install).
 """
 
@@ -45,6 +45,7 @@ def main() -> None:
     """Embed, train, judge; a table, a plot, and with `--ship` the package's weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, help="of training, if not the config's")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument(
         "--between", type=int, default=2000, help="images for other checkpoints and samplers than the last one's own"
@@ -66,8 +67,14 @@ def main() -> None:
         print(f"embedded in {embedding:.1f} s")
         for seed in options.seeds:
             run, start = f"runs/seed-{seed}", time.time()
-            sets = (f"train.seed={seed}", f"run.dir={run}", f"train.save_every={options.every}", "train.keep=1000")
-            sana(folder, "train", *(word for one in sets for word in ("--set", one)))
+            sets = (
+                *([] if options.steps is None else [f"train.steps={options.steps}"]),
+                f"train.seed={seed}",
+                f"run.dir={run}",
+                f"train.save_every={options.every}",
+                "train.keep=1000",
+            )
+            sana(folder, "train", "--resume", "auto", *(word for one in sets for word in ("--set", one)))
             points = []
             folders = checkpoint.steps(folder / run)
             for step in folders:

@@ -32,6 +32,8 @@ else:
 
     def _when_used(name: str) -> Any:
         """A module that is executed when something of it is first asked for."""
+        if name in sys.modules:
+            return sys.modules[name]
         spec = importlib.util.find_spec(name)
         spec.loader = importlib.util.LazyLoader(spec.loader)
         module = importlib.util.module_from_spec(spec)
@@ -278,8 +280,8 @@ def _tell_embedded(summary: "EmbedSummary", held_out: bool) -> None:
             "images": summary.images,
             "captions": f"{summary.captions} distinct (the null caption is one of them), {summary.tokens} tokens",
             **skipped,
-            "size": f"{human_bytes(summary.bytes)}, where the lesson's layout would take "
-            f"{human_bytes(summary.lesson_bytes)} ({saved:,.0f} times as much)",
+            "size": f"{human_bytes(summary.bytes)}; the lesson's layout would take "
+            f"{human_bytes(summary.lesson_bytes)} ({saved:,.0f} times)",
             "time": f"{summary.seconds:.1f} s, peak memory {human_bytes(summary.peak_memory)}",
             "dataset": str(summary.directory),
         }

@@ -216,7 +216,7 @@ class TrainConfig(Section):
         "cosine", description="what follows the warm-up; cosine and linear end at zero"
     )
     warmup_steps: NonNegativeInt = Field(50, description="steps of linear warm-up")
-    betas: Betas = Field((0.9, 0.98), description="AdamW's")
+    betas: Betas = Field((0.9, 0.99), description="AdamW's")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Muon's")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="on matrices and convolutions only, decoupled")
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm of a step; null: no limit")
@@ -250,7 +250,7 @@ class TrainConfig(Section):
     keep: PositiveInt = Field(2, description="checkpoints kept, the newest")
     sample_every: PositiveInt = Field(500, description="steps between sample grids; there is always one at step 0 and at the end")
     held_out_every: PositiveInt = Field(
-        200, description="steps between held-out losses; there is always one at the end (where data.held_out_split is there)"
+        500, description="steps between held-out losses; there is always one at the end (where data.held_out_split is there)"
     )
     held_out_images: PositiveInt = Field(512, description="images of a held-out loss, always the same, with the same noise")
     tensorboard: bool = Field(False, description="also write TensorBoard's event files (needs the tensorboard extra)")

@@ -171,7 +171,7 @@ def _watch_live(steps: Iterable[Any], describe: Callable[[Any], Line | None]) ->
 
 
 def _watch_plain(steps: Iterable[Any], describe: Callable[[Any], Line | None]) -> Any:
-    last, what = None, ""
+    last, what, ended = None, "", ""  # of which a line was printed, and its last line
     start = printed = time.monotonic()
     for last in steps:
         line = describe(last)
@@ -179,8 +179,10 @@ def _watch_plain(steps: Iterable[Any], describe: Callable[[Any], Line | None]) -
             continue
         now = time.monotonic()
         pause = max(SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES * (now - start))
-        due = now - printed >= pause or line.done == line.total or line.what != what
-        if due and line.total != 0:
+        end = line.done == line.total and line.what != ended and bool(line.info or line.what == what)
+        if end:
+            ended = line.what
+        if (end or now - printed >= pause) and line.total != 0:
             of = "" if line.total is None else f"/{line.total}"
             note("  ".join(part for part in (f"{line.what} {line.done}{of}", line.info, line.left) if part))
             printed, what = now, line.what

@@ -347,7 +347,7 @@ def test_lines_of_a_log_grow_rarer(capsys: pytest.CaptureFixture[str], monkeypat
     told: list[str] = []
     monkeypatch.setattr(console, "note", told.append)
     console._watch_plain(range(1, 20001), lambda n: console.Line("train", n, 20000, f"loss {n}"))
-    assert told[0].startswith("train 1/20000")
+    assert told[0].startswith("train 10/20000")
     assert told[-1].startswith("train 20000/20000")
     assert 200 < len(told) < 600  # every ten seconds at first, then every fiftieth of the time
 

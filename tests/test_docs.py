@@ -1,0 +1,167 @@
+"""What README and docs say, run: every command line is one, every mistake is answered so, every key and file is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, SMALL, embedded
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from sana_cli.cli import app
+from sana_cli.commands.train import TrainOptions, train
+from sana_cli.config import Config, parse_config
+
+README = (REPOSITORY / "README.md").read_text()
+MISTAKES = REPOSITORY / "docs" / "mistakes.md"
+COMMANDS = ("embed", "train", "sample", "eval", "inspect")
+
+
+def consoles(text: str) -> list[tuple[str, str]]:
+    """The `$ ...` lines of console blocks, each with what is shown below it."""
+    found = []
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            line, _, shown = part.replace("\\\n", " ").partition("\n")
+            found.append((line, shown.strip()))
+    return found
+
+
+def words(line: str) -> list[list[str]]:
+    """The `sana` commands in a shell line."""
+    lexed = shlex.split(line, comments=True) if "&&" not in line and ">" not in line else shlex.split(line.split("#")[0])
+    commands: list[list[str]] = [[]]
+    for word in lexed:
+        if word in ("&&", ";", "|"):
+            commands.append([])
+        elif word == ">":
+            commands[-1].append("\0")
+        else:
+            commands[-1].append(word)
+    starts = (
+        c[c.index("sana") + 1 :] if c[:1] == ["sana"] else c[c.index("sana_cli") + 1 :]
+        for c in commands
+        if {"sana", "sana_cli"} & set(c)
+    )
+    return [c[: c.index("\0")] if "\0" in c else c for c in starts]
+
+
+@pytest.fixture(scope="session")
+def helps() -> dict[str, str]:
+    return {command: CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout for command in COMMANDS}
+
+
+ALL = [
+    command
+    for text in (README, *(p.read_text() for p in (REPOSITORY / "configs").glob("*.yaml")))
+    for line, _ in consoles(text)
+    for command in words(line)
+]
+
+
+@pytest.mark.parametrize("command", ALL, ids=" ".join)
+def test_every_command_line_has_options_that_exist(command: list[str], helps: dict[str, str]) -> None:
+    assert command[0] in COMMANDS or command[0].startswith("--")
+    for word in command[1:]:
+        if word.startswith("-"):
+            assert re.search(rf"(^|[\s,]){re.escape(word.split('=')[0])}\b", helps[command[0]]), (
+                f"sana {command[0]} has no {word}"
+            )
+    overrides = [command[at + 1] for at, word in enumerate(command) if word == "--set"]
+    for override in overrides:
+        section, _, key = override.partition("=")[0].partition(".")
+        assert key in Config.model_fields[section].annotation.model_fields, override  # type: ignore[union-attr]
+
+
+def test_every_option_is_described(helps: dict[str, str]) -> None:
+    import inspect
+
+    from sana_cli import cli
+
+    for command in (cli.embed, cli.train, cli.sample, cli.evaluate, cli.inspect):
+        for name, parameter in inspect.signature(command).parameters.items():
+            info = parameter.annotation.__metadata__[0]
+            assert info.help, f"{command.__name__}: {name}"
+
+
+def test_keys_targets_and_files_that_are_named_are_there() -> None:
+    for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"):
+        text = path.read_text()
+        for section, key in re.findall(r"`(data|text|model|train|sample|run)\.(\w+)", text):
+            assert key in Config.model_fields[section].annotation.model_fields, f"{path.name}: {section}.{key}"  # type: ignore[union-attr]
+        targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+        for target in re.findall(r"`?make ([a-z]+)`", text):
+            assert target in targets, f"{path.name}: make {target}"
+        for name in re.findall(r"`((?:benchmarks|configs|docs|examples|tests)/[\w./-]*)`", text) + re.findall(
+            r"\]\(((?!http)[^)#]+)\)", text
+        ):
+            assert (REPOSITORY / name).exists(), f"{path.name}: {name}"
+    tree = README.split("sana_cli/\n")[1].split("```")[0]
+    named = set(re.findall(r"([\w/]+\.py|\w+/)", " ".join(line.split("  ")[1] for line in tree.splitlines())))
+    there = {
+        p.name + "/" * p.is_dir()
+        for p in (REPOSITORY / "sana_cli").iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert there - {"__init__.py", "__main__.py"} <= named | {p.split("/")[-1] for p in named}, (
+        "a module that the README's tree leaves out"
+    )
+    assert {name for name in named if "/" not in name.rstrip("/")} <= there
+
+
+def test_the_table_of_configs_is_what_inspect_prints() -> None:
+    shown = next(shown for line, shown in consoles(README) if line == "sana inspect")
+    table = CliRunner().invoke(app, ["inspect"], env={"COLUMNS": "200"}).stdout
+    known = {line.split()[0]: line.split()[1:6] for line in table.splitlines() if "tiny" in line or "gemma" in line}
+    told = {line.split()[0]: line.split()[1:6] for line in shown.splitlines() if "tiny" in line or "gemma" in line}
+    assert told == known
+
+
+def test_the_changelog_keeps_its_form() -> None:
+    text = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert "## [Unreleased]" in text
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.*)$", text, re.MULTILINE)) <= kinds
+
+
+@pytest.fixture(scope="module")
+def somebodys_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("folder"))
+
+
+def prepare(folder: Path) -> Path:
+    """A folder in which things can go wrong: a small dataset and run of grey digits, a config with typos, photos that are none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        small = parse_config(SMALL, "small.yaml", ["run.dir=runs/small", "run.device=cpu"])
+        embedded(small)
+        for _ in train(TrainOptions(small)):
+            pass
+    (folder / "small.yaml").write_text(yaml.safe_dump(small.to_dict()))
+    (folder / "mine.yaml").write_text("train:\n  steps: 500\n  lrr: 1e-3\nmodel:\n  patch_size: 5\n")
+    (folder / "photos").mkdir()
+    (folder / "photos" / "notes.txt").write_text("no picture")
+    save_file({"bert.weight": torch.zeros(2)}, folder / "bert.safetensors")
+    return folder
+
+
+def answer(command: list[str]) -> str:
+    """What a user sees on stderr, and the exit code where it is not 0."""
+    told = CliRunner().invoke(app, command, prog_name="sana", env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
+    assert told.exit_code, command
+    assert "Traceback" not in told.output
+    return told.stderr.strip()
+
+
+@pytest.mark.parametrize(("line", "shown"), consoles(MISTAKES.read_text() if MISTAKES.exists() else ""))
+def test_each_mistake_is_answered_as_the_docs_say(
+    line: str, shown: str, somebodys_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(somebodys_folder)
+    monkeypatch.setenv("HF_HOME", str(somebodys_folder / "hub"))
+    (command,) = words(line)
+    told = answer(command)
+    assert "\n".join(text.rstrip() for text in told.splitlines()) == shown
