@@ -90,7 +90,10 @@ def _models(name: str) -> tuple[Any, Any, Any]:
 
 
 def sampling() -> Ways:
-    """64 images by the quickstart's defaults: ours, diffusers' transformer in the same solver, and the lesson's 1,000 Euler steps."""
+    """64 images by the quickstart's defaults: ours, diffusers' transformer in the same solver, and the lesson's 1,000 Euler steps.
+
+    diffusers' is given captions as short as ours, and captions padded to 300 tokens, as `SanaPipeline` pads them.
+    """
     from sana_cli import draw, flow
     from sana_cli.config import load_config
 
@@ -108,10 +111,13 @@ def sampling() -> Ways:
         return last.x
 
     @torch.no_grad()
-    def same_solver() -> Tensor:
+    def same_solver(tokens: int) -> Tensor:
+        given = F.pad(both.float(), (0, 0, 0, tokens - both.shape[1]))
+        given_mask = F.pad(mask.float(), (0, tokens - both.shape[1]))
+
         def velocity(x: Tensor, sigma: float) -> Tensor:
             timestep = torch.full((2 * count,), flow.model_timestep(settings.solver, sigma))
-            v = theirs(x.repeat(2, 1, 1, 1), both.float(), timestep, encoder_attention_mask=mask).sample
+            v = theirs(x.repeat(2, 1, 1, 1), given, timestep, encoder_attention_mask=given_mask).sample
             return flow.guide(v[:count], v[count:], settings.guidance_scale)
 
         return solve(settings.solver, settings.steps, velocity)
@@ -127,7 +133,12 @@ def sampling() -> Ways:
         return solve("euler", LESSON_STEPS, velocity)
 
     drawing = (ours, captions, [null] * count, range(count), shape, settings, "fp32")
-    return {"ours": lambda: draw.final_images(draw.draw(*drawing)), "diffusers": same_solver, "lesson": lesson}
+    return {
+        "ours": lambda: draw.final_images(draw.draw(*drawing)),
+        "diffusers": lambda: same_solver(both.shape[1]),
+        "diffusers, 300 tokens": lambda: same_solver(LESSON_TOKENS),
+        "lesson": lesson,
+    }
 
 
 # --- embedding and reading --------------------------------------------------------------------------------------------
@@ -173,7 +184,8 @@ def reading() -> Ways:
     ours = Images(pixels, ids, captions, [None] * images, [n % 10 for n in range(images)])
     writer.write(0, [shard], ours, {name: n for n, name in enumerate(names)}, [])
     image = {"kind": "pixels", "channels": 1, "height": 32, "width": 32}
-    writer.finish(1, names, {"image": image, "caption_dim": width, "encoder": {}, "source": {}})
+    encoder = {"encoder": "drawn", "architecture": "none", "weights": "", "dtype": "fp32"}
+    writer.finish(1, names, {"image": image, "caption_dim": width, "encoder": encoder, "source": {}})
     dataset, train = Dataset(folder / "ours"), TrainConfig()
 
     shapes = {"images": (1, 32, 32), "labels": (), "states": (LESSON_TOKENS, width), "masks": (LESSON_TOKENS,)}

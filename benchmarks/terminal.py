@@ -3,7 +3,7 @@
     python benchmarks/terminal.py docs
 
 Each command runs in a pseudo-terminal, in an empty folder; an emulator keeps the screen. `train` is shown half way and at its end.
-It needs the dev extra.
+It needs pyte.
 """
 
 import argparse

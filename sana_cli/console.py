@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, one_line
 from sana_cli.units import as_json, human_bytes
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress, at first
@@ -46,7 +46,7 @@ if not out.is_terminal:
 
 def shown(text: str) -> str:
     """Text that others wrote, without what a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "\n".join(map(one_line, text.split("\n")))
 
 
 def note(text: str) -> None:

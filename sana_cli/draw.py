@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from sana_cli import __version__, flow, records
+from sana_cli import __version__, files, flow, records
 from sana_cli.config import ModelConfig, SampleConfig
 from sana_cli.device import free_memory, is_out_of_memory, release_memory
 from sana_cli.errors import SanaError
@@ -278,13 +278,8 @@ def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PNG_KEY, as_json(record))
     info.add_itxt("parameters", _parameters(record))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with files.whole_file(path) as partial:
         image.save(partial, format="PNG", pnginfo=info)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parameters(record: Mapping[str, Any]) -> str:
@@ -317,6 +312,6 @@ def _not_ours(path: Path) -> dict[str, Any]:
 
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
     """An animation of the images appearing, its last frame held for two seconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     durations = [80] * (len(frames) - 1) + [2000]
-    frames[0].save(path, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+    with files.whole_file(path) as partial:
+        frames[0].save(partial, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

@@ -178,6 +178,19 @@ def check_hash(path: Path, expected: str) -> None:
 
 
 @contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write a file at, which becomes `target` once it is whole; until then what was there stays."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_folder(target: Path, partial: Path) -> Iterator[Path]:
     """An empty folder at `partial` to write into, which becomes `target` at the end, or is removed on an error.
 

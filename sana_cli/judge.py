@@ -280,9 +280,8 @@ def _save(path: Path, judge: Judge, about: dict[str, str]) -> None:
     tensors = {f"classifier.{name}": tensor.cpu() for name, tensor in judge.classifier.state_dict().items()}
     tensors |= {"mean": judge.reference.mean, "covariance": judge.reference.covariance, "scatter": judge.scatter}
     tensors |= {"real": judge.real, "numbers": torch.tensor([judge.accuracy, judge.scale], dtype=torch.float64)}
-    partial = path.with_name(path.name + ".partial")
-    files.write_tensors(partial, tensors, about)
-    partial.replace(path)
+    with files.whole_file(path) as partial:
+        files.write_tensors(partial, tensors, about)
 
 
 def _load(path: Path, channels: int, classes: int, about: dict[str, str], device: torch.device) -> Judge | None:

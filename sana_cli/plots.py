@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sana_cli import files
 from sana_cli.errors import SanaError
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -103,4 +104,5 @@ def _panels(count: int, width: float = WIDTH) -> tuple[Any, Sequence[Any]]:
 def _save(figure: Any, path: Path, title: str) -> None:
     if title:
         figure.suptitle(title, fontsize="small")
-    figure.savefig(path, dpi=130)
+    with files.whole_file(path) as partial:
+        figure.savefig(partial, dpi=130, format=path.suffix[1:].lower())

@@ -34,9 +34,8 @@ def write(run: Path, model: ModelConfig) -> Path:
     data = json.dumps(collect(run, model), ensure_ascii=False, allow_nan=False)
     safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     target = run / REPORT
-    partial = target.with_name(target.name + ".partial")
-    files.write_text(partial, page.replace(PLACE, safe, 1))
-    partial.replace(target)
+    with files.whole_file(target) as partial:
+        files.write_text(partial, page.replace(PLACE, safe, 1))
     return target
 
 

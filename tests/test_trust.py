@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, SMALL, process_environment
+from PIL import Image
 
 from sana_cli import checkpoint, draw, files, store
 from sana_cli.commands.embed import EmbedOptions, embed
@@ -185,6 +186,33 @@ def _fill(place: Path) -> None:
             pass
 
 
+def test_a_killed_sample_leaves_pictures_whole(config: Config, tmp_path: Path) -> None:
+    *_, trained = train(TrainOptions(config))
+    grid, film = tmp_path / "o.png", tmp_path / "o.gif"
+    arguments = ["sample", *["4 two six one nine seven"] * 20, "--checkpoint", str(trained.checkpoint), "--steps", "20"]
+    command = [sys.executable, "-m", "sana_cli", *arguments, "--out", str(grid), "--trajectory", str(film)]
+    inside = 0
+    for partial in ("o.png.partial", "o.gif.partial", "o.gif.partial"):
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=process_environment(tmp_path), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None and not (tmp_path / partial).exists():
+            pass
+        process.kill()
+        process.wait()
+        inside += (tmp_path / partial).exists()
+        for path in (grid, film):
+            if path.exists():
+                with Image.open(path) as image:
+                    image.seek(getattr(image, "n_frames", 1) - 1)
+                    image.load()
+    assert inside, "a kill was to hit a file being written"
+    assert (
+        subprocess.run(command, cwd=tmp_path, env=process_environment(tmp_path), capture_output=True, check=False).returncode == 0
+    )
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_files_that_vanish_are_one_message(config: Config) -> None:
     steps = train(TrainOptions(config.model_copy(update={"run": config.run})))
     next(steps)
@@ -329,8 +357,6 @@ def test_the_schema_is_that_of_the_configs(sana: Sana) -> None:
 
 
 def test_pictures_speak_other_tools_language(config: Config, tmp_path: Path) -> None:
-    from PIL import Image
-
     *_, summary = train(TrainOptions(config))
     for _ in sample(SampleOptions(("4 two",), summary.checkpoint, device="cpu", out=tmp_path / "o.png")):
         pass

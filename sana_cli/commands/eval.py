@@ -153,11 +153,10 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
     saved = []
     try:
         if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            files.write_text(options.out, files.json_text(record(bare)))
+            with files.whole_file(options.out) as partial:
+                files.write_text(partial, files.json_text(record(bare)))
             saved.append(options.out)
         if options.plot is not None:
-            options.plot.parent.mkdir(parents=True, exist_ok=True)
             plots.evaluation(record(bare), options.plot)
             saved.append(options.plot)
     except OSError as error:
