@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_every_option_is_described(helps: dict[str, str]) -> None:
 def test_keys_targets_and_files_that_are_named_are_there() -> None:
     for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"):
         text = path.read_text()
-        for section, key in re.findall(r"`(data|text|model|train|sample|run)\.(\w+)", text):
+        for section, key in re.findall(r"`(data|text|model|train|sample|run)\.(?!py\b)(\w+)", text):
             assert key in Config.model_fields[section].annotation.model_fields, f"{path.name}: {section}.{key}"  # type: ignore[union-attr]
         targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         for target in re.findall(r"`?make ([a-z]+)`", text):
@@ -160,6 +161,9 @@ def answer(command: list[str]) -> str:
 def test_each_mistake_is_answered_as_the_docs_say(
     line: str, shown: str, somebodys_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pinned = re.search(r"^typer==(.*)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    if "╭" in shown and pinned is not None and pinned[1] != metadata.version("typer"):
+        pytest.skip("other versions of typer put it in other words")
     monkeypatch.chdir(somebodys_folder)
     monkeypatch.setenv("HF_HOME", str(somebodys_folder / "hub"))
     (command,) = words(line)

@@ -1,6 +1,7 @@
 """Caption encoders against transformers itself: what is stored is what the model computes for that caption alone."""
 
 import hashlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -237,9 +238,10 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 def response(status: int) -> Any:
-    import httpx2
+    from huggingface_hub import errors
 
-    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co/x"))
+    http = importlib.import_module(errors.HfHubHTTPError.__mro__[1].__module__.split(".")[0])  # httpx or httpx2, by its version
+    return http.Response(status, request=http.Request("GET", "https://huggingface.co/x"))
 
 
 def test_gated_models_name_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
