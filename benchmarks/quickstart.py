@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="of training, if not the config's")
+    parser.add_argument("--guidance-scale", type=float, help="of the checkpoints' sampling, if not the config's")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument(
         "--between", type=int, default=2000, help="images for other checkpoints and samplers than the last one's own"
@@ -69,6 +70,7 @@ def main() -> None:
             run, start = f"runs/seed-{seed}", time.time()
             sets = (
                 *([] if options.steps is None else [f"train.steps={options.steps}"]),
+                *([] if options.guidance_scale is None else [f"sample.guidance_scale={options.guidance_scale}"]),
                 f"train.seed={seed}",
                 f"run.dir={run}",
                 f"train.save_every={options.every}",
