@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -236,23 +236,22 @@ def locked(directory: Path) -> Iterator[None]:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = path.open("ab+", buffering=0)
         except OSError as error:
             raise storage_error(error, f"writing {directory}") from error
-        _claim(descriptor, directory, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break
-        os.close(descriptor)  # the one before has just removed it
-    try:
-        with suppress(OSError):  # a full disk: nobody will read it, and the claim holds
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()}\n".encode())
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
+        with file:
+            _claim(file, directory, fcntl.LOCK_EX)
+            if not _lies_at(path, file):
+                continue  # the one before has just removed it
+            with suppress(OSError):  # a full disk: nobody will read it, and the claim holds
+                file.truncate(0)
+                file.write(f"process {os.getpid()}\n".encode())
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    path.unlink()
+            return
 
 
 def check_unlocked(directory: Path) -> None:
@@ -261,13 +260,8 @@ def check_unlocked(directory: Path) -> None:
     Raises:
         SanaError: one does; says which.
     """
-    with suppress(OSError):  # no lock, or no folder for one: then nobody writes there
-        descriptor = os.open(_lock_of(directory), os.O_RDONLY)
-        try:
-            _claim(descriptor, directory, fcntl.LOCK_SH)
-        finally:
-            with suppress(OSError):
-                os.close(descriptor)
+    with suppress(OSError), _lock_of(directory).open("rb") as file:  # no lock, or no folder for one: then nobody writes there
+        _claim(file, directory, fcntl.LOCK_SH)
 
 
 def _lock_of(directory: Path) -> Path:
@@ -275,12 +269,19 @@ def _lock_of(directory: Path) -> Path:
     return whole.with_name(f".{whole.name}.lock")
 
 
-def _claim(descriptor: int, directory: Path, kind: int) -> None:
+def _lies_at(path: Path, file: IO[bytes]) -> bool:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _claim(file: IO[bytes], directory: Path, kind: int) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = one_line(os.pread(descriptor, 100, 0).decode(errors="replace").strip()) or "another process"
-        os.close(descriptor)
+        file.seek(0)
+        holder = one_line(file.read(100).decode(errors="replace").strip()) or "another process"
         raise SanaError(
             f"{directory} is being written by {holder}", "wait until it is done, or end it; or choose another directory"
         ) from None

@@ -457,14 +457,21 @@ def test_a_changed_source_is_refused(tmp_path: Path, many: Path) -> None:
 
 
 SMALL_WINDOWS = "from sana_cli import store\nstore.WINDOW, store.WINDOW_BYTES = 64, 65536\n"
+LATE = """
+import os, time
+from sana_cli.commands import embed
+if os.environ.get("RANK") == "1":
+    opened = embed._source
+    embed._source = lambda options: (time.sleep(1), opened(options))[1]
+"""
 
 
 def embed_process(tmp_path: Path, config: Config, *launch: str) -> Callable[[], "subprocess.Popen[bytes]"]:
-    """Start `sana embed` with small windows as a process of its own, or as several."""
+    """Start `sana embed` with small windows as a process of its own, or as several, of which one is late."""
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     script = tmp_path / "small.py"
     body = "from sana_cli.cli import app\nif __name__ == '__main__':\n    app(['embed', '--config', 'config.yaml'])\n"
-    script.write_text(SMALL_WINDOWS + body)
+    script.write_text(SMALL_WINDOWS + LATE + body)
     command = [sys.executable, *launch, str(script)]
     return lambda: subprocess.Popen(
         command, cwd=tmp_path, env=process_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -297,7 +297,9 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
     except OSError as error:
         raise files.storage_error(error, f"reading {config.data.path}") from error
     device, partial = resolve_device(config.run.device), store.partial_dir(directory)
-    files.check_unlocked(directory)
+    with here.together():  # before the first of these processes takes the lock
+        if here.first:
+            files.check_unlocked(directory)
     store.check_only_ours(partial)
     if store.is_dataset(partial) and not (partial / store.PLAN).exists() and not directory.exists():
         with contextlib.suppress(SanaError):  # whole, but stopped before it was in its place

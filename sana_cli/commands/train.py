@@ -659,12 +659,12 @@ def train(options: TrainOptions) -> Iterator[TrainStart | TrainStep | TrainSumma
             if here.first:
                 run.encode_prompts()
         yield TrainStart(run.plan, run.first_step, run.saved_in, run.notes)
-        log, held = None, ExitStack()
+        log, held, writes = None, ExitStack(), here.first and run.first_step < options.config.train.steps
         try:
             with here.together():
-                if run.first_step < options.config.train.steps and here.first:
+                if writes:
                     held.enter_context(files.locked(run.dir))
-            if run.first_step < options.config.train.steps and here.first:
+            if writes:
                 (run.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
                 files.write_text(run.dir / "config.yaml", options.config.to_yaml())
                 log = metrics.Log(run.dir, run.first_step, options.config.train.tensorboard)
