@@ -488,9 +488,10 @@ def sample(
         if json:
             return console.print_json(summary)
         settings = summary.settings
+        who = "shipped" if summary.shipped else str(summary.checkpoint)
         if summary.shipped and checkpoint is None:
             console.note("no run of your own yet (sana train makes one): drawing with the weights that come with sana")
-        who = ("them" if checkpoint is None else "shipped") if summary.shipped else summary.checkpoint
+            who = "them"
         console.note(
             f"drew {len(summary.images)} images with {who} in {summary.seconds:.1f} s "
             f"({settings.solver}, {settings.steps} steps, guidance {settings.guidance_scale:g}, seed {settings.seed})"

@@ -30,9 +30,14 @@ def resolve_device(name: str) -> torch.device:
         raise SanaError(f"no device {name!r}", "devices are auto, cpu, mps, cuda and cuda:N", exit_code=2) from error
     here = {"cpu": True, "cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps}
     if not here.get(device.type, False):
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if mps else [])]
-        raise SanaError(f"this machine has no device {name}", f"it has: {', '.join(there)}; auto takes the best of them")
+        raise SanaError(f"this machine has no device {name}", f"it has: {', '.join(devices())}; auto takes the best of them")
     return device
+
+
+def devices() -> list[str]:
+    """The names of this machine's devices, the CPU first."""
+    cuda = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -109,15 +109,14 @@ def draw(
     """
     assert len(captions) == len(null_captions) == len(seeds), "one of each for every image"
     device = next(model.parameters()).device
-    scale, embeds = settings.guidance_scale, model.config.guidance_embeds
-    may_guide = not embeds and scale != 1
+    may_guide = not model.config.guidance_embeds and settings.guidance_scale != 1
     at_once = images_at_once(model.config, shape, 2 if may_guide else 1, device)
     sigmas = flow.solver_sigmas(settings.solver, settings.steps, settings.flow_shift)
     first = done = 0
     while first < len(captions):
         end = min(first + at_once, len(captions))
         given = captions[first:end], null_captions[first:end] if may_guide else [], seeds[first:end]
-        total = done + settings.steps * -(-(len(captions) - first) // at_once)
+        total, fits = done + settings.steps * -(-(len(captions) - first) // at_once), True
         try:
             for number, step in enumerate(_draw_batch(model, *given, shape, settings, precision, sigmas), 1):
                 yield DrawStep(done + number, total, step.x, step.x_0, first, step.sigma)
@@ -129,11 +128,11 @@ def draw(
                     f"there is no room on {device} to draw a single image of {' x '.join(map(str, shape))}",
                     "draw smaller ones (--height, --width), or elsewhere (--device cpu)",
                 ) from error
-            at_once = -(-min(at_once, end - first) // 2)  # and this batch again: an image does not depend on those beside it
-            no_room = True
-        else:
-            no_room, first, done = False, end, done + settings.steps
-        if no_room:  # outside the handler, whose traceback would hold the tensors that were too many
+            fits = False
+        if fits:
+            first, done = end, done + settings.steps
+        else:  # this batch again; not in the handler, whose traceback holds the tensors that were too many
+            at_once = -(-(end - first) // 2)
             release_memory(device)
 
 

@@ -179,12 +179,14 @@ def check_hash(path: Path, expected: str) -> None:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write a file at, which becomes `target` once it is whole; until then what was there stays."""
+    """A path to write a file at, which becomes `target` once it is whole; until then what was there stays.
+
+    A killed process loses nothing by that. What has to outlive a power cut is written by a writer that syncs.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     try:
         yield partial
-        sync(partial)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

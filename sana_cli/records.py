@@ -7,19 +7,13 @@ listed here are let through: a later version may write more. It knows no file bu
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,  # pydantic cannot use typing's before Python 3.12
-)
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # typing's own is of no use to pydantic before Python 3.12
 
 from sana_cli.errors import SanaError, one_line
 
-_OPEN = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 Size = Annotated[int, Field(gt=0, le=65536)]
 
@@ -42,10 +36,15 @@ Inside = Annotated[str, AfterValidator(_is_inside)]
 Name = Annotated[str, AfterValidator(_is_name)]
 
 
-class Image(TypedDict):
+class Open(TypedDict):
+    """Strict in what it lists, and open to more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
+
+
+class Image(Open):
     """What a sample is."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     kind: Literal["pixels", "latents"]
     channels: Size
     height: Size
@@ -54,40 +53,36 @@ class Image(TypedDict):
     autoencoder: NotRequired[str]
 
 
-class Encoder(TypedDict):
+class Encoder(Open):
     """The fingerprint of a caption encoder."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     encoder: str
     architecture: str
     weights: str
     dtype: str
 
 
-class Shard(TypedDict):
+class Shard(Open):
     """A file of a dataset."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     file: Name
     count: Count
     bytes: Count
     sha256: str
 
 
-class Counts(TypedDict):
+class Counts(Open):
     """Of a dataset."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     images: Count
     captions: Count
     tokens: Count
     skipped: NotRequired[Count]
 
 
-class Index(TypedDict):
+class Index(Open):
     """`index.json` of a dataset."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     format_version: int
     counts: Counts
     image: Image
@@ -101,43 +96,38 @@ class Index(TypedDict):
     images: list[Shard]
 
 
-class Entry(TypedDict):
+class Entry(Open):
     """A file in a manifest."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     bytes: Count
     sha256: str
 
 
-class Manifest(TypedDict):
+class Manifest(Open):
     """`manifest.json` of a checkpoint."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     files: dict[Inside, Entry]
 
 
-class Origin(TypedDict):
+class Origin(Open):
     """The dataset that a checkpoint was trained on."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     sha256: str
     images: Count
 
 
-class Score(TypedDict):
+class Score(Open):
     """What a judge said of the pictures of a checkpoint that is given away."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     accuracy: float
     images: Count
     frechet_distance: float
     real_frechet_distance: float
 
 
-class Checkpoint(TypedDict):
+class Checkpoint(Open):
     """`sana.json` of a checkpoint."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     version: int
     made_by: str
     step: Count
@@ -153,10 +143,9 @@ class Checkpoint(TypedDict):
     config: NotRequired[dict[str, dict[str, Any]]]
 
 
-class State(TypedDict):
+class State(Open):
     """`training/state.json` of a checkpoint."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     step: Annotated[int, Field(gt=0, lt=2**48)]
     samples_seen: Annotated[int, Field(gt=0, lt=2**62)]
     precision: str
@@ -166,18 +155,16 @@ class State(TypedDict):
     last: NotRequired[dict[str, float]]
 
 
-class Drawn(TypedDict):
+class Drawn(Open):
     """An image of a picture."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     prompt: str
     seed: int
 
 
-class Picture(TypedDict):
+class Picture(Open):
     """The `sana` chunk of a PNG."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     made_by: str
     checkpoint: str
     settings: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Sizes and times as people read them."""
+"""Sizes, times and JSON as people read them."""
 
 import json
 from typing import Any

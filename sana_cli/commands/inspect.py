@@ -16,7 +16,7 @@ import torch
 
 from sana_cli import __version__, checkpoint, draw, formats, store
 from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs
-from sana_cli.device import free_memory, resolve_device, resolve_precision
+from sana_cli.device import devices, free_memory, resolve_device, resolve_precision
 from sana_cli.errors import SanaError, one_line
 from sana_cli.model import build, module_rows
 from sana_cli.pipeline import INDEX, Pipeline, open_pipeline
@@ -96,8 +96,6 @@ VARIABLES = (
 
 def environment() -> Report:
     """What `sana` runs on, to be pasted into a bug report: no path, no name of a user or machine, no token."""
-    devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
-    devices += ["mps"] if torch.backends.mps.is_available() else []
     best = resolve_device("auto")
     facts: dict[str, Any] = {
         "sana": __version__,
@@ -109,7 +107,7 @@ def environment() -> Report:
             facts[name] = metadata.version(name)
     memory = free_memory(best)
     facts |= {
-        "devices": devices,
+        "devices": [f"{name} {torch.cuda.get_device_name(name)}" if name.startswith("cuda") else name for name in devices()],
         "auto is": f"{best}, {resolve_precision('auto', best)}",
         "threads": torch.get_num_threads(),
         "free memory": "unknown" if memory is None else human_bytes(memory),
