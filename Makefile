@@ -1,6 +1,9 @@
 # Everything runs in .venv, which the targets make themselves. They need Python >= 3.11 and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := pip install --quiet --disable-pip-version-check
+TORCH = "$$(grep '^torch==' constraints.txt)"
+PYTEST := pytest -m "not quality" -n 2 --dist worksteal
 
 .PHONY: demo test quality bench package lowest newest audit pictures fix clean help
 
@@ -17,7 +20,7 @@ test: .venv/dev  ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not quality" -n 2 --dist worksteal
+	$(BIN)/$(PYTEST)
 
 quality: .venv/dev  ## train the quickstart in full and let its judge read the samples
 	$(BIN)/pytest -m quality -s
@@ -28,8 +31,8 @@ bench: .venv/dev  ## every stage against what a user would run instead, as ratio
 package: .venv/dev  ## build the wheel, install it in a fresh environment, and run the commands from there
 	rm -rf dist && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv dist/venv
-	dist/venv/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	dist/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	dist/venv/bin/$(INSTALL) $(TORCH)
+	dist/venv/bin/$(INSTALL) -c constraints.txt dist/*.whl
 	mkdir dist/empty && cd dist/empty && export HF_HUB_OFFLINE=1 && ../venv/bin/sana sample "4 two 4 six" && \
 	  ../venv/bin/sana embed --limit 1000 && ../venv/bin/sana train --set train.steps=60 && \
 	  ../venv/bin/sana sample "4 two" --steps 2 && ../venv/bin/sana inspect runs/quickstart --verify
@@ -38,24 +41,24 @@ package: .venv/dev  ## build the wheel, install it in a fresh environment, and r
 lowest: .venv/bin/python  ## the tests with the oldest libraries that pyproject.toml allows
 	$(BIN)/python tests/bounds.py > .venv/lowest.txt
 	$(PYTHON) -m venv .venv/lowest
-	.venv/lowest/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	.venv/lowest/bin/pip install --quiet --disable-pip-version-check -c .venv/lowest.txt -e '.[dev]'
-	.venv/lowest/bin/pytest -m "not quality" -n 2 --dist worksteal
+	.venv/lowest/bin/$(INSTALL) $(TORCH)
+	.venv/lowest/bin/$(INSTALL) -c .venv/lowest.txt -e '.[dev]'
+	.venv/lowest/bin/$(PYTEST)
 
 newest: .venv/bin/python  ## the tests with the newest libraries that the index serves
 	$(PYTHON) -m venv .venv/newest
-	.venv/newest/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	.venv/newest/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]' "$$(grep '^torch==' constraints.txt)"
-	.venv/newest/bin/pytest -m "not quality" -n 2 --dist worksteal
+	.venv/newest/bin/$(INSTALL) $(TORCH)
+	.venv/newest/bin/$(INSTALL) --upgrade -e '.[dev]' $(TORCH)
+	.venv/newest/bin/$(PYTEST)
 
 audit: .venv/dev  ## known vulnerabilities in what is pinned
-	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/$(INSTALL) pip-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 pictures: .venv/dev  ## the README's pictures again: the grid, accuracy over time, what a terminal shows; a quarter of an hour
 	$(BIN)/sana sample --checkpoint shipped --prompts-file configs/prompts/lesson.txt --out docs/lesson-grid.png
 	$(BIN)/python benchmarks/quickstart.py --plot docs/quickstart.png
-	$(BIN)/pip install --quiet --disable-pip-version-check pyte
+	$(BIN)/$(INSTALL) pyte
 	$(BIN)/python benchmarks/terminal.py docs
 
 fix: .venv/dev  ## format, and mend what lint can mend
@@ -71,10 +74,10 @@ clean:  ## remove the environment and caches; data/ and runs/ stay
 
 # torch first and by its exact pin, so that no resolver is tempted by another build
 .venv/base: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/$(INSTALL) $(TORCH)
+	$(BIN)/$(INSTALL) -c constraints.txt -e .
 	touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@

@@ -110,11 +110,12 @@ def sampling() -> Ways:
         *_, last = flow.SOLVERS[solver](velocity, noise(), flow.solver_sigmas(solver, steps, settings.flow_shift), noise)
         return last.x
 
-    @torch.no_grad()
-    def same_solver(tokens: int) -> Tensor:
-        given = F.pad(both.float(), (0, 0, 0, tokens - both.shape[1]))
-        given_mask = F.pad(mask.float(), (0, tokens - both.shape[1]))
+    def padded(tokens: int) -> tuple[Tensor, Tensor]:
+        more = tokens - both.shape[1]
+        return F.pad(both.float(), (0, 0, 0, more)), F.pad(mask.float(), (0, more))
 
+    @torch.no_grad()
+    def same_solver(given: Tensor, given_mask: Tensor) -> Tensor:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             timestep = torch.full((2 * count,), flow.model_timestep(settings.solver, sigma))
             v = theirs(x.repeat(2, 1, 1, 1), given, timestep, encoder_attention_mask=given_mask).sample
@@ -122,21 +123,21 @@ def sampling() -> Ways:
 
         return solve(settings.solver, settings.steps, velocity)
 
-    padded = F.pad(both[:count].float(), (0, 0, 0, LESSON_TOKENS - both.shape[1]))
-    lesson_mask = F.pad(mask[:count].float(), (0, LESSON_TOKENS - both.shape[1]))
+    short, long = padded(both.shape[1]), padded(LESSON_TOKENS)
 
     @torch.no_grad()
     def lesson() -> Tensor:
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            return theirs(x, padded, torch.full((count,), 1000 * sigma), encoder_attention_mask=lesson_mask).sample
+            timestep = torch.full((count,), 1000 * sigma)
+            return theirs(x, long[0][:count], timestep, encoder_attention_mask=long[1][:count]).sample
 
         return solve("euler", LESSON_STEPS, velocity)
 
     drawing = (ours, captions, [null] * count, range(count), shape, settings, "fp32")
     return {
         "ours": lambda: draw.final_images(draw.draw(*drawing)),
-        "diffusers": lambda: same_solver(both.shape[1]),
-        "diffusers, 300 tokens": lambda: same_solver(LESSON_TOKENS),
+        "diffusers": lambda: same_solver(*short),
+        "diffusers, 300 tokens": lambda: same_solver(*long),
         "lesson": lesson,
     }
 

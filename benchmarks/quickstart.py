@@ -5,8 +5,8 @@ only difference. The times are those at which checkpoints were whole, embedding 
 
     python benchmarks/quickstart.py [--seeds 0 1] [--steps 2600] [--images 10000] [--plot docs/quickstart.png] [--ship]
 
-What is in `--folder` already is gone on with. `--ship` puts the last checkpoint of the first seed, in bf16 and with its score, where the package finds it (`sana sample` on a
-fresh install).
+What is in `--folder` already is gone on with. `--ship` puts the last checkpoint of the first seed, in bf16 and with its score, where
+the package finds it (`sana sample` on a fresh install).
 """
 
 import argparse
@@ -68,15 +68,12 @@ def main() -> None:
         print(f"embedded in {embedding:.1f} s")
         for seed in options.seeds:
             run, start = f"runs/seed-{seed}", time.time()
-            sets = (
-                *([] if options.steps is None else [f"train.steps={options.steps}"]),
-                *([] if options.guidance_scale is None else [f"sample.guidance_scale={options.guidance_scale}"]),
-                f"train.seed={seed}",
-                f"run.dir={run}",
-                f"train.save_every={options.every}",
-                "train.keep=1000",
-            )
-            sana(folder, "train", "--resume", "auto", *(word for one in sets for word in ("--set", one)))
+            sets = {
+                "train.steps": options.steps, "sample.guidance_scale": options.guidance_scale, "train.seed": seed, "run.dir": run,
+                "train.save_every": options.every, "train.keep": 1000,
+            }  # fmt: skip
+            given = (word for key, value in sets.items() if value is not None for word in ("--set", f"{key}={value}"))
+            sana(folder, "train", "--resume", "auto", *given)
             points = []
             folders = checkpoint.steps(folder / run)
             for step in folders:

@@ -34,23 +34,22 @@ COMMANDS = {
 }
 
 
-def picture(screen: pyte.Screen, title: str) -> Text:
+def colour(name: str) -> str:
+    """Rich's name of a colour of the emulator's, which has hexadecimal ones too."""
+    if name == "default":
+        return ""
+    return f"#{name}" if re.fullmatch(r"[0-9a-f]{6}", name) else name.replace("bright", "bright_").replace("brown", "yellow")
+
+
+def picture(screen: pyte.Screen) -> Text:
     """The screen's lines, with colours, without the empty ones at the end."""
     text = Text()
     used = max((y for y, line in enumerate(screen.display) if line.strip()), default=0)
     for y in range(used + 1):
         for x in range(COLUMNS):
             cell = screen.buffer[y][x]
-            colour = (
-                ""
-                if cell.fg == "default"
-                else f"#{cell.fg}"
-                if re.fullmatch(r"[0-9a-f]{6}", cell.fg)
-                else cell.fg.replace("bright", "bright_")
-            )
-            text.append(cell.data, style=f"{'bold ' if cell.bold else ''}{colour.replace('brown', 'yellow')}".strip())
+            text.append(cell.data, style=f"{'bold ' if cell.bold else ''}{colour(cell.fg)}".strip())
         text.append("\n")
-    assert title
     return text
 
 
@@ -81,9 +80,9 @@ def watch(arguments: list[str], folder: Path, at: Callable[[str], bool]) -> tupl
             except OSError:  # the other end is closed
                 break
             if half is None and at("\n".join(screen.display)):
-                half = picture(screen, "half way")
+                half = picture(screen)
     assert process.wait() == 0, screen.display
-    return half, picture(screen, "the end")
+    return half, picture(screen)
 
 
 def main() -> None:

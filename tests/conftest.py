@@ -54,8 +54,14 @@ def config(tmp_path: Path) -> Config:
     return made
 
 
-# no socket may be opened: whatever the command line does in tests, it does offline
-NO_NETWORK = "import socket\ndef refuse(*a, **k): raise RuntimeError('a socket was opened')\nsocket.socket.connect = refuse\nsocket.getaddrinfo = refuse\n"
+# no socket may be opened: whatever the command line does in tests, it does offline; and what tries to is on record
+NO_NETWORK = """
+import pathlib, socket
+def refuse(*a, **k):
+    pathlib.Path(__file__).with_name("attempts").touch()
+    raise RuntimeError("a socket was opened")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+"""
 
 
 @pytest.fixture

@@ -33,21 +33,14 @@ def consoles(text: str) -> list[tuple[str, str]]:
 
 def words(line: str) -> list[list[str]]:
     """The `sana` commands in a shell line."""
-    lexed = shlex.split(line, comments=True) if "&&" not in line and ">" not in line else shlex.split(line.split("#")[0])
-    commands: list[list[str]] = [[]]
-    for word in lexed:
-        if word in ("&&", ";", "|"):
-            commands.append([])
-        elif word == ">":
-            commands[-1].append("\0")
-        else:
-            commands[-1].append(word)
-    starts = (
-        c[c.index("sana") + 1 :] if c[:1] == ["sana"] else c[c.index("sana_cli") + 1 :]
-        for c in commands
-        if {"sana", "sana_cli"} & set(c)
-    )
-    return [c[: c.index("\0")] if "\0" in c else c for c in starts]
+    found = []
+    for part in re.split(r"&&|;|\|(?!\|)", line):
+        command = shlex.split(part.partition(" > ")[0], comments=True)
+        if command[0] == "sana":
+            found.append(command[1:])
+        elif "sana_cli" in command:  # after python -m, or torchrun's options
+            found.append(command[command.index("sana_cli") + 1 :])
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +48,10 @@ def helps() -> dict[str, str]:
     return {command: CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout for command in COMMANDS}
 
 
-ALL = [
-    command
-    for text in (README, *(p.read_text() for p in (REPOSITORY / "configs").glob("*.yaml")))
-    for line, _ in consoles(text)
-    for command in words(line)
+HEADERS = [
+    line for p in sorted((REPOSITORY / "configs").glob("*.yaml")) for line in re.findall(r"^#   (sana .*)", p.read_text(), re.M)
 ]
+ALL = [command for line in (*(line for line, _ in consoles(README)), *HEADERS) for command in words(line)]
 
 
 @pytest.mark.parametrize("command", ALL, ids=" ".join)
@@ -150,14 +141,14 @@ def prepare(folder: Path) -> Path:
 
 
 def answer(command: list[str]) -> str:
-    """What a user sees on stderr, and the exit code where it is not 0."""
+    """What a user sees on stderr of a command that fails."""
     told = CliRunner().invoke(app, command, prog_name="sana", env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
     assert told.exit_code, command
     assert "Traceback" not in told.output
     return told.stderr.strip()
 
 
-@pytest.mark.parametrize(("line", "shown"), consoles(MISTAKES.read_text() if MISTAKES.exists() else ""))
+@pytest.mark.parametrize(("line", "shown"), consoles(MISTAKES.read_text()))
 def test_each_mistake_is_answered_as_the_docs_say(
     line: str, shown: str, somebodys_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

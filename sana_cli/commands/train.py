@@ -22,7 +22,14 @@ from torch import Tensor
 from sana_cli import __version__, checkpoint, draw, files, formats, hub, metrics, report
 from sana_cli.autoencoder import Autoencoder
 from sana_cli.config import Config, ModelConfig, differences
-from sana_cli.device import has_native_bf16, peak_memory, release_memory, resolve_device, resolve_precision
+from sana_cli.device import (
+    has_native_bf16,
+    is_out_of_memory,
+    peak_memory,
+    release_memory,
+    resolve_device,
+    resolve_precision,
+)
 from sana_cli.distributed import World, launched_processes, local_rank, world
 from sana_cli.errors import Interrupted, SanaError
 from sana_cli.metrics import Losses
@@ -736,7 +743,9 @@ def _steps(run: _Run, log: metrics.Log | None) -> Iterator[TrainStep]:
             training += time.perf_counter() - clock
             run.count(step)
             rate = (trainer.step - run.first_step) * run.plan.batch / training
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise SanaError(
             f"step {trainer.step + 1}: out of memory on {device}; the last checkpoint is whole",
             "lower train.batch_size and raise train.accumulate by as much (the step stays the same), or set",
