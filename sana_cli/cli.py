@@ -534,7 +534,12 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(metavar="auto|bf16|fp32", help="What the transformer computes in. Default: as it was trained.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="JSON", help="Also keep the results in this file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JSON", help="Also keep the results in this file; until all are there, those so far in JSON.unfinished."
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="PNG|SVG", help="Also draw them (needs the plot extra).")] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,

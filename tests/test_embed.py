@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -497,6 +499,30 @@ def test_killed_work_goes_on(tmp_path: Path, many: Path, small_windows: None) ->
     assert process.returncode == 0, stderr.decode()
     assert kills >= 2
     assert contents(config.data.dir) == contents(whole.data.dir)
+
+
+def test_a_killed_worker_is_one_message(tmp_path: Path, many: Path, small_windows: None) -> None:
+    """What kills processes for want of memory picks one: the others end, nothing hangs, and the work goes on when asked."""
+    whole = folder_config(tmp_path / "whole", many)
+    list(embed(EmbedOptions(whole)))
+    config = folder_config(tmp_path / "cut", many, "data.workers=2")
+
+    def kill_one() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.001)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(SanaError, match=r"was killed, for want of memory perhaps\n.*data\.workers=1"):
+        list(embed(EmbedOptions(config)))
+    killer.join()
+    assert not config.data.dir.exists()
+    list(embed(EmbedOptions(config)))
+    assert contents(config.data.dir) == contents(whole.data.dir)
+    for worker in multiprocessing.active_children():  # they end by themselves
+        worker.join(60)
+        assert worker.exitcode is not None
 
 
 def test_two_processes_make_the_same_bytes(tmp_path: Path, many: Path, small_windows: None) -> None:

@@ -2,8 +2,11 @@
 
 import json
 import math
+import multiprocessing
+import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +147,41 @@ def test_eval_of_a_checkpoint_and_of_a_folder(judged: tuple[Config, Judge], tmp_
     Image.new("L", (32, 32)).save(tmp_path / "s" / "odd.png")
     with pytest.raises(SanaError, match="its caption is None, which is none of"):
         list(evaluate(EvalOptions(tmp_path / "s", data=config.data.dir)))
+
+
+def test_a_killed_sweep_leaves_what_it_had_found(judged: tuple[Config, Judge], tmp_path: Path) -> None:
+    config, _ = judged
+    *_, trained = train(TrainOptions(config))
+    out = tmp_path / "e.json"
+    options = EvalOptions(trained.checkpoint, data=config.data.dir, images=40, steps=tuple(range(1, 400)), out=out, device="cpu")
+
+    def sweep() -> None:
+        torch.set_num_threads(1)
+        for _ in evaluate(options):
+            pass
+
+    *_, summary = evaluate(replace(options, steps=(1,)))
+    whole = out.read_text()
+    assert json.loads(whole) == record(replace(summary, saved=()))
+    unfinished = tmp_path / "e.json.unfinished"
+    for wanted in (1, 2, 4):
+        process = multiprocessing.get_context("fork").Process(target=sweep)
+        unfinished.unlink(missing_ok=True)
+        process.start()
+        while process.is_alive() and not unfinished.exists():
+            pass
+        while process.is_alive() and len(json.loads(unfinished.read_text())["results"]) < wanted:
+            pass
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        found = json.loads(unfinished.read_text())["results"]
+        assert len(found) >= wanted
+        assert [result["settings"]["steps"] for result in found] == list(range(1, len(found) + 1))
+        assert out.read_text() == whole
+    list(evaluate(replace(options, steps=(2,))))
+    assert [result["settings"]["steps"] for result in json.loads(out.read_text())["results"]] == [2]
+    assert not unfinished.exists()
 
 
 def test_what_eval_cannot_do_is_said(

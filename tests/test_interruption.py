@@ -33,6 +33,7 @@ def child(work: Callable[[], object]) -> BaseProcess:
 
     def process() -> None:
         torch.set_num_threads(1)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite run by nohup ignores it, and so would what it starts
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:

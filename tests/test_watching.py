@@ -327,7 +327,9 @@ def test_batches_come_in_order_whether_foreseen_or_not(config: Config) -> None:
         batch = reader.get(wanted, following)
         assert torch.equal(batch.noise, batches.training_batch(dataset, config.train, *wanted).noise)
     reader.close()
-    assert sorted(made) == [(0, 4), (4, 4), (8, 2), (100, 1)]
+    # What was foreseen and not asked for may have been called off before it began; nothing is made twice.
+    assert sorted(set(made) | {(8, 2)}) == [(0, 4), (4, 4), (8, 2), (100, 1)]
+    assert len(set(made)) == len(made)
     assert reader.waited > 0
 
 

@@ -6,7 +6,7 @@ Prompt accuracy, Fréchet distance and diversity within a caption, at one settin
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,26 +142,33 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
         else:
             found = step
     assert found is not None, "the last thing that obtain yields"
-    results = []
+    summary = EvalSummary(target, dataset.directory, found.accuracy, len(found.real), (), ())
+    unfinished = None if options.out is None else options.out.with_name(options.out.name + ".unfinished")
     for drawn in source:
         if isinstance(drawn, EvalStep):
             yield drawn
             continue
         settings, seconds, pixels, captions = drawn
-        results.append(EvalResult(settings, seconds, len(pixels), judge.give(found, pixels, captions, meaning)))
-    bare = EvalSummary(target, dataset.directory, found.accuracy, len(found.real), tuple(results), ())
-    saved = []
+        result = EvalResult(settings, seconds, len(pixels), judge.give(found, pixels, captions, meaning))
+        summary = replace(summary, results=(*summary.results, result))
+        if unfinished is not None:  # what there is so far: a sweep may take hours, and may be stopped or killed
+            _save(summary, unfinished)
+    if options.out is not None and unfinished is not None:
+        unfinished.replace(options.out)
+    if options.plot is not None:
+        try:
+            plots.evaluation(record(summary), options.plot)
+        except OSError as error:
+            raise files.storage_error(error, f"writing {options.plot}") from error
+    yield replace(summary, saved=tuple(path for path in (options.out, options.plot) if path is not None))
+
+
+def _save(summary: EvalSummary, path: Path) -> None:
     try:
-        if options.out is not None:
-            with files.whole_file(options.out) as partial:
-                files.write_text(partial, files.json_text(record(bare)))
-            saved.append(options.out)
-        if options.plot is not None:
-            plots.evaluation(record(bare), options.plot)
-            saved.append(options.plot)
+        with files.whole_file(path) as partial:
+            files.write_text(partial, files.json_text(record(summary)))
     except OSError as error:
-        raise files.storage_error(error, "writing what was found") from error
-    yield EvalSummary(target, dataset.directory, found.accuracy, len(found.real), tuple(results), tuple(saved))
+        raise files.storage_error(error, f"writing {path}") from error
 
 
 def _is_pictures(target: Path) -> bool:
