@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sana_cli.config import Config, parse_config
 
 README = (REPOSITORY / "README.md").read_text()
 MISTAKES = REPOSITORY / "docs" / "mistakes.md"
+MINE = "train:\n  steps: 500\n  lrr: 1e-3\nmodel:\n  patch_size: 5\n"  # a config with mistakes
 COMMANDS = ("embed", "train", "sample", "eval", "inspect")
 
 
@@ -104,12 +106,49 @@ def test_keys_targets_and_files_that_are_named_are_there() -> None:
     assert {name for name in named if "/" not in name.rstrip("/")} <= there
 
 
-def test_the_table_of_configs_is_what_inspect_prints() -> None:
-    shown = next(shown for line, shown in consoles(README) if line == "sana inspect")
-    table = CliRunner().invoke(app, ["inspect"], env={"COLUMNS": "200"}).stdout
-    known = {line.split()[0]: line.split()[1:6] for line in table.splitlines() if "tiny" in line or "gemma" in line}
-    told = {line.split()[0]: line.split()[1:6] for line in shown.splitlines() if "tiny" in line or "gemma" in line}
-    assert told == known
+def figures_aside(line: str) -> str:
+    return re.sub(r"\d[\d,.:]*\d|\d", "#", line)
+
+
+def same_text(told: str, shown: str, told_apart: Callable[[str], str]) -> None:
+    """What was printed is what is shown, where `...` stands for any number of lines."""
+    kept = (line.rstrip() for line in told.strip().splitlines() if not re.match(r"[\w ]+ [\d,]+/[\d,]+", line))
+    lines = [told_apart(line) for line in kept]  # of a terminal's bar, a file has lines
+    wanted = [told_apart(line.rstrip()) for line in shown.splitlines()]
+    if "..." not in wanted:
+        assert lines == wanted
+        return
+    cut = wanted.index("...")
+    assert lines[:cut] == wanted[:cut]
+    assert lines[-len(wanted[cut + 1 :]) :] == wanted[cut + 1 :]
+
+
+def test_the_session_of_the_readme_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its order, on all of MNIST; training stops after two steps, so figures of it are put aside."""
+    shown = dict(consoles(README))
+    monkeypatch.chdir(tmp_path)
+
+    def told(line: str, *more: str) -> str:
+        (command,) = words(line)
+        env = {"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
+        return CliRunner().invoke(app, [*command, *more], prog_name="sana", env=env).output
+
+    def measured(*starts: str) -> Callable[[str], str]:
+        """Figures of these lines are of the machine, or of the moment."""
+        return lambda line: figures_aside(line).replace("GB", "MB") if line.startswith(starts) else line
+
+    same_text(told("sana inspect"), shown["sana inspect"], str)
+    same_text(told("sana embed"), shown["sana embed"], measured("time"))
+    few = ("--set", "train.steps=2", "--set", "train.warmup_steps=1")
+    same_text(told("sana train --dry-run"), shown["sana train --dry-run"], measured("memory", "disk", "precision"))
+    same_text(told("sana train", *few), shown["sana train"], figures_aside)
+    sampled = next(line for line in shown if line == 'sana sample "4 two 4 six"')
+    same_text(told(sampled), shown[sampled], figures_aside)
+    inspected = "sana inspect runs/quickstart/sample-step-002600.png"
+    drawn = told(inspected.replace("002600", "000002"))
+    same_text(drawn, shown[inspected], lambda line: re.sub(r"step-\d+", "step", line))
+    (tmp_path / "mine.yaml").write_text(MINE)
+    same_text(told("sana train --config mine.yaml"), shown["sana train --config mine.yaml"], str)
 
 
 def test_the_changelog_keeps_its_form() -> None:
@@ -133,7 +172,7 @@ def prepare(folder: Path) -> Path:
         for _ in train(TrainOptions(small)):
             pass
     (folder / "small.yaml").write_text(yaml.safe_dump(small.to_dict()))
-    (folder / "mine.yaml").write_text("train:\n  steps: 500\n  lrr: 1e-3\nmodel:\n  patch_size: 5\n")
+    (folder / "mine.yaml").write_text(MINE)
     (folder / "photos").mkdir()
     (folder / "photos" / "notes.txt").write_text("no picture")
     save_file({"bert.weight": torch.zeros(2)}, folder / "bert.safetensors")
