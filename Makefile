@@ -57,7 +57,7 @@ audit: .venv/dev  ## known vulnerabilities in what is pinned
 
 pictures: .venv/dev  ## the README's pictures again: the grid, accuracy over time, what a terminal shows; a quarter of an hour
 	$(BIN)/sana sample --checkpoint shipped --prompts-file configs/prompts/lesson.txt --out docs/lesson-grid.png
-	$(BIN)/python benchmarks/quickstart.py --plot docs/quickstart.png
+	$(BIN)/python benchmarks/quickstart.py --scales 3 --plot docs/quickstart.png
 	$(BIN)/$(INSTALL) pyte
 	$(BIN)/python benchmarks/terminal.py docs
 

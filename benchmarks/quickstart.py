@@ -3,7 +3,7 @@
 It runs the command line as a user does, in an empty folder, with the default config; saving more checkpoints than that does is the
 only difference. The times are those at which checkpoints were whole, embedding and every start-up included.
 
-    python benchmarks/quickstart.py [--seeds 0 1] [--steps 2600] [--images 10000] [--plot docs/quickstart.png] [--ship]
+    python benchmarks/quickstart.py [--seeds 0 1] [--steps 2600] [--images 10000] [--scales 3] [--plot docs/quickstart.png] [--ship]
 
 What is in `--folder` already is gone on with. `--ship` puts the last checkpoint of the first seed, in bf16 and with its score, where
 the package finds it (`sana sample` on a fresh install).
@@ -30,12 +30,14 @@ def sana(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def judged(folder: Path, step: Path, images: int, sampler: tuple[str, ...] = ()) -> dict[str, Any]:
+def judged(folder: Path, step: Path, images: int, sampler: tuple[str, ...] = (), scale: float | None = None) -> dict[str, Any]:
     """The result of `sana eval` for one checkpoint, by its own sampler or another (without shift, as plain as can be)."""
     options = []
     if sampler:
-        solver, steps, scale = sampler
-        options = ["--solver", solver, "--steps", steps, "--guidance-scale", scale, "--flow-shift", "1"]
+        solver, steps, of_solver = sampler
+        options = ["--solver", solver, "--steps", steps, "--guidance-scale", of_solver, "--flow-shift", "1"]
+    if scale is not None:
+        options += ["--guidance-scale", str(scale)]
     found = json.loads(sana(folder, "eval", str(step), "--images", str(images), *options, "--json"))
     (result,) = found["results"]
     return dict(result) | {"judge": found["judge"]}
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--between", type=int, default=2000, help="images for other checkpoints and samplers than the last one's own"
     )
+    parser.add_argument("--scales", type=float, nargs="*", default=[], help="further guidance scales to judge checkpoints at")
     parser.add_argument("--every", type=int, default=400, help="steps between checkpoints")
     parser.add_argument("--folder", type=Path, help="work here, and keep what was made")
     parser.add_argument("--plot", type=Path)
@@ -74,22 +77,24 @@ def main() -> None:
             }  # fmt: skip
             given = (word for key, value in sets.items() if value is not None for word in ("--set", f"{key}={value}"))
             sana(folder, "train", "--resume", "auto", *given)
-            points = []
             folders = checkpoint.steps(folder / run)
             for step in folders:
                 seconds = embedding + (step / checkpoint.MANIFEST).stat().st_mtime - start
-                result = judged(folder, step, options.images if step == folders[-1] else options.between)
-                share, real = result["accuracy"], result["real_frechet_distance"]
-                points.append(
-                    {"seconds": seconds, "distance": result["frechet_distance"], "diversity": result["diversity"], **share}
-                )
-                print(
-                    f"seed {seed}, {step.name}: {seconds:4.0f} s, {share['accuracy']:.2%} as prompted "
-                    f"({share['low']:.2%} to {share['high']:.2%}), Fréchet distance {result['frechet_distance']:.2f} "
-                    f"(real {real:.2f}), diversity {result['diversity']:.2f}",
-                    flush=True,
-                )
-            runs[f"seed {seed}"] = points
+                images = options.images if step == folders[-1] else options.between
+                for scale in (None, *options.scales):
+                    found = judged(folder, step, images, scale=scale)
+                    share, real = found["accuracy"], found["real_frechet_distance"]
+                    guidance = found["settings"]["guidance_scale"]
+                    point = {"seconds": seconds, "distance": found["frechet_distance"], "diversity": found["diversity"], **share}
+                    runs.setdefault(f"seed {seed}, guidance {guidance:g}", []).append(point)
+                    print(
+                        f"seed {seed}, {step.name}, guidance {guidance:g}: {seconds:4.0f} s, {share['accuracy']:.2%} as prompted "
+                        f"({share['low']:.2%} to {share['high']:.2%}), Fréchet distance {found['frechet_distance']:.2f} "
+                        f"(real {real:.2f}), diversity {found['diversity']:.2f}",
+                        flush=True,
+                    )
+                    if scale is None:
+                        result = found
             last = folders[-1]
             for name, sampler in SAMPLERS.items():
                 other = judged(folder, last, options.between, sampler) if sampler else result

@@ -3,7 +3,7 @@
     checkpoints/step-000500/
       model_index.json, scheduler/, transformer/     the weights to use (EMA), as diffusers reads them
       sana.json, null_caption.safetensors            all that sampling needs besides weights
-      README.md                                      a model card
+      README.md, samples.png                         a model card, and the newest grid that it shows
       training/                                      raw weights, optimizer, counters: what resuming needs
       manifest.json                                  sizes and sha256, written last: no manifest, no checkpoint
 
@@ -28,6 +28,7 @@ from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer, build
 
 MANIFEST = "manifest.json"
+SAMPLES = "samples.png"
 RECORD = "sana.json"
 NULL_CAPTION = "null_caption.safetensors"
 RAW_WEIGHTS = Path("training/raw.safetensors")
@@ -59,6 +60,7 @@ class Checkpoint:
     record: Mapping[str, Any]  # what becomes sana.json
     null_caption: Tensor
     card: str
+    samples: Path | None  # a picture that the card shows
     config_sha256: str
 
 
@@ -123,6 +125,9 @@ def _write(folder: Path, checkpoint: Checkpoint, run_name: str) -> None:
     files.write_json(folder / RECORD, checkpoint.record)
     files.write_tensors(folder / NULL_CAPTION, {"states": checkpoint.null_caption})
     files.write_text(folder / "README.md", checkpoint.card)
+    if checkpoint.samples is not None:
+        shutil.copyfile(checkpoint.samples, folder / SAMPLES)
+        files.sync(folder / SAMPLES)
     files.write_tensors(folder / RAW_WEIGHTS, checkpoint.raw_weights, metadata)
     files.write_tensors(folder / OPTIMIZER, checkpoint.optimizer)
     files.write_json(folder / STATE, checkpoint.state)
@@ -183,13 +188,28 @@ def verify(folder: Path, hashes: bool = False) -> Iterator[str]:
     """
     if not (folder / MANIFEST).is_file():
         raise SanaError(f"{folder.name} lacks {MANIFEST}: it was not finished")
-    listing = records.checked(records.Manifest, files.read_sealed_json(folder / MANIFEST), folder / MANIFEST)["files"]
+    listing = _listing(folder)
     yield MANIFEST
     for name, entry in listing.items():
         files.check_size(folder / name, entry["bytes"])
         if hashes:
             files.check_hash(folder / name, entry["sha256"])
         yield name
+
+
+def _listing(folder: Path) -> dict[str, Any]:
+    """The manifest's files, each with its size and hash."""
+    manifest = records.checked(records.Manifest, files.read_sealed_json(folder / MANIFEST), folder / MANIFEST)
+    return dict(manifest["files"])
+
+
+def weights_sha256(folder: Path, which: str = "ema") -> str | None:
+    """Of the weights file that `which` draws with, as the manifest of one of our step folders has it; None elsewhere."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    name = RAW_WEIGHTS if which == "raw" else Path("transformer") / formats.WEIGHTS
+    entry = _listing(folder).get(name.as_posix())
+    return None if entry is None else str(entry["sha256"])
 
 
 def newest_step(run: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:

@@ -286,6 +286,8 @@ def _parameters(record: Mapping[str, Any]) -> str:
     cells, settings = [cell for row in record["images"] for cell in row], record["settings"]
     told = {"Steps": settings["steps"], "Sampler": settings["solver"], "CFG scale": settings["guidance_scale"]}
     told |= {"Seed": cells[0]["seed"], "Model": record["checkpoint"], "Version": record["made_by"]}
+    if "weights_sha256" in record:
+        told["Model hash"] = record["weights_sha256"][:10]  # as much of it as other tools give
     text = "\n".join(cell["prompt"] for cell in cells) + "\n" + ", ".join(f"{key}: {value}" for key, value in told.items())
     return text.encode("utf-8", "backslashreplace").decode()
 

@@ -2,6 +2,7 @@
 
 import ast
 import getpass
+import hashlib
 import json
 import os
 import random
@@ -349,6 +350,25 @@ def test_pictures_speak_other_tools_language(config: Config, tmp_path: Path) -> 
     assert text.splitlines()[:2] == ["4", "two"]
     assert "Steps: 2, Sampler: dpm++, CFG scale: 2.5, Seed: 0, Model: run/step-000004" in text
     assert draw.read_record(tmp_path / "o.png")["settings"]["steps"] == 2
-    metadata = files.read_metadata(summary.checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights = summary.checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"Model hash: {digest[:10]}" in text
+    assert draw.read_record(tmp_path / "o.png")["weights_sha256"] == digest
+    raw = hashlib.sha256((summary.checkpoint / "training" / "raw.safetensors").read_bytes()).hexdigest()
+    assert checkpoint.weights_sha256(summary.checkpoint, "raw") == raw != digest
+    assert checkpoint.weights_sha256(weights.parent) is None
+    metadata = files.read_metadata(weights)
     assert metadata["modelspec.architecture"] == "sana"
     assert metadata["modelspec.title"] == "run step-000004"
+
+
+def test_the_card_shows_the_newest_grid(config: Config) -> None:
+    """Steps are saved before they are drawn: step 4's card has the grid of step 2, and step 2's none, as step 0 had learned nothing."""
+    cut = small_config(config.data.dir.parent, "train.save_every=2", "train.sample_every=2", "train.keep=2")
+    *_, summary = train(TrainOptions(cut))
+    first, last = checkpoint.steps(summary.run)
+    assert not (first / "samples.png").exists()
+    assert "![" not in (first / "README.md").read_text()
+    assert (last / "samples.png").read_bytes() == (summary.run / "samples" / "step-000002.png").read_bytes()
+    assert "![Samples at step 2, by prompt](samples.png)" in (last / "README.md").read_text()
+    assert "samples.png" in list(checkpoint.verify(last, hashes=True))

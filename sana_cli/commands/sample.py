@@ -297,6 +297,8 @@ def _write(
     """The grid, or a file for each image; returns the files, and what each image is."""
     place, name = _beside(checkpoint_place)
     more: dict[str, Any] = {"weights": options.weights, "size": list(pixels.shape[1:]), **facts}
+    if digest := checkpoint.weights_sha256(checkpoint_place, options.weights):
+        more["weights_sha256"] = digest
     if options.negative_prompt:
         more["negative_prompt"] = options.negative_prompt
     flat = [cell for row in cells for cell in row]

@@ -510,6 +510,12 @@ class _Run:
         """Where the grid of this step lies."""
         return self.dir / "samples" / f"{checkpoint.step_name(self.trainer.step)}.png"
 
+    def _newest_grid(self) -> Path | None:
+        """The grid of the highest step so far that has learned something. A step is saved before it is drawn, so not its own."""
+        there = {checkpoint.step_of(path.with_suffix("")): path for path in self.grid_path.parent.glob("step-*.png")}
+        newest = max((step for step in there if 0 < step <= self.trainer.step), default=None)
+        return None if newest is None else there[newest]
+
     def grid_due(self) -> bool:
         """Whether to draw now: after resuming, only a grid that a stop cut short."""
         if not self.due(self.config.train.sample_every):
@@ -606,6 +612,7 @@ class _Run:
             "last": self.last,
             "config": {section: config[section] for section in ("model", "train", "sample")},
         }
+        samples = self._newest_grid()
         whole = checkpoint.Checkpoint(
             step=step,
             weights=average,
@@ -616,15 +623,19 @@ class _Run:
             sample=self.config.sample,
             record=record,
             null_caption=self.null_caption,
-            card=_card(record, self.plan.batch),
+            card=_card(record, self.plan.batch, samples),
+            samples=samples,
             config_sha256=digest,
         )
         return checkpoint.save_checkpoint(self.dir, whole, train.keep)
 
 
-def _card(record: Mapping[str, Any], batch: int) -> str:
+def _card(record: Mapping[str, Any], batch: int, samples: Path | None) -> str:
     """The model card of a step folder."""
-    image = record["image"]
+    image, shown = record["image"], ""
+    if samples is not None:
+        step = checkpoint.step_of(samples.with_suffix(""))
+        shown = f"![Samples at step {step:,}, by prompt]({checkpoint.SAMPLES})\n\nDrawn at step {step:,}.\n\n"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -632,7 +643,7 @@ tags: [sana, flow-matching]
 ---
 # A SANA of {record["parameters"]:,} parameters
 
-Trained from a pre-embedded dataset of {record["dataset"]["images"]:,} images, {image["channels"]} x {image["height"]} x {image["width"]},
+{shown}Trained from a pre-embedded dataset of {record["dataset"]["images"]:,} images, {image["channels"]} x {image["height"]} x {image["width"]},
 for {record["step"]:,} steps of {batch} with rectified flow. Captions are encoded by
 `{record["encoder"]["encoder"]}`; `sana.json` has every setting. Made by {record["made_by"]}.
 
