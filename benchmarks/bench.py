@@ -92,7 +92,8 @@ def _models(name: str) -> tuple[Any, Any, Any]:
 def sampling() -> Ways:
     """64 images by the quickstart's defaults: ours, diffusers' transformer in the same solver, and the lesson's 1,000 Euler steps.
 
-    diffusers' is given captions as short as ours, and captions padded to 300 tokens, as `SanaPipeline` pads them.
+    diffusers' runs both branches at every step, as `SanaPipeline` does, with captions as short as ours, or padded to 300 tokens, as
+    it pads them; and once more without the null branch where ours leaves it out.
     """
     from sana_cli import draw, flow
     from sana_cli.config import load_config
@@ -115,8 +116,11 @@ def sampling() -> Ways:
         return F.pad(both.float(), (0, 0, 0, more)), F.pad(mask.float(), (0, more))
 
     @torch.no_grad()
-    def same_solver(given: Tensor, given_mask: Tensor) -> Tensor:
+    def same_solver(given: Tensor, given_mask: Tensor, interval: tuple[float, float] = (0, 1)) -> Tensor:
         def velocity(x: Tensor, sigma: float) -> Tensor:
+            if not flow.in_interval(sigma, interval):
+                timestep = torch.full((count,), flow.model_timestep(settings.solver, sigma))
+                return theirs(x, given[:count], timestep, encoder_attention_mask=given_mask[:count]).sample
             timestep = torch.full((2 * count,), flow.model_timestep(settings.solver, sigma))
             v = theirs(x.repeat(2, 1, 1, 1), given, timestep, encoder_attention_mask=given_mask).sample
             return flow.guide(v[:count], v[count:], settings.guidance_scale)
@@ -137,6 +141,7 @@ def sampling() -> Ways:
     return {
         "ours": lambda: draw.final_images(draw.draw(*drawing)),
         "diffusers": lambda: same_solver(*short),
+        "diffusers, same interval": lambda: same_solver(*short, settings.guidance_interval),
         "diffusers, 300 tokens": lambda: same_solver(*long),
         "lesson": lesson,
     }

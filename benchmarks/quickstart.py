@@ -21,7 +21,8 @@ from typing import Any
 
 from sana_cli import checkpoint, plots
 
-SAMPLERS = {"dpm++": (), "euler 20 x 2": ("euler", "20", "2"), "euler 20 x 2.5": ("euler", "20", "2.5")}
+EVERY_STEP = ("--guidance-interval", "0", "1")
+PLAIN = ("--solver", "euler", "--steps", "20", "--flow-shift", "1", *EVERY_STEP)  # as plain as can be
 
 
 def sana(folder: Path, *arguments: str) -> str:
@@ -30,14 +31,8 @@ def sana(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def judged(folder: Path, step: Path, images: int, sampler: tuple[str, ...] = (), scale: float | None = None) -> dict[str, Any]:
-    """The result of `sana eval` for one checkpoint, by its own sampler or another (without shift, as plain as can be)."""
-    options = []
-    if sampler:
-        solver, steps, of_solver = sampler
-        options = ["--solver", solver, "--steps", steps, "--guidance-scale", of_solver, "--flow-shift", "1"]
-    if scale is not None:
-        options += ["--guidance-scale", str(scale)]
+def judged(folder: Path, step: Path, images: int, *options: str) -> dict[str, Any]:
+    """The result of `sana eval` for one checkpoint, by its own sampler or another."""
     found = json.loads(sana(folder, "eval", str(step), "--images", str(images), *options, "--json"))
     (result,) = found["results"]
     return dict(result) | {"judge": found["judge"]}
@@ -48,12 +43,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="of training, if not the config's")
-    parser.add_argument("--guidance-scale", type=float, help="of the checkpoints' sampling, if not the config's")
+    parser.add_argument("--guidance-scale", type=float, help="to judge and ship with, if not the config's")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument(
         "--between", type=int, default=2000, help="images for other checkpoints and samplers than the last one's own"
     )
-    parser.add_argument("--scales", type=float, nargs="*", default=[], help="further guidance scales to judge checkpoints at")
+    parser.add_argument(
+        "--scales", type=float, nargs="*", default=[], help="also judge with guidance of these scales at every step"
+    )
     parser.add_argument("--every", type=int, default=400, help="steps between checkpoints")
     parser.add_argument("--folder", type=Path, help="work here, and keep what was made")
     parser.add_argument("--plot", type=Path)
@@ -72,39 +69,39 @@ def main() -> None:
         for seed in options.seeds:
             run, start = f"runs/seed-{seed}", time.time()
             sets = {
-                "train.steps": options.steps, "sample.guidance_scale": options.guidance_scale, "train.seed": seed, "run.dir": run,
+                "train.steps": options.steps, "train.seed": seed, "run.dir": run,
                 "train.save_every": options.every, "train.keep": 1000,
             }  # fmt: skip
             given = (word for key, value in sets.items() if value is not None for word in ("--set", f"{key}={value}"))
             sana(folder, "train", "--resume", "auto", *given)
             folders = checkpoint.steps(folder / run)
+            own = () if options.guidance_scale is None else ("--guidance-scale", str(options.guidance_scale))
+            ways = {"": own} | {f", guidance {g:g}": ("--guidance-scale", str(g), *EVERY_STEP) for g in options.scales}
             for step in folders:
                 seconds = embedding + (step / checkpoint.MANIFEST).stat().st_mtime - start
                 images = options.images if step == folders[-1] else options.between
-                for scale in (None, *options.scales):
-                    found = judged(folder, step, images, scale=scale)
+                for name, way in ways.items():
+                    found = judged(folder, step, images, *way)
                     share, real = found["accuracy"], found["real_frechet_distance"]
-                    guidance = found["settings"]["guidance_scale"]
                     point = {"seconds": seconds, "distance": found["frechet_distance"], "diversity": found["diversity"], **share}
-                    runs.setdefault(f"seed {seed}, guidance {guidance:g}", []).append(point)
+                    runs.setdefault(f"seed {seed}{name}", []).append(point)
                     print(
-                        f"seed {seed}, {step.name}, guidance {guidance:g}: {seconds:4.0f} s, {share['accuracy']:.2%} as prompted "
+                        f"seed {seed}{name}, {step.name}: {seconds:4.0f} s, {share['accuracy']:.2%} as prompted "
                         f"({share['low']:.2%} to {share['high']:.2%}), Fréchet distance {found['frechet_distance']:.2f} "
                         f"(real {real:.2f}), diversity {found['diversity']:.2f}",
                         flush=True,
                     )
-                    if scale is None:
+                    if way is own:
                         result = found
             last = folders[-1]
-            for name, sampler in SAMPLERS.items():
-                other = judged(folder, last, options.between, sampler) if sampler else result
-                print(
-                    f"  {name}: {other['accuracy']['accuracy']:.2%}, Fréchet distance {other['frechet_distance']:.2f}", flush=True
-                )
+            for scale in ("2", "2.5"):
+                plain = judged(folder, last, options.between, *PLAIN, "--guidance-scale", scale)
+                share, distance = plain["accuracy"]["accuracy"], plain["frechet_distance"]
+                print(f"  20 plain Euler steps, guidance {scale}: {share:.2%}, Fréchet distance {distance:.2f}", flush=True)
             if options.ship and seed == options.seeds[0]:
                 keys = ("images", "frechet_distance", "real_frechet_distance", "diversity", "judge")
                 score = {"accuracy": result["accuracy"]["accuracy"], **{key: result[key] for key in keys}}
-                print(checkpoint.release(last, checkpoint.shipped(), {"score": score}))
+                print(checkpoint.release(last, checkpoint.shipped(), result["settings"], {"score": score}))
         if options.plot:
             plots.training_curves(runs, real, options.plot)
 

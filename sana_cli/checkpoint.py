@@ -143,12 +143,14 @@ def _seal(folder: Path) -> None:
     files.write_sealed_json(folder / MANIFEST, {"files": listing})
 
 
-def release(source: Path, target: Path, more: Mapping[str, Any]) -> Path:
+def release(source: Path, target: Path, sample: Mapping[str, Any], more: Mapping[str, Any]) -> Path:
     """A step folder to give away: its averaged weights in bf16, nothing to resume from, and `more` on its record.
 
-    What its config says of model, training and sampling goes into the record, where else only `training/` would have it.
+    It is drawn by the settings of `sample`, those of its run where that has none. What its config says of model, training and
+    sampling goes into the record, where else only `training/` would have it.
     """
-    record = read_record(source)
+    record, config = read_record(source), read_state(source)["config"]
+    record["sample"] = config["sample"] = {**config["sample"], **sample}
     with files.whole_folder(target, target.with_name(target.name + ".partial")) as folder:
         for path in sorted(source.rglob("*")):
             name = path.relative_to(source)
@@ -158,7 +160,7 @@ def release(source: Path, target: Path, more: Mapping[str, Any]) -> Path:
         weights = Path("transformer") / formats.WEIGHTS
         tensors = {name: tensor.to(torch.bfloat16) for name, tensor in files.read_tensors(source / weights).items()}
         files.write_tensors(folder / weights, tensors, files.read_metadata(source / weights))
-        files.write_json(folder / RECORD, {**record, "config": read_state(source)["config"], **more})
+        files.write_json(folder / RECORD, {**record, "config": config, **more})
         _seal(folder)
     return target
 

@@ -1,6 +1,6 @@
 """Every knob, typed, with its default; and YAML files read into them with all problems reported at once.
 
-The defaults are those of `configs/quickstart.yaml`. A file holds what differs. It knows nothing of torch, so that
+The defaults are for small images on a CPU, as `configs/quickstart.yaml` has them. A file holds what differs. It knows nothing of torch, so that
 `sana --help` and a wrong config answer at once.
 """
 

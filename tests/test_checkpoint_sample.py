@@ -123,9 +123,8 @@ def test_the_readme_draws_our_image_with_diffusers(tmp_path: Path, monkeypatch: 
     (code,) = [block for block in blocks if "DPMSolverMultistepScheduler" in block]
     drawn_there: dict[str, Any] = {}
     exec(code, drawn_there)
-    summary = drawn(
-        checkpoints / "step-002600", "4", steps=8, guidance_scale=2.5, seed=0, precision="fp32", out=tmp_path / "o.png"
-    )
+    quickstart = {"steps": 8, "guidance_scale": 3.5, "guidance_interval": (0.7, 1.0)}
+    summary = drawn(checkpoints / "step-002600", "4", **quickstart, seed=0, precision="fp32", out=tmp_path / "o.png")
     difference = (draw.to_pixels(drawn_there["x"]).int() - summary.pixels.int()).abs()
     assert int(difference.max()) <= 1
     assert float(summary.pixels.float().std()) > 10
@@ -358,9 +357,11 @@ def test_the_weights_that_come_with_sana(step: Path, tmp_path: Path, monkeypatch
 
 def test_a_release_is_its_checkpoint_in_bf16(step: Path, tmp_path: Path) -> None:
     score = {"accuracy": 0.5, "images": 10, "frechet_distance": 1.0, "real_frechet_distance": 0.5}
-    given = checkpoint.release(step, tmp_path / "given", {"score": score})
+    given = checkpoint.release(step, tmp_path / "given", {"guidance_scale": 1.75}, {"score": score})
     list(checkpoint.verify(given, hashes=True))
-    assert checkpoint.read_record(given)["score"] == score
+    record = checkpoint.read_record(given)
+    assert record["score"] == score
+    assert record["sample"] == record["config"]["sample"] == {**checkpoint.read_record(step)["sample"], "guidance_scale": 1.75}
     theirs, ours = (load_transformer(place, dtype=None).state_dict() for place in (step, given))
     assert all(torch.equal(theirs[name].bfloat16(), tensor) for name, tensor in ours.items())
     assert not (given / "training").exists()
