@@ -11,6 +11,7 @@ the package finds it (`sana sample` on a fresh install).
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def main() -> None:
             own = () if options.guidance_scale is None else ("--guidance-scale", str(options.guidance_scale))
             ways = {"": own} | {f", guidance {g:g}": ("--guidance-scale", str(g), *EVERY_STEP) for g in options.scales}
             for step in folders:
-                seconds = embedding + (step / checkpoint.MANIFEST).stat().st_mtime - start
+                made = (step / checkpoint.MANIFEST).stat().st_mtime
+                seconds = embedding + made - start if made > start else math.nan  # made before this began
                 images = options.images if step == folders[-1] else options.between
                 for name, way in ways.items():
                     found = judged(folder, step, images, *way)
