@@ -55,11 +55,18 @@ audit: .venv/dev  ## known vulnerabilities in what is pinned
 	$(BIN)/$(INSTALL) pip-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-pictures: .venv/dev  ## the README's pictures again: the grid, accuracy over time, what a terminal shows; a quarter of an hour
+pictures: .venv/dev  ## the README's pictures again: grids, accuracy over time, the report (by chromium), what a terminal shows; most of an hour
 	$(BIN)/sana sample --checkpoint shipped --prompts-file configs/prompts/lesson.txt --out docs/lesson-grid.png
-	$(BIN)/python benchmarks/quickstart.py --scales 3 --plot docs/quickstart.png
+	$(BIN)/sana sample --checkpoint shipped "0 1 2 3 4 5 6 7 8 9" --out docs/digits.png --trajectory docs/digits.gif
+	rm -rf runs/pictures docs/digits.png
+	$(BIN)/python benchmarks/quickstart.py --scales 3 --folder runs/pictures --plot docs/quickstart.png
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,1665 \
+	  --screenshot=docs/report.png "file://$(CURDIR)/runs/pictures/runs/seed-0/report.html"
 	$(BIN)/$(INSTALL) pyte
 	$(BIN)/python benchmarks/terminal.py docs
+	$(BIN)/sana embed --config folder-rgb
+	$(BIN)/sana train --config folder-rgb --resume auto
+	$(BIN)/sana sample --checkpoint runs/folder-rgb --prompts-file configs/prompts/shapes.txt --out docs/shapes-grid.png
 
 fix: .venv/dev  ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix .
