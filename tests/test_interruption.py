@@ -42,7 +42,7 @@ def child(work: Callable[[], object]) -> BaseProcess:
             os._exit(int(end.code or 0))
         os._exit(0)
 
-    started = multiprocessing.get_context("fork").Process(target=process)
+    started = multiprocessing.get_context("fork").Process(target=process, daemon=True)  # ends with the suite, whatever happens
     started.start()
     return started
 
