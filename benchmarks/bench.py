@@ -118,12 +118,12 @@ def sampling() -> Ways:
     @torch.no_grad()
     def same_solver(given: Tensor, given_mask: Tensor, interval: tuple[float, float] = (0, 1)) -> Tensor:
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            if not flow.in_interval(sigma, interval):
-                timestep = torch.full((count,), flow.model_timestep(settings.solver, sigma))
-                return theirs(x, given[:count], timestep, encoder_attention_mask=given_mask[:count]).sample
-            timestep = torch.full((2 * count,), flow.model_timestep(settings.solver, sigma))
-            v = theirs(x.repeat(2, 1, 1, 1), given, timestep, encoder_attention_mask=given_mask).sample
-            return flow.guide(v[:count], v[count:], settings.guidance_scale)
+            guided = flow.in_interval(sigma, interval)
+            rows = 2 * count if guided else count
+            timestep = torch.full((rows,), flow.model_timestep(settings.solver, sigma))
+            both_x = x.repeat(2, 1, 1, 1) if guided else x
+            v = theirs(both_x, given[:rows], timestep, encoder_attention_mask=given_mask[:rows]).sample
+            return flow.guide(v[:count], v[count:], settings.guidance_scale) if guided else v
 
         return solve(settings.solver, settings.steps, velocity)
 

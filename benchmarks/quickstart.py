@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--ship", action="store_true")
     options = parser.parse_args()
+    own = () if options.guidance_scale is None else ("--guidance-scale", str(options.guidance_scale))
+    ways = {"": own} | {f", guidance {g:g}": ("--guidance-scale", str(g), *EVERY_STEP) for g in options.scales}
     runs: dict[str, list[dict[str, float]]] = {}
     real = 0.0
     with tempfile.TemporaryDirectory() as temporary:
@@ -76,8 +78,6 @@ def main() -> None:
             given = (word for key, value in sets.items() if value is not None for word in ("--set", f"{key}={value}"))
             sana(folder, "train", "--resume", "auto", *given)
             folders = checkpoint.steps(folder / run)
-            own = () if options.guidance_scale is None else ("--guidance-scale", str(options.guidance_scale))
-            ways = {"": own} | {f", guidance {g:g}": ("--guidance-scale", str(g), *EVERY_STEP) for g in options.scales}
             for step in folders:
                 made = (step / checkpoint.MANIFEST).stat().st_mtime
                 seconds = embedding + made - start if made > start else math.nan  # made before this began
@@ -93,7 +93,7 @@ def main() -> None:
                         f"(real {real:.2f}), diversity {found['diversity']:.2f}",
                         flush=True,
                     )
-                    if way is own:
+                    if name == "":
                         result = found
             last = folders[-1]
             for scale in ("2", "2.5"):

@@ -224,7 +224,8 @@ def test_a_signal_during_start_up_leaves_everything_as_it_was(config: Config, tm
         _, err = process.communicate(timeout=WAIT)
     finally:
         process.kill()
-    assert process.returncode in (143, -signal.SIGTERM)  # the latter where Python itself had not begun
+    if process.returncode != 143:  # Python itself had not begun, on a busy machine
+        assert (after, process.returncode, err) == (0.1, -signal.SIGTERM, "")
     assert "Traceback" not in err
     now = there()
     assert all(now[name] == content for name, content in before.items() if name in now)

@@ -143,7 +143,6 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
             found = step
     assert found is not None, "the last thing that obtain yields"
     summary = EvalSummary(target, dataset.directory, found.accuracy, len(found.real), (), ())
-    unfinished = None if options.out is None else options.out.with_name(options.out.name + ".unfinished")
     for drawn in source:
         if isinstance(drawn, EvalStep):
             yield drawn
@@ -151,16 +150,21 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
         settings, seconds, pixels, captions = drawn
         result = EvalResult(settings, seconds, len(pixels), judge.give(found, pixels, captions, meaning))
         summary = replace(summary, results=(*summary.results, result))
-        if unfinished is not None:  # what there is so far: a sweep may take hours, and may be stopped or killed
-            _save(summary, unfinished)
-    if options.out is not None and unfinished is not None:
-        unfinished.replace(options.out)
-    if options.plot is not None:
-        try:
+        if options.out is not None:  # what there is so far: a sweep may take hours, and may be stopped or killed
+            _save(summary, _unfinished(options.out))
+    try:
+        if options.out is not None:
+            _unfinished(options.out).replace(options.out)
+        if options.plot is not None:
             plots.evaluation(record(summary), options.plot)
-        except OSError as error:
-            raise files.storage_error(error, f"writing {options.plot}") from error
+    except OSError as error:
+        raise files.storage_error(error, "writing what was found") from error
     yield replace(summary, saved=tuple(path for path in (options.out, options.plot) if path is not None))
+
+
+def _unfinished(out: Path) -> Path:
+    """Where the results of a sweep are until all are there; what `out` held before stays so long."""
+    return out.with_name(out.name + ".unfinished")
 
 
 def _save(summary: EvalSummary, path: Path) -> None:
