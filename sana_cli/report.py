@@ -43,19 +43,20 @@ def collect(run: Path, model: ModelConfig) -> dict[str, Any]:
     """What the page shows, as plain JSON values."""
     empty = build(model, seed=None)
     config, lines = run / "config.yaml", run / metrics.METRICS
-    grids = _evenly(_grids(run), MOST_GRIDS)
+    shown = _evenly(grids(run), MOST_GRIDS)
     return {
         "name": run.absolute().name,
         "made_by": f"sana {__version__}",
         "parameters": sum(p.numel() for p in empty.parameters()),
         "lines": _averaged(metrics.read(lines) if lines.is_file() else []),
-        "grids": [{"step": step, "image": _embedded(path)} for step, path in grids],
+        "grids": [{"step": step, "image": _embedded(path)} for step, path in shown],
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "modules": [list(row) for row in module_rows(empty)],
     }
 
 
-def _grids(run: Path) -> list[tuple[int, Path]]:
+def grids(run: Path) -> list[tuple[int, Path]]:
+    """The sample grids of a run with their steps, oldest first."""
     found = []
     for path in (run / "samples").glob("step-*.png"):
         name = re.fullmatch(r"step-(\d+)", path.stem)

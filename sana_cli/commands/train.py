@@ -510,11 +510,9 @@ class _Run:
         """Where the grid of this step lies."""
         return self.dir / "samples" / f"{checkpoint.step_name(self.trainer.step)}.png"
 
-    def _newest_grid(self) -> Path | None:
-        """The grid of the highest step so far that has learned something. A step is saved before it is drawn, so not its own."""
-        there = {checkpoint.step_of(path.with_suffix("")): path for path in self.grid_path.parent.glob("step-*.png")}
-        newest = max((step for step in there if 0 < step <= self.trainer.step), default=None)
-        return None if newest is None else there[newest]
+    def _newest_grid(self) -> tuple[int, Path] | None:
+        """The highest step so far that has learned something, and its grid. A step is saved before it is drawn, so not its own."""
+        return max((grid for grid in report.grids(self.dir) if 0 < grid[0] <= self.trainer.step), default=None)
 
     def grid_due(self) -> bool:
         """Whether to draw now: after resuming, only a grid that a stop cut short."""
@@ -624,17 +622,17 @@ class _Run:
             record=record,
             null_caption=self.null_caption,
             card=_card(record, self.plan.batch, samples),
-            samples=samples,
+            samples=None if samples is None else samples[1],
             config_sha256=digest,
         )
         return checkpoint.save_checkpoint(self.dir, whole, train.keep)
 
 
-def _card(record: Mapping[str, Any], batch: int, samples: Path | None) -> str:
+def _card(record: Mapping[str, Any], batch: int, samples: tuple[int, Path] | None) -> str:
     """The model card of a step folder."""
     image, shown = record["image"], ""
     if samples is not None:
-        step = checkpoint.step_of(samples.with_suffix(""))
+        step, _ = samples
         shown = f"![Samples at step {step:,}, by prompt]({checkpoint.SAMPLES})\n\nDrawn at step {step:,}.\n\n"
     return f"""---
 library_name: diffusers
