@@ -1,9 +1,12 @@
 """What tests share: a tiny dataset, small configs, a random Gemma 2, and the command line as a process."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,25 @@ def process_environment(folder: Path) -> dict[str, str]:
         "COLUMNS": "80",
         "TERM": "dumb",
     }
+
+
+def child(work: Callable[[], object]) -> BaseProcess:
+    """`work` in a process of its own; its exit code is what `sana` would end with."""
+
+    def process() -> None:
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite run by nohup ignores it, and so would what it starts
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            work()
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        os._exit(0)
+
+    started = multiprocessing.get_context("fork").Process(target=process, daemon=True)  # ends with the suite, whatever happens
+    started.start()
+    return started
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import signal
 import subprocess
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import embedded, small_config
+from conftest import child, embedded, small_config
 from PIL import Image
 
 from sana_cli import judge
@@ -155,19 +154,13 @@ def test_a_killed_sweep_leaves_what_it_had_found(judged: tuple[Config, Judge], t
     out = tmp_path / "e.json"
     options = EvalOptions(trained.checkpoint, data=config.data.dir, images=40, steps=tuple(range(1, 400)), out=out, device="cpu")
 
-    def sweep() -> None:
-        torch.set_num_threads(1)
-        for _ in evaluate(options):
-            pass
-
     *_, summary = evaluate(replace(options, steps=(1,)))
     whole = out.read_text()
     assert json.loads(whole) == record(replace(summary, saved=()))
     unfinished = tmp_path / "e.json.unfinished"
     for wanted in (1, 2, 4):
-        process = multiprocessing.get_context("fork").Process(target=sweep)
         unfinished.unlink(missing_ok=True)
-        process.start()
+        process = child(lambda: list(evaluate(options)))
         while process.is_alive() and not unfinished.exists():
             pass
         while process.is_alive() and len(json.loads(unfinished.read_text())["results"]) < wanted:

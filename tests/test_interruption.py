@@ -2,21 +2,18 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import process_environment, small_config
+from conftest import child, process_environment, small_config
 from safetensors.torch import load_file
 
 from sana_cli import checkpoint, cli, files, flow, trainer
@@ -26,25 +23,6 @@ from sana_cli.config import Config
 
 KILLS = 50
 WAIT = 10.0  # seconds that a stop may take
-
-
-def child(work: Callable[[], object]) -> BaseProcess:
-    """`work` in a process of its own; its exit code is what `sana` would end with."""
-
-    def process() -> None:
-        torch.set_num_threads(1)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite run by nohup ignores it, and so would what it starts
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            work()
-        except SystemExit as end:
-            os._exit(int(end.code or 0))
-        os._exit(0)
-
-    started = multiprocessing.get_context("fork").Process(target=process, daemon=True)  # ends with the suite, whatever happens
-    started.start()
-    return started
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
