@@ -339,7 +339,7 @@ def main() -> None:
         memory = "" if row["memory"] is None else human_bytes(row["memory"])
         ratio = "" if row["way"] == "ours" else f"{row['ratio']:.2f} x" if row["ratio"] > 1 else f"1/{1 / row['ratio']:.1f} x"
         once = "  (one run)" if row["runs"] == 1 else ""
-        print(f"  {row['way']:<16}{row['seconds']:>10.3f} s {ratio:>10} {memory:>10}{once}", flush=True)
+        print(f"  {row['way']:<24}{row['seconds']:>8.3f} s {ratio:>10} {memory:>10}{once}", flush=True)
         if "operations_per_second" in row:
             for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
                 emulated = kind == "bf16" and not has_native_bf16(cpu)
