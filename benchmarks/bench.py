@@ -1,8 +1,8 @@
 """Every stage against what a user would run instead, side by side: `make bench` prints this table of ratios.
 
 The lesson's ways and diffusers' are written out here, on diffusers' `SanaTransformer2DModel` with the same weights. The ways of a
-case are run in turn in one process, after one round that is not counted, and the ratio is the median of the rounds' ratios; the
-peak memory of each way is that of a process of its own. A way that takes longer than `LONG` seconds is run once.
+case are run in turn, each in a process of its own that waits for its turn, after one round that is not counted; the ratio is the
+median of the rounds' ratios. A way that takes longer than `LONG` seconds is run once.
 
     python benchmarks/bench.py [--repeats 5] [--only train-sana,sample] [--json FILE]
 """
@@ -225,39 +225,69 @@ def start_up() -> Ways:
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
-CASES: dict[str, tuple[str, Callable[[], Ways]]] = {
-    "train-sana": ("(a) micro-batch of sana.yaml, 16 images, 13 caption tokens", lambda: training("sana", 13, "fp32")),
-    "train-sana-bf16": ("(a) the same under bf16 autocast, as its config says", lambda: training("sana", 13, "bf16")),
-    "train-quickstart": ("(b) quickstart's step, 32 images, 2 caption tokens", lambda: training("quickstart", 2, "fp32")),
-    "train-quickstart-bf16": ("(b) the same under bf16 autocast", lambda: training("quickstart", 2, "bf16")),
-    "sample": ("(c) 64 images by the quickstart's defaults", sampling),
-    "embed": ("(d) 48 distinct captions, Gemma 2 of 4 layers of 256", embedding),
-    "read": ("(e) 20 batches of 64 images", reading),
-    "help": ("(f) sana --help", start_up),
+STEP = ("ours", "diffusers", "lesson")
+DRAWING = ("ours", "diffusers", "diffusers, same interval", "diffusers, 300 tokens", "lesson")
+CASES: dict[str, tuple[str, tuple[str, ...], Callable[[], Ways]]] = {
+    "train-sana": ("(a) micro-batch of sana.yaml, 16 images, 13 caption tokens", STEP, lambda: training("sana", 13, "fp32")),
+    "train-sana-bf16": ("(a) the same under bf16 autocast, as its config says", STEP, lambda: training("sana", 13, "bf16")),
+    "train-quickstart": ("(b) quickstart's step, 32 images, 2 caption tokens", STEP, lambda: training("quickstart", 2, "fp32")),
+    "train-quickstart-bf16": ("(b) the same under bf16 autocast", STEP, lambda: training("quickstart", 2, "bf16")),
+    "sample": ("(c) 64 images by the quickstart's defaults", DRAWING, sampling),
+    "embed": ("(d) 48 distinct captions, Gemma 2 of 4 layers of 256", ("ours", "lesson"), embedding),
+    "read": ("(e) 20 batches of 64 images", ("ours", "lesson"), reading),
+    "help": ("(f) sana --help", ("ours", "python -c pass"), start_up),
 }
 
 
-def rounds(ways: Ways, repeats: int) -> dict[str, list[float]]:
+class Goer:
+    """A process that goes one way of a case, each time it is told to."""
+
+    def __init__(self, case: str, way: str) -> None:
+        command = [sys.executable, __file__, "--case", case, "--way", way]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def seconds(self) -> float:
+        """Go once; how long it took."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def memory(self) -> int:
+        """The peak memory of the process, which ends. Processes that it started do not count."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return int(self._answer())
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline() or sys.exit(f"{self.process.args} ended")
+
+
+def go(case: str, way: str) -> None:
+    """What such a process does: a line of seconds for each line of input, and the peak memory at its end."""
+    from sana_cli.device import peak_memory, resolve_device
+
+    if way == "ours":
+        resolve_device("cpu")  # as every command does; it has a say in how memory is kept
+    with contextlib.redirect_stdout(sys.stderr):
+        ways = CASES[case][2]()
+        for _ in sys.stdin:
+            start = time.perf_counter()
+            ways[way]()
+            print(time.perf_counter() - start, file=sys.__stdout__, flush=True)
+    print(peak_memory(torch.device("cpu")), flush=True)
+
+
+def rounds(goers: dict[str, Goer], repeats: int) -> dict[str, list[float]]:
     """Seconds of each way in each round, in turn; one round before them is not counted. Long ways are run once, and counted."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-
-    def timed(way: str) -> float:
-        start = time.perf_counter()
-        ways[way]()
-        return time.perf_counter() - start
-
-    first = {way: timed(way) for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in goers}
+    first = {way: goer.seconds() for way, goer in goers.items()}
     for _ in range(repeats):
-        for way in ways:
+        for way, goer in goers.items():
             if first[way] < LONG:
-                seconds[way].append(timed(way))
+                seconds[way].append(goer.seconds())
     return {way: found or [first[way]] for way, found in seconds.items()}
-
-
-def peak(case: str, way: str) -> int:
-    """Peak memory of a process that goes one way once. Processes that ways start do not count."""
-    command = [sys.executable, __file__, "--case", case, "--way", way]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def peak_arithmetic(dtype: torch.dtype, side: int) -> float:
@@ -287,27 +317,26 @@ def operations(ways: Ways) -> int:
 def measure(names: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     """A row for each way of each case."""
     for name in names:
-        title, make = CASES[name]
-        ways = make()
-        seconds = rounds(ways, repeats)
+        title, ways, make = CASES[name]
+        goers = {way: Goer(name, way) for way in ways}
+        seconds = rounds(goers, repeats)
+        memories = {way: goer.memory() for way, goer in goers.items()}
         ours = seconds["ours"]
         reached = {}
         if name.startswith("train-sana"):
-            reached = {"operations_per_second": operations(ways) / statistics.median(ours)}
-        del ways
+            reached = {"operations_per_second": operations(make()) / statistics.median(ours)}
         for way, found in seconds.items():
             ratios = [theirs / mine for theirs, mine in zip(found, ours, strict=False)]
             if len(found) < len(ours):
                 ratios = [found[0] / statistics.median(ours)]
-            long = statistics.median(found) > LONG and len(found) == 1
-            memory = None if name == "help" or long else peak(name, way)
+            memory = None if name == "help" else memories[way]
             row = {"case": name, "title": title, "way": way, "seconds": statistics.median(found), "runs": len(found)}
             yield row | {"ratio": statistics.median(ratios), "memory": memory} | (reached if way == "ours" else {})
 
 
 def main() -> None:
     """Measure, and print the table."""
-    from sana_cli.device import has_native_bf16, peak_memory
+    from sana_cli.device import has_native_bf16
     from sana_cli.units import human_bytes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -317,13 +346,10 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    cpu = torch.device("cpu")
     if options.way:
-        ways = CASES[options.case][1]()
-        with contextlib.redirect_stdout(sys.stderr):
-            ways[options.way]()
-        print(peak_memory(cpu))
+        go(options.case, options.way)
         return
+    cpu = torch.device("cpu")
     names = options.only.split(",")
     native = "native" if has_native_bf16(cpu) else "emulated"
     threads, versions = torch.get_num_threads(), f"torch {torch.__version__}, Python {platform.python_version()}"
