@@ -493,8 +493,7 @@ def sample(
             console.note("no run of your own yet (sana train makes one): drawing with the weights that come with sana")
             who = "them"
         console.note(
-            f"drew {len(summary.images)} images with {who} in {summary.seconds:.1f} s "
-            f"({settings.solver}, {settings.steps} steps, guidance {settings.guidance_scale:g}, seed {settings.seed})"
+            f"drew {len(summary.images)} images with {who} in {summary.seconds:.1f} s ({settings.in_words}, seed {settings.seed})"
         )
         for path in summary.saved:
             console.result(str(path))
@@ -600,7 +599,7 @@ def _tell_judged(summary: "EvalSummary") -> None:
     table = []
     for result in summary.results:
         verdict, settings = result.verdict, result.settings
-        how = "pictures" if settings is None else f"{settings.solver} {settings.steps} x {settings.guidance_scale:g}"
+        how = "pictures" if settings is None else f"{settings.solver} {settings.steps} x {settings.guidance_in_words}"
         table.append(
             (
                 how,

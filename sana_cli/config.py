@@ -276,6 +276,17 @@ class SampleConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="image i of a grid has seed + i")
     prompts: Prompts | None = Field(None, description="of the grids drawn while training; null: captions of the dataset")
 
+    @property
+    def guidance_in_words(self) -> str:
+        """Its scale, and the noise levels that it is used at where these are not all: "2.5", "4 at 0.7 to 1"."""
+        low, high = self.guidance_interval
+        return f"{self.guidance_scale:g}" + ("" if (low, high) == (0, 1) else f" at {low:g} to {high:g}")
+
+    @property
+    def in_words(self) -> str:
+        """Solver, steps and guidance, as commands tell them."""
+        return f"{self.solver}, {self.steps} steps, guidance {self.guidance_in_words}"
+
 
 class RunConfig(Section):
     """Where a run lies and on what it runs."""

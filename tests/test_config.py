@@ -93,7 +93,7 @@ def test_shipped_configs_load_and_say_how_they_are_run(path: Path) -> None:
 
 def test_quickstart_is_the_default() -> None:
     assert load_config(None) == load_config("quickstart")
-    guidance = {"sample": {"guidance_scale": 3.5, "guidance_interval": (0.7, 1.0)}}  # of this model; all else are the defaults
+    guidance = {"sample": {"guidance_scale": 4.0, "guidance_interval": (0.7, 1.0)}}  # of this model; all else are the defaults
     assert load_config("quickstart") == Config.model_validate(guidance)
 
 

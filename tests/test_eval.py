@@ -133,12 +133,17 @@ def test_eval_of_a_checkpoint_and_of_a_folder(judged: tuple[Config, Judge], tmp_
     assert json.loads((tmp_path / "e.json").read_text()) == record(summary)
     with Image.open(tmp_path / "e.png") as image:
         assert image.width > 1000
+    labels = Dataset(config.data.dir).labels()
+    assert labels is not None
+    for share in summary.results[0].verdict.captions:  # as frequent as in the dataset, where half of a digit's have either name
+        meant = int(share.name) if share.name.isdigit() else [judge_word(digit) for digit in range(10)].index(share.name)
+        assert abs(share.count - 40 * int((labels == meant).sum()) / len(labels) / 2) < 1
     assert record(summary)["results"][0]["real_frechet_distance"] == summary.results[0].verdict.real_distance > 0
 
     # the same pictures, from a folder of PNG files that say their prompts
-    captions = [share.name for share in summary.results[-1].verdict.captions]
+    captions = [share.name for share in summary.results[-1].verdict.captions for _ in range(share.count)]
     *_, _drawn = sample(
-        SampleOptions((" ".join(captions * 2),), run, steps=2, guidance_scale=2.0, separate=tmp_path / "s", device="cpu")
+        SampleOptions((" ".join(captions),), run, steps=2, guidance_scale=2.0, separate=tmp_path / "s", device="cpu")
     )
     *_, again = evaluate(EvalOptions(tmp_path / "s", data=config.data.dir))
     assert isinstance(again, EvalSummary)

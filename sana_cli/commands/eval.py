@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from sana_cli.store import Dataset, held_out_dir, is_dataset
 from sana_cli.text import check_same_encoder
 
 SWEEP_STEPS = (4, 6, 8, 12, 20)
-SWEEP_GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0)
+SWEEP_GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -34,13 +35,13 @@ class EvalOptions:
 
     target: Path | None = None  # a run, a step folder, or a folder of pictures; None: the newest checkpoint under runs/
     data: Path | None = None  # the dataset directory; None: that of the run's config
-    images: int = 10_000  # drawn at each setting, shared evenly among the captions
+    images: int = 10_000  # drawn at each setting, of captions as frequent as in the dataset
     steps: tuple[int, ...] = ()
     guidance_scale: tuple[float, ...] = ()
     solver: tuple[str, ...] = ()
     guidance_interval: tuple[float, float] | None = None
     flow_shift: float | None = None
-    sweep: bool = False  # over `SWEEP_STEPS` and `SWEEP_GUIDANCE`, where steps and scales are not given
+    sweep: bool = False  # over `SWEEP_STEPS`, `SWEEP_GUIDANCE` and the checkpoint's own, where steps and scales are not given
     seed: int = 0
     weights: str = "ema"
     device: str = "auto"
@@ -100,8 +101,9 @@ def _settings(options: EvalOptions, pipeline: Pipeline) -> list[SampleConfig]:
     for key in ("guidance_interval", "flow_shift"):
         if getattr(options, key) is not None:
             base[key] = getattr(options, key)
-    steps = options.steps or (SWEEP_STEPS if options.sweep else (base["steps"],))
-    scales = options.guidance_scale or (SWEEP_GUIDANCE if options.sweep else (base["guidance_scale"],))
+    own_steps, own_scale = base["steps"], base["guidance_scale"]
+    steps = options.steps or (sorted({*SWEEP_STEPS, own_steps}) if options.sweep else (own_steps,))
+    scales = options.guidance_scale or (sorted({*SWEEP_GUIDANCE, own_scale}) if options.sweep else (own_scale,))
     return [
         given_settings(base, {"solver": solver, "steps": count, "guidance_scale": scale})
         for solver, count, scale in itertools.product(options.solver or (base["solver"],), steps, scales)
@@ -195,9 +197,10 @@ def _drawn(
     precision = resolve_precision(options.precision or pipeline.precision, device)
     model = checkpoint.load_transformer(place, options.weights, device)
     known = dataset.texts()
-    states = {text: dataset.states([number])[0] for number, text in enumerate(known) if text in meaning}
+    meant = [number for number, text in enumerate(known) if text in meaning]
+    states = {known[number]: dataset.states([number])[0] for number in meant}
     null = dataset.states([dataset.index["null_caption"]])[0]
-    captions = [text for _, text in zip(range(options.images), itertools.cycle(states), strict=False)]
+    captions = [known[number] for number in _as_frequent(dataset, meant, options.images)]
     seeds = range(options.seed, options.seed + len(captions))
     shape = pipeline.sample_shape
     every = sum(setting.steps for setting in settings)
@@ -211,6 +214,21 @@ def _drawn(
             yield EvalStep("draw", before + step.done * setting.steps // step.total, every)
         before += setting.steps
         yield setting, time.perf_counter() - start, torch.cat([pixels[first] for first in sorted(pixels)]), captions
+
+
+def _as_frequent(dataset: Dataset, captions: Sequence[int], count: int) -> list[int]:
+    """`count` of the captions (their numbers), each as often as training draws it, within one.
+
+    What a Fréchet distance compares is then whole: real digits, taken in even numbers of each, are 0.2 further from MNIST's own.
+    """
+    shares = np.zeros(len(dataset.texts()))
+    every = np.arange(len(dataset))
+    for ids, weights in zip(dataset.caption_ids(every), dataset.caption_weights(every), strict=True):
+        given = np.array(weights if weights is not None else [1.0] * len(ids))
+        np.add.at(shares, ids, given / given.sum())
+    chosen = shares[list(captions)]
+    places = np.searchsorted(chosen.cumsum() / chosen.sum(), (np.arange(count) + 0.5) / count)
+    return [captions[place] for place in places]
 
 
 def _pictures(folder: Path, dataset: Dataset, meaning: Mapping[str, int]) -> Iterator[tuple[None, float, Tensor, Sequence[str]]]:

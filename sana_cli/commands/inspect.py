@@ -188,7 +188,7 @@ def _config(path: Path) -> Report:
         "encoder": config.text.encoder,
         "dataset": str(config.data.dir) + ("" if store.is_dataset(config.data.dir) else " (not embedded yet)"),
         "training": f"{train.steps:,} steps of {batch} ({train.batch_size} x {train.accumulate} accumulated), lr {train.lr:g}",
-        "sampling": f"{config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance_scale:g}",
+        "sampling": config.sample.in_words,
     }
     rows = module_rows(build(model, seed=None))
     return Report("config", str(path), facts, MODULE_COLUMNS, rows, config)
@@ -214,7 +214,7 @@ def _checkpoint(path: Path, verify: bool) -> Report:
         "encoder": f"{encoder['encoder']} ({encoder['architecture']}, {encoder['dtype']}, {encoder['weights'][:12]})",
         "captions": "single words" if record["one_word_captions"] else "sentences",
         "dataset": f"{record['dataset']['images']:,} images, {record['dataset']['sha256'][:12]}",
-        "sampling": f"{sample.solver}, {sample.steps} steps, guidance {sample.guidance_scale:g}",
+        "sampling": sample.in_words,
         "made by": record["made_by"],
     }
     if "score" in record:
@@ -284,7 +284,7 @@ def _surroundings(path: Path, pipeline: Pipeline) -> dict[str, Any]:
         )
     if pipeline.latents:
         facts["autoencoder"] = shown(pipeline.autoencoder)
-    how = f"{sample.solver}, {sample.steps} steps, guidance {sample.guidance_scale:g}, flow shift {sample.flow_shift:g}"
+    how = f"{sample.in_words}, flow shift {sample.flow_shift:g}"
     facts["sampling"] = str(pipeline.unknown_scheduler).splitlines()[0] if pipeline.unknown_scheduler else how
     if not inside:
         options = ["--encoder", "--instruction", *(["--autoencoder"] if pipeline.latents else [])]
