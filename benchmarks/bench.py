@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LONG = 20.0  # seconds
+TURN = 0.5  # seconds that a way is gone for at least, each time its turn comes
 LESSON_TOKENS = 300
 LESSON_STEPS = 1000
 Ways = dict[str, Callable[[], object]]
@@ -239,15 +240,15 @@ CASES: dict[str, tuple[str, tuple[str, ...], Callable[[], Ways]]] = {
 }
 
 
-class Goer:
-    """A process that goes one way of a case, each time it is told to."""
+class Runner:
+    """A process that goes one way of a case each time it is told to, again and again for `TURN` seconds."""
 
     def __init__(self, case: str, way: str) -> None:
         command = [sys.executable, __file__, "--case", case, "--way", way]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def seconds(self) -> float:
-        """Go once; how long it took."""
+        """Take a turn; how long the way takes."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
@@ -264,7 +265,7 @@ class Goer:
         return self.process.stdout.readline() or sys.exit(f"{self.process.args} ended")
 
 
-def go(case: str, way: str) -> None:
+def serve(case: str, way: str) -> None:
     """What such a process does: a line of seconds for each line of input, and the peak memory at its end."""
     from sana_cli.device import peak_memory, resolve_device
 
@@ -273,20 +274,22 @@ def go(case: str, way: str) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         ways = CASES[case][2]()
         for _ in sys.stdin:
-            start = time.perf_counter()
-            ways[way]()
-            print(time.perf_counter() - start, file=sys.__stdout__, flush=True)
+            start, times, elapsed = time.perf_counter(), 0, 0.0
+            while elapsed < TURN:
+                ways[way]()
+                times, elapsed = times + 1, time.perf_counter() - start
+            print(elapsed / times, file=sys.__stdout__, flush=True)
     print(peak_memory(torch.device("cpu")), flush=True)
 
 
-def rounds(goers: dict[str, Goer], repeats: int) -> dict[str, list[float]]:
+def rounds(runners: dict[str, Runner], repeats: int) -> dict[str, list[float]]:
     """Seconds of each way in each round, in turn; one round before them is not counted. Long ways are run once, and counted."""
-    seconds: dict[str, list[float]] = {way: [] for way in goers}
-    first = {way: goer.seconds() for way, goer in goers.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in runners}
+    first = {way: runner.seconds() for way, runner in runners.items()}
     for _ in range(repeats):
-        for way, goer in goers.items():
+        for way, runner in runners.items():
             if first[way] < LONG:
-                seconds[way].append(goer.seconds())
+                seconds[way].append(runner.seconds())
     return {way: found or [first[way]] for way, found in seconds.items()}
 
 
@@ -318,9 +321,9 @@ def measure(names: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     """A row for each way of each case."""
     for name in names:
         title, ways, make = CASES[name]
-        goers = {way: Goer(name, way) for way in ways}
-        seconds = rounds(goers, repeats)
-        memories = {way: goer.memory() for way, goer in goers.items()}
+        runners = {way: Runner(name, way) for way in ways}
+        seconds = rounds(runners, repeats)
+        memories = {way: runner.memory() for way, runner in runners.items()}
         ours = seconds["ours"]
         reached = {}
         if name.startswith("train-sana"):
@@ -347,7 +350,7 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
-        go(options.case, options.way)
+        serve(options.case, options.way)
         return
     cpu = torch.device("cpu")
     names = options.only.split(",")
