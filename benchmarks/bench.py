@@ -219,9 +219,10 @@ def start_up() -> Ways:
     """`sana --help` and a Python that does nothing, as processes."""
 
     def process(*arguments: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+        return lambda: subprocess.run(arguments, capture_output=True, check=True)
 
-    return {"ours": process("-m", "sana_cli", "--help"), "python -c pass": process("-c", "pass")}
+    script = str(Path(sys.executable).with_name("sana"))
+    return {"ours": process(script, "--help"), "python -c pass": process(sys.executable, "-c", "pass")}
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

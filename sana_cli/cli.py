@@ -492,9 +492,8 @@ def sample(
         if summary.shipped and checkpoint is None:
             console.note("no run of your own yet (sana train makes one): drawing with the weights that come with sana")
             who = "them"
-        console.note(
-            f"drew {len(summary.images)} images with {who} in {summary.seconds:.1f} s ({settings.in_words}, seed {settings.seed})"
-        )
+        console.note(f"drew {len(summary.images)} images with {who} in {summary.seconds:.1f} s")
+        console.note(f"{settings.in_words}, seed {settings.seed}")
         for path in summary.saved:
             console.result(str(path))
         return None
@@ -599,7 +598,7 @@ def _tell_judged(summary: "EvalSummary") -> None:
     table = []
     for result in summary.results:
         verdict, settings = result.verdict, result.settings
-        how = "pictures" if settings is None else f"{settings.solver} {settings.steps} x {settings.guidance_in_words}"
+        how = "pictures" if settings is None else f"{settings.solver} {settings.steps} x {settings.guidance_scale:g}"
         table.append(
             (
                 how,
@@ -610,7 +609,9 @@ def _tell_judged(summary: "EvalSummary") -> None:
                 f"{result.seconds:.0f} s",
             )
         )
-    console.table(("solver, steps x guidance", "as prompted", "95 %", "Fréchet", "diversity", "time"), table)
+    console.table(("steps x guidance", "as prompted", "95 %", "Fréchet", "diversity", "time"), table)
+    if first.settings is not None and first.settings.guidance_interval != (0, 1):
+        console.note("guidance at noise levels {:g} to {:g}".format(*first.settings.guidance_interval))
     console.note(
         f"as many real images have a Fréchet distance of {first.verdict.real_distance:.2f} and a diversity of 1 "
         f"({first.images:,} images each)"

@@ -277,15 +277,11 @@ class SampleConfig(Section):
     prompts: Prompts | None = Field(None, description="of the grids drawn while training; null: captions of the dataset")
 
     @property
-    def guidance_in_words(self) -> str:
-        """Its scale, and the noise levels that it is used at where these are not all: "2.5", "4 at 0.7 to 1"."""
-        low, high = self.guidance_interval
-        return f"{self.guidance_scale:g}" + ("" if (low, high) == (0, 1) else f" at {low:g} to {high:g}")
-
-    @property
     def in_words(self) -> str:
         """Solver, steps and guidance, as commands tell them."""
-        return f"{self.solver}, {self.steps} steps, guidance {self.guidance_in_words}"
+        low, high = self.guidance_interval
+        where = "" if (low, high) == (0, 1) else f" at {low:g} to {high:g}"
+        return f"{self.solver}, {self.steps} steps, guidance {self.guidance_scale:g}{where}"
 
 
 class RunConfig(Section):
