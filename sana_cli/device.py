@@ -138,11 +138,15 @@ def keep_freed_memory() -> None:
     glibc by itself returns it to the system after nearly every operation, and a third of the time of drawing went into the page faults
     of taking it again.
     """
+    _glibc("mallopt", MMAP_THRESHOLD, KEPT_PIECE)
+    _glibc("mallopt", TRIM_THRESHOLD, KEPT)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Call a function of the C library, where it is glibc."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(MMAP_THRESHOLD, KEPT_PIECE)
-            libc.mallopt(TRIM_THRESHOLD, KEPT)
+            getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
 
 
 def release_memory(device: torch.device) -> None:
@@ -157,6 +161,5 @@ def return_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
-    elif sys.platform == "linux":  # glibc keeps what was freed until it is told
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    else:
+        _glibc("malloc_trim", 0)  # it keeps what was freed until it is told
