@@ -15,6 +15,7 @@ from conftest import child, embedded, small_config
 from PIL import Image
 
 from sana_cli import judge
+from sana_cli.commands import eval as evaluating
 from sana_cli.commands.eval import EvalOptions, EvalSummary, evaluate, record
 from sana_cli.commands.sample import SampleOptions, sample
 from sana_cli.commands.train import TrainOptions, train
@@ -119,7 +120,9 @@ def judge_word(digit: int) -> str:
     return DIGIT_WORDS[digit]
 
 
-def test_eval_of_a_checkpoint_and_of_a_folder(judged: tuple[Config, Judge], tmp_path: Path) -> None:
+def test_eval_of_a_checkpoint_and_of_a_folder(
+    judged: tuple[Config, Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, _ = judged
     *_, _trained = train(TrainOptions(config))
     run = config.run.dir
@@ -133,6 +136,12 @@ def test_eval_of_a_checkpoint_and_of_a_folder(judged: tuple[Config, Judge], tmp_
     assert json.loads((tmp_path / "e.json").read_text()) == record(summary)
     with Image.open(tmp_path / "e.png") as image:
         assert image.width > 1000
+    monkeypatch.setattr(evaluating, "SWEEP_STEPS", (1,))
+    monkeypatch.setattr(evaluating, "SWEEP_GUIDANCE", (1.0,))
+    *_, swept = evaluate(EvalOptions(run, images=40, sweep=True))  # the usual settings, and the checkpoint's own, 2 and 2.5
+    assert isinstance(swept, EvalSummary)
+    found = [(r.settings.steps, r.settings.guidance_scale, r.images) for r in swept.results if r.settings]
+    assert found == [(1, 1.0, 40), (1, 2.5, 40), (2, 1.0, 40), (2, 2.5, 40)]
     labels = Dataset(config.data.dir).labels()
     assert labels is not None
     for share in summary.results[0].verdict.captions:  # as frequent as in the dataset, where half of a digit's have either name
