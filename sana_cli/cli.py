@@ -1,7 +1,7 @@
 """The command line: parse, call, print.
 
 What it takes to answer `--help` is imported at once, and the rest when a command runs: not only torch and transformers, but
-pydantic and most of rich too, since a person waits for each tenth of a second.
+pydantic and rich too, since a person waits for each tenth of a second.
 """
 
 import importlib.util
@@ -46,6 +46,7 @@ else:
 app = typer.Typer(
     name="sana",
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help and usage errors: importing rich for them would take longer than all the rest of --help
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: sana embed, sana train, sana sample '4 two 4 six', sana inspect",
@@ -444,9 +445,9 @@ def sample(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw images for prompts with a checkpoint: trained here, by diffusers, by NVlabs/Sana or by the lesson.
+    """Draw images for prompts with a checkpoint.
 
-    Where it was trained on single words, each word of a prompt is an image: '4 two 4 six' is a row of four.
+    It may be one of yours, of diffusers, of NVlabs/Sana or of the lesson. Where it was trained on single words, each word of a prompt is an image: '4 two 4 six' is a row of four.
 
     Examples: sana sample '4 two 4 six'; sana sample seven --images-per-prompt 8 --guidance-scale 3 --out seven.png
     """
@@ -542,9 +543,9 @@ def evaluate(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Judge a checkpoint, or a folder of samples: prompt accuracy, Fréchet distance, and diversity within a caption.
+    """Judge a checkpoint, or a folder of samples.
 
-    The judge is a classifier that is trained once on the dataset's labels and kept beside it; real images that it has not
+    By prompt accuracy, Fréchet distance, and diversity within a caption. The judge is a classifier that is trained once on the dataset's labels and kept beside it; real images that it has not
     seen are judged too, for comparison.
 
     Examples: sana eval; sana eval runs/quickstart --sweep --images 2000 --plot sweep.png; sana eval samples/ --json

@@ -31,7 +31,7 @@ def test_help_needs_no_torch(command: tuple[str, ...], tmp_path: Path) -> None:
     script = (
         "import sys\nfrom sana_cli.cli import app\n"
         f"try: app([*{command!r}, '--help'])\nexcept SystemExit as e: assert not e.code\n"
-        "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules), 'heavy imports'"
+        "assert not {'torch', 'transformers', 'numpy', 'PIL', 'rich'} & set(sys.modules), 'heavy imports'"
     )
     shown = subprocess.run(
         [sys.executable, "-c", script], env=process_environment(tmp_path), capture_output=True, text=True, check=True, timeout=60
