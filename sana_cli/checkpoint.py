@@ -95,7 +95,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 def _write(folder: Path, checkpoint: Checkpoint, run_name: str) -> None:
     for name in ("transformer", "scheduler", "training"):
         (folder / name).mkdir()
-    scheduler, model = formats.scheduler_config(checkpoint.sample), formats.diffusers_config(checkpoint.model)
+    scheduler = formats.scheduler_config(checkpoint.sample, checkpoint.model.prediction_type)
+    model = formats.diffusers_config(checkpoint.model)
     metadata = {
         "format": "pt",
         "made_by": f"sana {__version__}",

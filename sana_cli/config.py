@@ -174,6 +174,11 @@ class ModelConfig(Section):
     guidance_embeds: bool = Field(False, description="the guidance scale is an input of the model (Sprint)")
     guidance_embeds_scale: Annotated[float, Field(gt=0)] = Field(0.1, description="the model is given guidance_scale * this")
     timestep_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="the model is given 1000 * sigma * this")
+    prediction_type: Literal["flow_prediction", "sample"] = Field(
+        "flow_prediction",
+        description="what the transformer's output is; flow_prediction: the velocity, as published; sample: the data, which small "
+        "models of pixels learn sooner (JiT, arXiv 2511.13720)",
+    )
     interpolation_scale: Annotated[float, Field(gt=0)] | None = Field(
         None, description="fixed sine-cosine positions, this much apart from one another (2K models 1, 4K models 2); null: none"
     )
@@ -229,6 +234,11 @@ class TrainConfig(Section):
     logit_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of the logit-normal density")
     flow_shift: Annotated[float, Field(gt=0)] = Field(
         2.3, description="s in sigma -> s sigma / (1 + (s - 1) sigma): more of the higher noise levels; the paper's is 3 or more"
+    )
+    sigma_floor: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5,
+        description="for prediction_type sample, whose error over sigma is the velocity's: below this sigma it is divided by this "
+        "instead, so that low noise levels do not outweigh the others",
     )
     init: Literal["official", "fan_in"] = Field(
         "fan_in",

@@ -163,10 +163,11 @@ def _draw_batch(
         time = flow.model_timestep(settings.solver, sigma, model.config.timestep_scale)
         told = torch.tensor([scale * model.config.guidance_embeds_scale], device=device) if embeds else None
         with autocast(device, precision):
-            v = model(
+            output = model(
                 torch.cat([x, x]) if guided else x, both if guided else alone, torch.tensor([time], device=device), guidance=told
             ).float()
-        return flow.guide(v[:count], v[count:], scale) if guided else v
+        prediction = flow.guide(output[:count], output[count:], scale) if guided else output
+        return flow.velocity_of(prediction, x, sigma, model.config.prediction_type)
 
     noise = Noise(seeds, shape, device)
     yield from flow.SOLVERS[settings.solver](velocity, noise(), sigmas, noise)

@@ -75,7 +75,7 @@ def _pass(model: SanaTransformer, batch: int, side: tuple[int, int], tokens: int
     config = model.config
     assert config.caption_channels is not None, "resolved"
     with draw.autocast(torch.device("cpu"), precision):
-        velocity: Tensor = (model if device.type == "cpu" else model.velocity)(
+        prediction: Tensor = (model if device.type == "cpu" else model.predict)(
             torch.empty(batch, config.in_channels, *side),
             torch.empty(batch, tokens, config.caption_channels),
             torch.empty(batch),
@@ -83,7 +83,7 @@ def _pass(model: SanaTransformer, batch: int, side: tuple[int, int], tokens: int
             torch.ones(batch, tokens, dtype=torch.bool),
             dropout_keys=torch.zeros(batch, dtype=torch.int64),
         )
-    return velocity
+    return prediction
 
 
 def program_memory(config: ModelConfig, train: TrainConfig, precision: str) -> int:
@@ -98,8 +98,8 @@ def program_memory(config: ModelConfig, train: TrainConfig, precision: str) -> i
     )
     model = build(small, seed=0)
     optimizer, average = Optimizer(model, train, torch.device("cpu")), WeightAverage(model)
-    velocity = _pass(model, 1, (side, side), 1, precision, torch.device("cpu"))
-    velocity.float().square().mean().backward()
+    prediction = _pass(model, 1, (side, side), 1, precision, torch.device("cpu"))
+    prediction.float().square().mean().backward()
     optimizer.step(0.0)
     average.update(model, 0.0)
     return resident_memory()
@@ -129,13 +129,13 @@ def training_memory(
         parameters = sum(p.numel() for p in model.parameters())
         peak = _Peak()
         with peak:
-            velocity = _pass(model, train.batch_size, side, tokens, precision, device)
-            F.mse_loss(velocity.float(), torch.empty_like(velocity)).backward()
+            prediction = _pass(model, train.batch_size, side, tokens, precision, device)
+            F.mse_loss(prediction.float(), torch.empty_like(prediction)).backward()
         gradients = 4 * parameters
         with_activations = peak.peak - gradients
         for parameter in model.parameters():
             parameter.grad = None
-        del velocity
+        del prediction
         sampling = _Peak()
         with sampling, torch.no_grad():
             _pass(model, 2 * min(drawn, draw.MOST_IMAGES), side, tokens, precision, device)

@@ -24,9 +24,23 @@ def interpolate(x_0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * x_0 + sigma * noise
 
 
-def velocity_target(x_0: Tensor, noise: Tensor) -> Tensor:
-    """noise - x_0, what the transformer learns (arXiv 2209.03003, eq. 1; the straight path's derivative)."""
-    return noise - x_0
+def prediction_target(x_0: Tensor, noise: Tensor, prediction_type: str) -> Tensor:
+    """What the transformer learns to say: "sample": x_0; "flow_prediction": noise - x_0 (arXiv 2209.03003, eq. 1)."""
+    return x_0 if prediction_type == "sample" else noise - x_0
+
+
+def prediction_error(error: Tensor, sigma: Tensor, prediction_type: str, sigma_floor: float) -> Tensor:
+    """The squared error that is minimised, from that of the prediction, both (B,): the velocity's, at every noise level alike.
+
+    Of a foreseen sample it is that over sigma squared, since velocity = (x_t - x_0) / sigma (JiT, arXiv 2511.13720, eq. 8),
+    with sigma no less than `sigma_floor`.
+    """
+    return error / sigma.clamp(min=sigma_floor) ** 2 if prediction_type == "sample" else error
+
+
+def velocity_of(prediction: Tensor, x: Tensor, sigma: float, prediction_type: str) -> Tensor:
+    """The velocity at `x`, on level `sigma`, that a prediction means."""
+    return (x - prediction) / sigma if prediction_type == "sample" else prediction
 
 
 def logit_normal(z: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sana_cli.model import TIMESTEP_CHANNELS, SanaTransformer, build, positions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_VERSION = "0.42.1"  # the version whose format is written
+PUBLISHED_PREDICTION = "flow_prediction"  # of every published model
 LATENT_CHANNELS = 32  # of the DC-AE that the published models were trained on
 
 
@@ -52,7 +54,10 @@ class Weights:
 
 
 def diffusers_config(config: ModelConfig) -> dict[str, Any]:
-    """`transformer/config.json` of a resolved model config: every field of diffusers' `SanaTransformer2DModel`."""
+    """`transformer/config.json` of a resolved model config: every field of diffusers' `SanaTransformer2DModel`.
+
+    What a transformer predicts is none of them; it stands there only where it is not what all others predict.
+    """
     derived = {
         "out_channels": config.in_channels,
         "cross_attention_dim": config.inner_dim,
@@ -60,7 +65,11 @@ def diffusers_config(config: ModelConfig) -> dict[str, Any]:
         "norm_eps": 1e-6,
     }
     header = {"_class_name": "SanaTransformer2DModel", "_diffusers_version": DIFFUSERS_VERSION}
-    return header | config.model_dump(mode="json") | derived
+    return header | config.model_dump(mode="json", exclude=_as_published(config)) | derived
+
+
+def _as_published(config: ModelConfig) -> set[str]:
+    return {"prediction_type"} if config.prediction_type == PUBLISHED_PREDICTION else set()
 
 
 def model_config(content: Mapping[str, Any], where: Path) -> ModelConfig:
@@ -78,7 +87,7 @@ def model_config(content: Mapping[str, Any], where: Path) -> ModelConfig:
     }  # fmt: skip
     known = {key: given[key] for key in ModelConfig.model_fields if given.get(key) is not None}
     config = _validated(defaults | known, where)
-    supported = diffusers_config(config)
+    supported = {"prediction_type": config.prediction_type} | diffusers_config(config)
     for key, value in given.items():
         expected = supported.get(key)
         if value != expected and value is not None:
@@ -87,9 +96,17 @@ def model_config(content: Mapping[str, Any], where: Path) -> ModelConfig:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """`model_config` of the `config.json` in a transformer's folder."""
-    path = folder / "config.json"
-    return model_config(files.read_json(path), path)
+    """`model_config` of the `config.json` in a transformer's folder.
+
+    Where diffusers has written it, the scheduler beside it says what the transformer predicts.
+    """
+    path, scheduler = folder / "config.json", folder.absolute().parent / "scheduler" / "scheduler_config.json"
+    content = files.read_json(path)
+    if folder.absolute().name == "transformer" and "prediction_type" not in content and scheduler.is_file():
+        with suppress(SanaError):  # a damaged one is told of where its solver is asked for
+            if files.read_json(scheduler).get("prediction_type") == "sample":
+                content = {**content, "prediction_type": "sample"}
+    return model_config(content, path)
 
 
 def _validated(fields: Mapping[str, Any], where: Path) -> ModelConfig:
@@ -103,9 +120,14 @@ def _validated(fields: Mapping[str, Any], where: Path) -> ModelConfig:
     return config
 
 
-def scheduler_config(sample: SampleConfig) -> dict[str, Any]:
-    """`scheduler/scheduler_config.json`: the diffusers scheduler that is our solver."""
+def scheduler_config(sample: SampleConfig, prediction_type: str = PUBLISHED_PREDICTION) -> dict[str, Any]:
+    """`scheduler/scheduler_config.json`: the diffusers scheduler that is our solver.
+
+    For a transformer that predicts samples it is DPM-Solver++ always: diffusers has no other solver that can be told so.
+    """
     common = {"_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000}
+    if prediction_type == "sample":
+        sample = sample.model_copy(update={"solver": "dpm++"})
     if sample.solver == "euler":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", **common, "shift": sample.flow_shift}
     if sample.solver == "heun":
@@ -118,7 +140,7 @@ def scheduler_config(sample: SampleConfig) -> dict[str, Any]:
         "algorithm_type": "dpmsolver++",
         "final_sigmas_type": "zero",
         "flow_shift": sample.flow_shift,
-        "prediction_type": "flow_prediction",
+        "prediction_type": prediction_type,
         "solver_order": 2,
         "solver_type": "midpoint",
         "use_flow_sigmas": True,
@@ -157,7 +179,8 @@ def solver_of(content: Mapping[str, Any], where: Path) -> dict[str, Any]:
         sample = SampleConfig.model_validate({"solver": solvers[name], "flow_shift": shift})
     except ValidationError as error:
         raise SanaError(f"{where}: shift {shift!r} is not a positive number") from error
-    for key, expected in (scheduler_config(sample) | dict.fromkeys(_OTHER_LEVELS, False)).items():
+    predicted = "sample" if given.get("prediction_type") == "sample" else PUBLISHED_PREDICTION
+    for key, expected in (scheduler_config(sample, predicted) | dict.fromkeys(_OTHER_LEVELS, False)).items():
         value = given.get(key, expected)
         if not key.startswith("_") and value != expected and not (expected is False and not value):
             raise SanaError(f"{where}: {key} = {value!r} is not supported; this sana has {expected!r}")

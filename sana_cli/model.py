@@ -1,8 +1,8 @@
 """The SANA transformer (arXiv 2410.10629): the published block and nothing else.
 
-A velocity field for images or latents of any size that the patch divides, conditioned on caption states and a timestep.
-It knows neither what the timestep means (`flow.py`), nor where captions come from (`text.py`), nor files
-(`checkpoint.py`). Parameters carry the names and shapes of diffusers' `SanaTransformer2DModel`.
+A field over images or latents of any size that the patch divides, conditioned on caption states and a timestep: a velocity, or
+what its config's `prediction_type` says. It knows neither what these mean (`flow.py`), nor where captions come from (`text.py`),
+nor files (`checkpoint.py`). Parameters carry the names and shapes of diffusers' `SanaTransformer2DModel`.
 
 Shapes: B batch, K distinct captions in it, C channels, H W height and width of the sample, p patch, N = (H/p)(W/p) tokens, D = heads * head_dim
 inner width, L caption tokens, h = int(mlp_ratio * D) hidden width of the Mix-FFN.
@@ -367,7 +367,7 @@ class SanaTransformer(nn.Module):
         dropout_keys: Tensor | None = None,
         caption_index: Tensor | None = None,
     ) -> Tensor:
-        """The velocity at `hidden_states`, in diffusers' argument order.
+        """The prediction at `hidden_states` (B, C, H, W), of `config.prediction_type`, in diffusers' argument order.
 
         Args:
             hidden_states: the noisy sample, (B, C, H, W), H and W multiples of the patch size.
@@ -391,7 +391,7 @@ class SanaTransformer(nn.Module):
             raise ValueError("guidance is needed by models with guidance_embeds, and by no others")
         with _fast_arithmetic(self.proj_out.weight):
             given = hidden_states, encoder_hidden_states, timestep, guidance, encoder_attention_mask, dropout_keys, caption_index
-            return self.velocity(*given)
+            return self.predict(*given)
 
     def captions(self, states: Tensor, mask: Tensor | None = None, caption_index: Tensor | None = None) -> Captions:
         """Keys and values of caption states (K, L, caption_channels) with their mask (K, L), for sampling: no step repeats them.
@@ -408,7 +408,7 @@ class SanaTransformer(nn.Module):
                 made.append(block.attn2.keys_values(caption))
             return Captions(tuple((k[rows], v[rows]) for k, v in made), None if bias is None else bias[rows])
 
-    def velocity(
+    def predict(
         self,
         x: Tensor,
         states: Tensor | Captions,

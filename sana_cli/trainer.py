@@ -51,19 +51,25 @@ class Step:
         return float(self.losses.mean())
 
 
-def batch_loss(model: nn.Module, batch: Batch, timestep_scale: float, device: torch.device, precision: str) -> Tensor:
+def batch_loss(
+    model: nn.Module, batch: Batch, config: ModelConfig, sigma_floor: float, device: torch.device, precision: str
+) -> Tensor:
     """The squared error of the velocity, for each image: (B,) in float32. Every noise level weighs the same (the paper's loss)."""
+    prediction_type = config.prediction_type
     x_0, noise, sigma = (t.to(device) for t in (batch.x_0, batch.noise, batch.sigma))
     with draw.autocast(device, precision):
-        velocity = model(
+        prediction = model(
             flow.interpolate(x_0, noise, sigma),
             batch.states.to(device).float(),
-            sigma * flow.TRAIN_TIMESTEPS * timestep_scale,
+            sigma * flow.TRAIN_TIMESTEPS * config.timestep_scale,
             encoder_attention_mask=batch.mask.to(device),
             dropout_keys=batch.dropout_keys.to(device),
             caption_index=batch.caption_index.to(device),
         )
-    return F.mse_loss(velocity.float(), flow.velocity_target(x_0, noise), reduction="none").flatten(1).mean(1)
+    error = (
+        F.mse_loss(prediction.float(), flow.prediction_target(x_0, noise, prediction_type), reduction="none").flatten(1).mean(1)
+    )
+    return flow.prediction_error(error, sigma, prediction_type, sigma_floor)
 
 
 class NotFiniteError(SanaError):
@@ -97,7 +103,7 @@ class Trainer:
             average: whole, by name; None: a copy of the weights.
         """
         self.train, self.place, self.dataset, self.images, self.held_out = train, place, dataset, images, held_out
-        self.timestep_scale = model_config.timestep_scale
+        self.model_config = model_config
         self.step = 0
         here, device = place.here, place.device
         sharded = here.size > 1 and train.parallel == "fsdp"
@@ -155,7 +161,7 @@ class Trainer:
 
     def _gradients(self, stop: Stop) -> tuple[np.ndarray, np.ndarray]:
         """Leave the step's gradient in the parameters; the losses and noise levels of all its images."""
-        here, device = self.place.here, self.place.device
+        here = self.place.here
         offset = self.step * self.images
         found = []
         self.optimizer.zero_grad()
@@ -164,7 +170,7 @@ class Trainer:
                 self._check_stop(stop)
                 batch = self.reader.get((offset + block.first, block.count), self._following(m))
                 with self.spread.gradients(last=m + 1 == len(self.blocks)):
-                    losses = batch_loss(self.spread.model, batch, self.timestep_scale, device, self.place.precision)
+                    losses = self._losses(self.spread.model, batch)
                     share = 0.0 if block.padding else here.size / self.images  # processes' gradients are averaged
                     (losses.sum() * share).backward()
                 if not block.padding:
@@ -173,6 +179,9 @@ class Trainer:
             self.optimizer.zero_grad()
             raise
         return self._collect(found, self.images)
+
+    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return batch_loss(model, batch, self.model_config, self.train.sigma_floor, self.place.device, self.place.precision)
 
     def _following(self, m: int) -> tuple[int, int] | None:
         """The micro-batch after number `m`, which the next step's first may be."""
@@ -224,7 +233,7 @@ class Trainer:
         for block in blocks(images, self.train.batch_size, here.rank, here.size):
             self._check_stop(stop)
             batch = held_out_batch(self.held_out, self.train, block.first, block.count, images)
-            losses = batch_loss(model, batch, self.timestep_scale, self.place.device, self.place.precision)
+            losses = self._losses(model, batch)
             if not block.padding:
                 found.append((block, losses, batch.sigma))
         counted = Losses()

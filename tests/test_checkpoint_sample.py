@@ -41,11 +41,10 @@ def perturb(folder: Path) -> None:
     files.write_sealed_json(folder / "manifest.json", {"files": listing})
 
 
-@pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def step_folder(tmp_path_factory: pytest.TempPathFactory, *overrides: str) -> Path:
     """A step folder on its own, away from the run that made it."""
     folder = tmp_path_factory.mktemp("training")
-    config = small_config(folder)
+    config = small_config(folder, *overrides)
     embedded(config)
     list(train(TrainOptions(config)))
     alone = tmp_path_factory.mktemp("copied") / "mine"
@@ -53,6 +52,18 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(folder)
     perturb(alone)
     return alone
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that predicts velocities, as the published models do."""
+    return step_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def foreseeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that predicts samples, and is to be drawn by a solver that diffusers could not be told of."""
+    return step_folder(tmp_path_factory, "model.prediction_type=sample", "sample.solver=heun")
 
 
 def drawn(step: Path, *prompts: str, **options: Any) -> SampleSummary:
@@ -90,10 +101,12 @@ def test_what_diffusers_saves_loads_here(tmp_path: Path) -> None:
         assert torch.allclose(ours(x, captions, timestep), theirs(x, captions, timestep).sample, atol=1e-5)
 
 
-def test_our_pictures_are_those_of_diffusers(step: Path) -> None:
+@pytest.mark.parametrize("which", ["step", "foreseeing"])
+def test_our_pictures_are_those_of_diffusers(which: str, request: pytest.FixtureRequest) -> None:
     """The dozen lines with which a user of diffusers draws what `sana sample` draws, from the same noise."""
     diffusers = pytest.importorskip("diffusers")
-    summary = drawn(step, "4 two", steps=6, guidance_scale=2.0, seed=7)
+    step: Path = request.getfixturevalue(which)
+    summary = drawn(step, "4 two", steps=6, guidance_scale=2.0, seed=7, solver="dpm++")
     transformer = diffusers.SanaTransformer2DModel.from_pretrained(step, subfolder="transformer").eval()
     scheduler = diffusers.DPMSolverMultistepScheduler.from_pretrained(step, subfolder="scheduler")
     from sana_cli.text import load_encoder, pad_states, text_config
@@ -110,6 +123,28 @@ def test_our_pictures_are_those_of_diffusers(step: Path) -> None:
         x = scheduler.step(v_null + 2.0 * (v_caption - v_null), timestep, x).prev_sample
     difference = (draw.to_pixels(x).int() - summary.pixels.int()).abs()
     assert int(difference.max()) <= 1
+
+
+def test_what_is_predicted_goes_with_the_weights(foreseeing: Path, tmp_path: Path) -> None:
+    """In our folder, in its file alone, and after diffusers has saved a pipeline, whose scheduler alone knows of it then."""
+    diffusers = pytest.importorskip("diffusers")
+    assert json.loads((foreseeing / "transformer" / "config.json").read_text())["prediction_type"] == "sample"
+    for path in (foreseeing, foreseeing / "transformer", foreseeing / "transformer" / formats.WEIGHTS):
+        assert checkpoint.load_transformer(path).config.prediction_type == "sample"
+    diffusers.SanaTransformer2DModel.from_pretrained(foreseeing, subfolder="transformer").save_pretrained(
+        tmp_path / "transformer"
+    )
+    diffusers.DPMSolverMultistepScheduler.from_pretrained(foreseeing, subfolder="scheduler").save_pretrained(
+        tmp_path / "scheduler"
+    )
+    config = files.read_json(tmp_path / "transformer" / "config.json")
+    files.write_json(tmp_path / "transformer" / "config.json", {k: v for k, v in config.items() if k != "prediction_type"})
+    files.write_json(tmp_path / "model_index.json", {"_class_name": "SanaPipeline"})
+    assert checkpoint.load_transformer(tmp_path).config.prediction_type == "sample"
+    settings: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0, "seed": 7}
+    expected = drawn(foreseeing, "4", **settings, solver="dpm++")
+    again = drawn(tmp_path, "4", **settings, encoder="tiny")
+    assert int((again.pixels.int() - expected.pixels.int()).abs().max()) <= 1
 
 
 def test_the_readme_draws_our_image_with_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

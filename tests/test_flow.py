@@ -27,7 +27,12 @@ def test_path_and_target() -> None:
     assert torch.equal(flow.interpolate(x_0, noise, torch.zeros(3)), x_0)
     assert torch.equal(flow.interpolate(x_0, noise, torch.ones(3)), noise)
     low, high = (flow.interpolate(x_0, noise, torch.full((3,), s)) for s in (0.3, 0.4))
-    assert torch.allclose((high - low) / 0.1, flow.velocity_target(x_0, noise), atol=1e-5)
+    velocity = flow.prediction_target(x_0, noise, "flow_prediction")
+    assert torch.allclose((high - low) / 0.1, velocity, atol=1e-5)
+    foreseen = flow.prediction_target(x_0, noise, "sample")
+    x = flow.interpolate(x_0, noise, torch.full((len(x_0),), 0.3))
+    for predicted, kind in ((velocity, "flow_prediction"), (foreseen, "sample")):
+        assert torch.allclose(flow.velocity_of(predicted, x, 0.3, kind), velocity, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)

@@ -552,6 +552,9 @@ def test_scheduler_configs_go_out_and_come_back(solver: str, tmp_path: Path) -> 
     scheduler.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert formats.solver_of(written, tmp_path) == {"solver": solver, "flow_shift": chosen.flow_shift}
+    foresees = formats.scheduler_config(chosen, "sample")
+    assert (foresees["_class_name"], foresees["prediction_type"]) == ("DPMSolverMultistepScheduler", "sample")
+    assert formats.solver_of(foresees, tmp_path) == {"solver": "dpm++", "flow_shift": chosen.flow_shift}
 
 
 # --- training from them -----------------------------------------------------------------------------------------------

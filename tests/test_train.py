@@ -11,7 +11,7 @@ import torch
 from conftest import embedded, small_config
 from safetensors.torch import load_file
 
-from sana_cli import batches, checkpoint, draw, formats, optim, store, trainer
+from sana_cli import batches, checkpoint, draw, flow, formats, optim, store, trainer
 from sana_cli.commands.train import TrainOptions, TrainStep, TrainSummary, train
 from sana_cli.config import Config, TrainConfig
 from sana_cli.data import DIGIT_WORDS
@@ -50,9 +50,28 @@ def test_loss_is_the_velocitys_squared_error(config: Config) -> None:
             sigma = (timestep / 1000).view(-1, 1, 1, 1)
             return (x - batch.x_0) / sigma  # = noise - x_0 if and only if x_t and the signs are right
 
-    losses = trainer.batch_loss(Oracle(), batch, 1.0, torch.device("cpu"), "fp32")
+    losses = trainer.batch_loss(Oracle(), batch, config.model, 0.5, torch.device("cpu"), "fp32")
     assert losses.shape == (8,)
     assert float(losses.max()) < 1e-6
+
+
+def test_a_foreseen_samples_loss_is_the_velocitys_down_to_the_floor(config: Config) -> None:
+    """A guess that is off everywhere: its velocity, as a solver is told it, against noise - data."""
+    batch = batches.training_batch(store.Dataset(config.data.dir), config.train, 0, 32)
+    foresees = config.model.model_copy(update={"prediction_type": "sample"})
+    off = torch.linspace(-1, 2, 16 * 16).view(1, 16, 16)
+
+    class Guess(torch.nn.Module):
+        def forward(self, *_: object, **__: object) -> torch.Tensor:
+            return batch.x_0 + off
+
+    losses = trainer.batch_loss(Guess(), batch, foresees, 0.5, torch.device("cpu"), "fp32")
+    assert 0 < int((batch.sigma < 0.5).sum()) < 32
+    for x_0, noise, sigma, loss in zip(batch.x_0, batch.noise, batch.sigma, losses, strict=True):
+        x = (1 - sigma) * x_0 + sigma * noise
+        wrong = flow.velocity_of(x_0 + off, x, float(sigma), "sample") - (noise - x_0)
+        share = min(float(sigma) / 0.5, 1.0) ** 2
+        assert float(loss) == pytest.approx(share * float(wrong.square().mean()), rel=1e-3)
 
 
 def test_draws_depend_on_the_seed_and_the_samples_place_alone(config: Config) -> None:

@@ -83,7 +83,7 @@ def test_held_out_loss_is_that_of_the_averaged_weights_on_fixed_draws(watched: C
     for image in range(9):
         batch = batches.held_out_batch(held_out, watched.train, image, 1, 9)
         with torch.no_grad():
-            losses.append(float(trainer.batch_loss(model, batch, 1.0, torch.device("cpu"), "fp32")))
+            losses.append(float(trainer.batch_loss(model, batch, model.config, 0.5, torch.device("cpu"), "fp32")))
     assert lines(watched)[-1]["held_out_loss"] == pytest.approx(sum(losses) / 9, rel=1e-5)
     assert summary.held_out_loss == lines(watched)[-1]["held_out_loss"]
 

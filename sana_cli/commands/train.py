@@ -621,16 +621,17 @@ class _Run:
             sample=self.config.sample,
             record=record,
             null_caption=self.null_caption,
-            card=_card(record, self.plan.batch, samples),
+            card=_card(record, self.plan.batch, samples, self.plan.model.prediction_type),
             samples=None if samples is None else samples[1],
             config_sha256=digest,
         )
         return checkpoint.save_checkpoint(self.dir, whole, train.keep)
 
 
-def _card(record: Mapping[str, Any], batch: int, samples: tuple[int, Path] | None) -> str:
+def _card(record: Mapping[str, Any], batch: int, samples: tuple[int, Path] | None, prediction_type: str) -> str:
     """The model card of a step folder."""
     image, shown = record["image"], ""
+    predicts = "its output is the data that it foresees" if prediction_type == "sample" else "its output is noise - data"
     if samples is not None:
         step, _ = samples
         shown = f"![Samples at step {step:,}, by prompt]({checkpoint.SAMPLES})\n\nDrawn at step {step:,}.\n\n"
@@ -647,7 +648,7 @@ for {record["step"]:,} steps of {batch} with rectified flow. Captions are encode
 
     sana sample --checkpoint . {" ".join(json.dumps(caption) for caption in record["example_captions"][:3])}
 
-The transformer alone, with diffusers (`velocity = noise - data`, `timestep = 1000 sigma`):
+The transformer alone, with diffusers ({predicts}; `timestep = 1000 sigma`):
 
     from diffusers import SanaTransformer2DModel
     transformer = SanaTransformer2DModel.from_pretrained(".", subfolder="transformer")
