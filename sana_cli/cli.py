@@ -447,7 +447,8 @@ def sample(
 ) -> None:
     """Draw images for prompts with a checkpoint.
 
-    It may be one of yours, of diffusers, of NVlabs/Sana or of the lesson. Where it was trained on single words, each word of a prompt is an image: '4 two 4 six' is a row of four.
+    It may be one of yours, of diffusers, of NVlabs/Sana or of the lesson. Where it was trained on single words, each word of a
+    prompt is an image: '4 two 4 six' is a row of four.
 
     Examples: sana sample '4 two 4 six'; sana sample seven --images-per-prompt 8 --guidance-scale 3 --out seven.png
     """
@@ -545,8 +546,8 @@ def evaluate(
 ) -> None:
     """Judge a checkpoint, or a folder of samples.
 
-    By prompt accuracy, Fréchet distance, and diversity within a caption. The judge is a classifier that is trained once on the dataset's labels and kept beside it; real images that it has not
-    seen are judged too, for comparison.
+    By prompt accuracy, Fréchet distance, and diversity within a caption. The judge is a classifier that is trained once on the
+    dataset's labels and kept beside it; real images that it has not seen are judged too, for comparison.
 
     Examples: sana eval; sana eval runs/quickstart --sweep --images 2000 --plot sweep.png; sana eval samples/ --json
     """

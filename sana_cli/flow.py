@@ -30,10 +30,10 @@ def prediction_target(x_0: Tensor, noise: Tensor, prediction_type: str) -> Tenso
 
 
 def prediction_error(error: Tensor, sigma: Tensor, prediction_type: str, sigma_floor: float) -> Tensor:
-    """The squared error that is minimised, from that of the prediction, both (B,): the velocity's, at every noise level alike.
+    """The squared error that is minimised, the velocity's, from that of the prediction: both (B,), at levels `sigma` (B,).
 
-    Of a foreseen sample it is that over sigma squared, since velocity = (x_t - x_0) / sigma (JiT, arXiv 2511.13720, eq. 8),
-    with sigma no less than `sigma_floor`.
+    A foreseen sample's is divided by sigma squared, since velocity = (x_t - x_0) / sigma (JiT, arXiv 2511.13720), with sigma no
+    less than `sigma_floor`.
     """
     return error / sigma.clamp(min=sigma_floor) ** 2 if prediction_type == "sample" else error
 

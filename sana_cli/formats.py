@@ -65,11 +65,10 @@ def diffusers_config(config: ModelConfig) -> dict[str, Any]:
         "norm_eps": 1e-6,
     }
     header = {"_class_name": "SanaTransformer2DModel", "_diffusers_version": DIFFUSERS_VERSION}
-    return header | config.model_dump(mode="json", exclude=_as_published(config)) | derived
-
-
-def _as_published(config: ModelConfig) -> set[str]:
-    return {"prediction_type"} if config.prediction_type == PUBLISHED_PREDICTION else set()
+    fields = config.model_dump(mode="json")
+    if config.prediction_type == PUBLISHED_PREDICTION:
+        del fields["prediction_type"]
+    return header | fields | derived
 
 
 def model_config(content: Mapping[str, Any], where: Path) -> ModelConfig:

@@ -54,8 +54,10 @@ class Step:
 def batch_loss(
     model: nn.Module, batch: Batch, config: ModelConfig, sigma_floor: float, device: torch.device, precision: str
 ) -> Tensor:
-    """The squared error of the velocity, for each image: (B,) in float32. Every noise level weighs the same (the paper's loss)."""
-    prediction_type = config.prediction_type
+    """The squared error of the velocity, for each image: (B,) in float32. Every noise level weighs the same (the paper's loss).
+
+    Where samples are predicted, levels below `sigma_floor` weigh less (`flow.prediction_error`).
+    """
     x_0, noise, sigma = (t.to(device) for t in (batch.x_0, batch.noise, batch.sigma))
     with draw.autocast(device, precision):
         prediction = model(
@@ -66,10 +68,9 @@ def batch_loss(
             dropout_keys=batch.dropout_keys.to(device),
             caption_index=batch.caption_index.to(device),
         )
-    error = (
-        F.mse_loss(prediction.float(), flow.prediction_target(x_0, noise, prediction_type), reduction="none").flatten(1).mean(1)
-    )
-    return flow.prediction_error(error, sigma, prediction_type, sigma_floor)
+    target = flow.prediction_target(x_0, noise, config.prediction_type)
+    error = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
+    return flow.prediction_error(error, sigma, config.prediction_type, sigma_floor)
 
 
 class NotFiniteError(SanaError):
