@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := pip install --quiet --disable-pip-version-check
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 TORCH = "$$(grep '^torch==' constraints.txt)"
 PYTEST := pytest -m "not quality" -n 2 --dist worksteal
 
@@ -79,12 +80,15 @@ clean:  ## remove the environment and caches; data/ and runs/ stay
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sana needs Python >= 3.11; say which with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 
-# torch first and by its exact pin, so that no resolver is tempted by another build
+# torch first and by its exact pin, so that no resolver is tempted by another build; what pip would compile on one core is compiled
+# on all of them, but for a few files that are written for other Pythons
 .venv/base: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/$(INSTALL) $(TORCH)
-	$(BIN)/$(INSTALL) -c constraints.txt -e .
+	$(BIN)/$(INSTALL) --no-compile $(TORCH)
+	$(BIN)/$(INSTALL) --no-compile -c constraints.txt -e .
+	$(COMPILE)
 	touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(BIN)/$(INSTALL) --no-compile -c constraints.txt -e '.[dev]'
+	$(COMPILE)
 	touch $@
