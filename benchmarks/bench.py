@@ -30,18 +30,21 @@ LONG = 20.0  # seconds
 TURN = 0.5  # seconds that a way is gone for at least, each time its turn comes
 LESSON_TOKENS = 300
 LESSON_STEPS = 1000
-Ways = dict[str, Callable[[], object]]
+Ways = dict[str, Callable[[], object]]  # each does a thing once, or returns how often it did
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
 def training(name: str, tokens: int, precision: str) -> Ways:
-    """Forward and backward of a micro-batch of a config's size: ours, diffusers' on the same captions, and as the lesson does."""
+    """Forward and backward of a config's micro-batch: ours, diffusers' on the same captions, and as the lesson does.
+
+    Ours are as many as a step of the config has, since autocast casts the weights once for all of them, as `sana train` has it.
+    """
     from sana_cli.draw import autocast
 
-    config, ours, theirs = _models(name)
-    batch, side = {"sana": 16, "quickstart": 32}[name], 32
+    config, train, ours, theirs = _models(name)
+    batch, side = train.batch_size, 32
     generator = torch.Generator().manual_seed(0)
     x, target = (torch.randn(batch, 1, side, side, generator=generator) for _ in range(2))
     distinct = torch.randn(21, tokens, config.caption_channels, generator=generator)
@@ -62,29 +65,32 @@ def training(name: str, tokens: int, precision: str) -> Ways:
     def call(states: Tensor, mask: Tensor) -> Tensor:
         return theirs(x, states, timestep, encoder_attention_mask=mask).sample
 
+    def step() -> int:
+        with torch.autocast("cpu", enabled=False):
+            for _ in range(train.accumulate):
+                learn(ours, lambda: ours(x, distinct[kinds], timestep, encoder_attention_mask=mask[kinds], caption_index=index))
+        return train.accumulate
+
     return {
-        "ours": lambda: learn(
-            ours,
-            lambda: ours(x, distinct[kinds], timestep, encoder_attention_mask=mask[kinds], caption_index=index),
-        ),
+        "ours": step,
         "diffusers": lambda: learn(theirs, lambda: call(distinct[which], mask[which])),
         "lesson": lambda: learn(theirs, lambda: call(padded[which], lesson_mask)),
     }
 
 
-def _models(name: str) -> tuple[Any, Any, Any]:
+def _models(name: str) -> tuple[Any, Any, Any, Any]:
     from diffusers import SanaTransformer2DModel
 
     from sana_cli import formats
     from sana_cli.config import load_config
     from sana_cli.model import build
 
-    config = load_config(name).model
+    config, train = load_config(name).model, load_config(name).train
     config = config.model_copy(update={"sample_size": 32, "caption_channels": config.caption_channels or 128})
     ours = build(config, 0)
     theirs = SanaTransformer2DModel.from_config(formats.diffusers_config(config))
     theirs.load_state_dict(ours.state_dict())
-    return config, ours, theirs
+    return config, train, ours, theirs
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -99,7 +105,7 @@ def sampling() -> Ways:
     from sana_cli import draw, flow
     from sana_cli.config import load_config
 
-    _, ours, theirs = _models("quickstart")
+    config, _, ours, theirs = _models("quickstart")
     settings = load_config("quickstart").sample
     count, shape = 64, (1, 32, 32)
     states = [torch.randn(2, 128, generator=torch.Generator().manual_seed(n)) for n in range(20)]
@@ -123,7 +129,8 @@ def sampling() -> Ways:
             rows = 2 * count if guided else count
             timestep = torch.full((rows,), flow.model_timestep(settings.solver, sigma))
             both_x = x.repeat(2, 1, 1, 1) if guided else x
-            v = theirs(both_x, given[:rows], timestep, encoder_attention_mask=given_mask[:rows]).sample
+            foreseen = theirs(both_x, given[:rows], timestep, encoder_attention_mask=given_mask[:rows]).sample
+            v = flow.velocity_of(foreseen, both_x, sigma, config.prediction_type)
             return flow.guide(v[:count], v[count:], settings.guidance_scale) if guided else v
 
         return solve(settings.solver, settings.steps, velocity)
@@ -134,7 +141,8 @@ def sampling() -> Ways:
     def lesson() -> Tensor:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             timestep = torch.full((count,), 1000 * sigma)
-            return theirs(x, long[0][:count], timestep, encoder_attention_mask=long[1][:count]).sample
+            foreseen = theirs(x, long[0][:count], timestep, encoder_attention_mask=long[1][:count]).sample
+            return flow.velocity_of(foreseen, x, sigma, config.prediction_type)
 
         return solve("euler", LESSON_STEPS, velocity)
 
@@ -266,6 +274,11 @@ class Runner:
         return self.process.stdout.readline() or sys.exit(f"{self.process.args} ended")
 
 
+def times(done: object) -> int:
+    """How often a way did its thing, by what it returned."""
+    return done if isinstance(done, int) else 1
+
+
 def serve(case: str, way: str) -> None:
     """What such a process does: a line of seconds for each line of input, and the peak memory at its end."""
     from sana_cli.device import peak_memory, resolve_device
@@ -275,11 +288,10 @@ def serve(case: str, way: str) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         ways = CASES[case][2]()
         for _ in sys.stdin:
-            start, times, elapsed = time.perf_counter(), 0, 0.0
+            start, count, elapsed = time.perf_counter(), 0, 0.0
             while elapsed < TURN:
-                ways[way]()
-                times, elapsed = times + 1, time.perf_counter() - start
-            print(elapsed / times, file=sys.__stdout__, flush=True)
+                count, elapsed = count + times(ways[way]()), time.perf_counter() - start
+            print(elapsed / count, file=sys.__stdout__, flush=True)
     print(peak_memory(torch.device("cpu")), flush=True)
 
 
@@ -313,9 +325,9 @@ def operations(ways: Ways) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        ways["ours"]()
+        done = ways["ours"]()
     counts = counter.get_flop_counts()["Global"]
-    return int(sum(count for operation, count in counts.items() if "mm" in str(operation)))
+    return int(sum(count for operation, count in counts.items() if "mm" in str(operation))) // times(done)
 
 
 def measure(names: list[str], repeats: int) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ One step is the gradient of the mean loss over its images, whatever they are cut
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -167,19 +168,29 @@ class Trainer:
         found = []
         self.optimizer.zero_grad()
         try:
-            for m, block in enumerate(self.blocks):
-                self._check_stop(stop)
-                batch = self.reader.get((offset + block.first, block.count), self._following(m))
-                with self.spread.gradients(last=m + 1 == len(self.blocks)):
-                    losses = self._losses(self.spread.model, batch)
-                    share = 0.0 if block.padding else here.size / self.images  # processes' gradients are averaged
-                    (losses.sum() * share).backward()
-                if not block.padding:
-                    found.append((block, losses.detach(), batch.sigma))
+            with self._weights_cast_once():
+                for m, block in enumerate(self.blocks):
+                    self._check_stop(stop)
+                    batch = self.reader.get((offset + block.first, block.count), self._following(m))
+                    with self.spread.gradients(last=m + 1 == len(self.blocks)):
+                        losses = self._losses(self.spread.model, batch)
+                        share = 0.0 if block.padding else here.size / self.images  # processes' gradients are averaged
+                        (losses.sum() * share).backward()
+                    if not block.padding:
+                        found.append((block, losses.detach(), batch.sigma))
         except BaseException:
             self.optimizer.zero_grad()
             raise
         return self._collect(found, self.images)
+
+    def _weights_cast_once(self) -> AbstractContextManager[object]:
+        """Around a step's micro-batches: what autocast makes of the weights for the first serves them all.
+
+        Autocast forgets what it made at the end of its outermost context, which is this one; it is itself off, as the backward
+        pass wants it. Shards are gathered anew for each micro-batch, and what is made of them goes with them.
+        """
+        sharded = self.place.here.size > 1 and self.train.parallel == "fsdp"
+        return nullcontext() if sharded else torch.autocast(self.place.device.type, enabled=False)
 
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return batch_loss(model, batch, self.model_config, self.train.sigma_floor, self.place.device, self.place.precision)

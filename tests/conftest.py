@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed
 from sana_cli.config import Config, parse_config
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# bitwise comparisons need a fixed thread count; and two workers with two threads each, on two cores, are ten times as slow as with one
+torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parent.parent
 
 SMALL = """
@@ -25,15 +27,6 @@ model: {patch_size: 8, num_layers: 1, num_attention_heads: 2, attention_head_dim
 train: {steps: 4, batch_size: 4, warmup_steps: 1, save_every: 2, sample_every: 4, log_every: 1, precision: fp32}
 sample: {steps: 2, prompts: ["4 two"]}
 """
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Bitwise comparisons need a fixed thread count, and tests of this size no more than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_config(folder: Path, *overrides: str) -> Config:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import embedded, small_config
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sana_cli import batches, checkpoint, draw, flow, formats, optim, store, trainer
 from sana_cli.commands.train import TrainOptions, TrainStep, TrainSummary, train
@@ -192,6 +193,41 @@ def test_a_run_resumed_at_any_step_is_bitwise_one_never_stopped(config: Config, 
             assert (summary.first_step, summary.steps) == (step, 12)
             assert_same(summary.checkpoint, straight.checkpoint)
             assert lines(there.run.dir) == expected
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_autocast_casts_each_weight_once_a_step(config: Config, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    """However many micro-batches it has; and the gradient is theirs, each on its own, added up in float32."""
+    monkeypatch.setattr("sana_cli.model.has_native_bf16", lambda _: True)
+    dataset = store.Dataset(config.data.dir)
+    settings = config.train.model_copy(update={"accumulate": 3, "activation_checkpointing": again})
+    made = config.model.model_copy(update={"sample_size": 16, "caption_channels": dataset.index["caption_dim"]})
+    one = trainer.Trainer(made, settings, trainer.Place(torch.device("cpu"), "bf16"), dataset, 12)
+    weight = one.model.transformer_blocks[0].get_parameter("attn1.to_out.0.weight")
+    casts = 0
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal casts
+            casts += operation is torch.ops.aten._to_copy.default and args[0] is weight
+            return operation(*args, **(kwargs or {}))
+
+    with Casts():
+        one._gradients(lambda: None)
+    assert casts == 1
+    expected = {name: torch.zeros_like(p) for name, p in one.model.named_parameters()}
+    for first in (0, 4, 8):
+        other = trainer.Trainer(made, settings, trainer.Place(torch.device("cpu"), "bf16"), dataset, 12)
+        batch = batches.training_batch(dataset, settings, first, 4)
+        (trainer.batch_loss(other.model, batch, made, settings.sigma_floor, torch.device("cpu"), "bf16").sum() / 12).backward()
+        for name, parameter in other.model.named_parameters():
+            assert parameter.grad is not None
+            expected[name] += parameter.grad
+        other.close()
+    one.close()
+    for name, parameter in one.model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, expected[name], rtol=1e-5, atol=1e-8), name
 
 
 def test_what_a_stop_cut_short_is_made_up_for(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +442,6 @@ def test_a_small_model_learns_what_the_prompts_mean(tmp_path: Path) -> None:
         "model.num_cross_attention_heads=8", "model.patch_size=4",
     )  # fmt: skip
     embedded(config, limit=400)
-    torch.set_num_threads(2)
     summary = run(config)
     dataset = store.Dataset(config.data.dir)
     labels = dataset.labels()
