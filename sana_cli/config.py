@@ -1,7 +1,7 @@
 """Every knob, typed, with its default; and YAML files read into them with all problems reported at once.
 
-The defaults are for small images on a CPU: those of `configs/quickstart.yaml`, but for its guidance. A file holds what
-differs. It knows nothing of torch, so that `sana --help` and a wrong config answer at once.
+The defaults are for small images on a CPU, and `configs/quickstart.yaml` leaves most as they are. A file holds what differs.
+It knows nothing of torch, so that `sana --help` and a wrong config answer at once.
 """
 
 import difflib

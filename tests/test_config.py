@@ -93,8 +93,12 @@ def test_shipped_configs_load_and_say_how_they_are_run(path: Path) -> None:
 
 def test_quickstart_is_the_default() -> None:
     assert load_config(None) == load_config("quickstart")
-    guidance = {"sample": {"guidance_scale": 4.0, "guidance_interval": (0.7, 1.0)}}  # of this model; all else are the defaults
-    assert load_config("quickstart") == Config.model_validate(guidance)
+    own = {  # all else are the defaults
+        "model": {"prediction_type": "sample"},
+        "train": {"schedule": "linear"},
+        "sample": {"guidance_scale": 2.2, "guidance_interval": (0.5, 1.0)},
+    }
+    assert load_config("quickstart") == Config.model_validate(own)
 
 
 def test_every_key_is_described() -> None:

@@ -122,6 +122,7 @@ def environment() -> Report:
 
 
 MODULE_COLUMNS = ("module", "parameters", "share")
+PREDICTIONS = {"flow_prediction": "the velocity", "sample": "the data"}
 
 
 def _model_facts(model: ModelConfig) -> dict[str, Any]:
@@ -135,6 +136,7 @@ def _model_facts(model: ModelConfig) -> dict[str, Any]:
         "norm of q and k": model.qk_norm,
         "guidance": "an input of the model" if model.guidance_embeds else None,
         "patch": model.patch_size,
+        "predicts": PREDICTIONS[model.prediction_type],
         "positions": positions,
         "caption channels": model.caption_channels,
     }
