@@ -3,7 +3,7 @@
 It runs the command line as a user does, in an empty folder, with the default config; saving more checkpoints than that does is the
 only difference. The times are those at which checkpoints were whole, embedding and every start-up included.
 
-    python benchmarks/quickstart.py [--seeds 0 1] [--steps 2600] [--images 10000] [--scales 3] [--plot docs/quickstart.png] [--ship]
+    python benchmarks/quickstart.py [--seeds 0 1] [--steps 3000] [--images 10000] [--scales 3] [--plot docs/quickstart.png] [--ship]
 
 What is in `--folder` already is gone on with. `--ship` puts the last checkpoint of the first seed, in bf16 and with its score, where
 the package finds it (`sana sample` on a fresh install).

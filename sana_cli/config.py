@@ -204,7 +204,7 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    steps: PositiveInt = Field(2600, description="optimizer steps")
+    steps: PositiveInt = Field(3000, description="optimizer steps")
     batch_size: PositiveInt = Field(32, description="images of a micro-batch of one process")
     accumulate: PositiveInt = Field(
         1, description="micro-batches of a step in each process, whose gradients are averaged over their images"

@@ -156,14 +156,14 @@ def test_the_readme_draws_our_image_with_diffusers(tmp_path: Path, monkeypatch: 
     embedded(config)
     list(train(TrainOptions(config)))
     checkpoints = Path("runs/quickstart/checkpoints")
-    (checkpoints / "step-000004").rename(checkpoints / "step-002600")
-    perturb(checkpoints / "step-002600")
+    (checkpoints / "step-000004").rename(checkpoints / "step-003000")
+    perturb(checkpoints / "step-003000")
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "DPMSolverMultistepScheduler" in block]
     drawn_there: dict[str, Any] = {}
     exec(code, drawn_there)
     quickstart = {"steps": 8, "guidance_scale": 2.2, "guidance_interval": (0.5, 1.0)}
-    summary = drawn(checkpoints / "step-002600", "4", **quickstart, seed=0, precision="fp32", out=tmp_path / "o.png")
+    summary = drawn(checkpoints / "step-003000", "4", **quickstart, seed=0, precision="fp32", out=tmp_path / "o.png")
     difference = (draw.to_pixels(drawn_there["x"]).int() - summary.pixels.int()).abs()
     assert int(difference.max()) <= 1
     assert float(summary.pixels.float().std()) > 10

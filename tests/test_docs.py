@@ -144,8 +144,8 @@ def test_the_session_of_the_readme_prints_what_it_shows(tmp_path: Path, monkeypa
     same_text(told("sana train", *few), shown["sana train"], figures_aside)
     sampled = 'sana sample "4 two 4 six"'
     same_text(told(sampled), shown[sampled], figures_aside)
-    inspected = "sana inspect runs/quickstart/sample-step-002600.png"
-    drawn = told(inspected.replace("002600", "000002"))
+    inspected = "sana inspect runs/quickstart/sample-step-003000.png"
+    drawn = told(inspected.replace("003000", "000002"))
     same_text(drawn, shown[inspected], lambda line: re.sub(r"(step-)\d+|[0-9a-f]{64}", r"\1", line))
     (tmp_path / "mine.yaml").write_text(MINE)
     same_text(told("sana train --config mine.yaml"), shown["sana train --config mine.yaml"], str)
