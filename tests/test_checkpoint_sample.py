@@ -162,7 +162,7 @@ def test_the_readme_draws_our_image_with_diffusers(tmp_path: Path, monkeypatch: 
     (code,) = [block for block in blocks if "DPMSolverMultistepScheduler" in block]
     drawn_there: dict[str, Any] = {}
     exec(code, drawn_there)
-    quickstart = {"steps": 8, "guidance_scale": 2.2, "guidance_interval": (0.5, 1.0)}
+    quickstart = {"steps": 8, "guidance_scale": 2.7, "guidance_interval": (0.7, 1.0)}
     summary = drawn(checkpoints / "step-003000", "4", **quickstart, seed=0, precision="fp32", out=tmp_path / "o.png")
     difference = (draw.to_pixels(drawn_there["x"]).int() - summary.pixels.int()).abs()
     assert int(difference.max()) <= 1

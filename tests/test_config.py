@@ -96,7 +96,7 @@ def test_quickstart_is_the_default() -> None:
     own = {  # all else are the defaults
         "model": {"prediction_type": "sample"},
         "train": {"schedule": "linear"},
-        "sample": {"guidance_scale": 2.2, "guidance_interval": (0.5, 1.0)},
+        "sample": {"guidance_scale": 2.7, "guidance_interval": (0.7, 1.0)},
     }
     assert load_config("quickstart") == Config.model_validate(own)
 
