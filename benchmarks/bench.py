@@ -39,7 +39,7 @@ Ways = dict[str, Callable[[], object]]  # each does a thing once, or returns how
 def training(name: str, tokens: int, precision: str) -> Ways:
     """Forward and backward of a config's micro-batch: ours, diffusers' on the same captions, and as the lesson does.
 
-    Ours are as many as a step of the config has, since autocast casts the weights once for all of them, as `sana train` has it.
+    Ours are as many as a step of the config has, since autocast casts parameters once for all of them, as in `sana train` (`Trainer._weights_cast_once`).
     """
     from sana_cli.draw import autocast
 

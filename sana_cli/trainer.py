@@ -108,11 +108,11 @@ class Trainer:
         self.model_config = model_config
         self.step = 0
         here, device = place.here, place.device
-        sharded = here.size > 1 and train.parallel == "fsdp"
+        self.sharded = here.size > 1 and train.parallel == "fsdp"
         model = build(model_config, train.seed, train.init)
         if weights is not None:
             model.load_state_dict(weights)
-        model = model.to("cpu" if sharded else device)  # shards go to the device block by block
+        model = model.to("cpu" if self.sharded else device)  # shards go to the device block by block
         self.average = WeightAverage(model)
         if average is not None:
             self.average.model.load_state_dict(average)
@@ -122,7 +122,7 @@ class Trainer:
             for layer in layers:
                 layer.compile()
         self.spread = Spread(model, layers, train.parallel, here, device)
-        if sharded:
+        if self.sharded:
             shard(self.average.model, list(self.average.model.transformer_blocks), device)
         self.model: SanaTransformer = model
         self.parameters = list(model.parameters())
@@ -184,13 +184,13 @@ class Trainer:
         return self._collect(found, self.images)
 
     def _weights_cast_once(self) -> AbstractContextManager[object]:
-        """Around a step's micro-batches: what autocast makes of the weights for the first serves them all.
+        """Around a step's micro-batches: what autocast makes of a parameter for the first serves them all.
 
+        Not of what is made of parameters first: joined matrices, and 1x1 convolutions taken as matrices, are cast each time.
         Autocast forgets what it made at the end of its outermost context, which is this one; it is itself off, as the backward
         pass wants it. Shards are gathered anew for each micro-batch, and what is made of them goes with them.
         """
-        sharded = self.place.here.size > 1 and self.train.parallel == "fsdp"
-        return nullcontext() if sharded else torch.autocast(self.place.device.type, enabled=False)
+        return nullcontext() if self.sharded else torch.autocast(self.place.device.type, enabled=False)
 
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return batch_loss(model, batch, self.model_config, self.train.sigma_floor, self.place.device, self.place.precision)
