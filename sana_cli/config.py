@@ -6,21 +6,27 @@ It knows nothing of torch, so that `sana --help` and a wrong config answer at on
 
 import difflib
 import json
+import os
 import re
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from sana_cli import textfile
+from sana_cli.choices import Precision, Solver
 from sana_cli.errors import SanaError, one_line
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_DEPTH = 20  # of YAML: PyYAML's time grows with the square of it
 MAX_WIDTH = 65536
 DEFAULT_CONFIG = "quickstart"
+WARMUP_STEPS, WARMUP_SHARE = 50, 0.1  # the default warm-up: so many steps, and at most this share of a short run
+PATCH_SIZES = (8, 4, 2, 1)  # tried in this order where only the size of images is given
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -33,8 +39,13 @@ def _as_tuple(value: Any) -> Any:
 
 def _as_path(value: Any) -> Any:
     if isinstance(value, Path) or (isinstance(value, str) and value):
-        return Path(value)
+        return Path(_at_home(os.fspath(value)))
     raise ValueError("must be a path")
+
+
+def _at_home(value: Any) -> Any:
+    """`~` at the beginning of a path is the home folder: no shell has seen to it in YAML, or behind the = of --set."""
+    return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111 (it may be a model's id)
 
 
 def _is_size(value: Any) -> Any:
@@ -59,6 +70,7 @@ def _is_device(value: str) -> str:
 
 
 PathField = Annotated[Path, BeforeValidator(_as_path)]
+IdOrPath = Annotated[str, Field(min_length=1), BeforeValidator(_at_home)]
 Interval = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
 Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)]
 Prompts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
@@ -91,14 +103,16 @@ class DataConfig(Section):
         "image", description="the column of images, in Hugging Face datasets"
     )
     caption_template: str = Field("{}", description="the caption of a class, where {} is its name (class-named folders, idx)")
-    class_names: Prompts | None = Field(None, description="what labels 0, 1, ... are called (idx); null: their numbers")
+    class_names: Prompts | None = Field(
+        None, description="what labels 0, 1, ... are called (idx); null: EMNIST's mapping file, else their numbers"
+    )
     fit: Literal["crop", "pad"] = Field("crop", description="crop: cut the centre out; pad: the whole image, on white")
     workers: NonNegativeInt | None = Field(None, description="processes that decode images; null: as many as cores, at most 8")
     dir: PathField = Field(Path("data/quickstart"), description="the dataset directory that embed writes and train reads")
     image_size: Annotated[int | tuple[int, int], BeforeValidator(_is_size)] = Field(
         32, description="pixels: one number, or [height, width]"
     )
-    autoencoder: str | None = Field(
+    autoencoder: IdOrPath | None = Field(
         None, description="a DC-AE, by id or local path, whose latents are trained on; null: pixels (needs the latent extra)"
     )
 
@@ -131,13 +145,11 @@ class DataConfig(Section):
 class TextConfig(Section):
     """The caption encoder, which embed and sample share."""
 
-    encoder: Annotated[str, Field(min_length=1)] = Field(
+    encoder: IdOrPath = Field(
         "tiny", description="tiny (built in, offline), or a Hugging Face id or local path: Gemma 2, T5, BERT, ModernBERT, ..."
     )
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    dtype: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_is_precision)] = Field(
-        "auto", description="auto: fp32 on a CPU, bf16 elsewhere"
-    )
+    dtype: Annotated[Precision, BeforeValidator(_is_precision)] = Field("auto", description="auto: fp32 on a CPU, bf16 elsewhere")
     max_length: Annotated[int, Field(ge=2)] = Field(300, description="tokens kept of a caption")
     instruction: str | None = Field(
         None, description="put before each caption and cut off its states (the paper's complex human instruction)"
@@ -209,7 +221,7 @@ class TrainConfig(Section):
     accumulate: PositiveInt = Field(
         1, description="micro-batches of a step in each process, whose gradients are averaged over their images"
     )
-    precision: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_is_precision)] = Field(
+    precision: Annotated[Precision, BeforeValidator(_is_precision)] = Field(
         "auto", description="auto: bf16 where the device has it natively, else fp32; weights stay fp32"
     )
     optimizer: Literal["adamw", "muon"] = Field(
@@ -220,7 +232,9 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "cosine", description="what follows the warm-up; cosine and linear end at zero"
     )
-    warmup_steps: NonNegativeInt = Field(50, description="steps of linear warm-up")
+    warmup_steps: NonNegativeInt | None = Field(
+        None, description="steps of linear warm-up; null: 50, or a tenth of the steps of a shorter run"
+    )
     betas: Betas = Field((0.9, 0.99), description="AdamW's")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Muon's")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="on matrices and convolutions only, decoupled")
@@ -268,6 +282,13 @@ class TrainConfig(Section):
         None, description="weights to start from: a run, a checkpoint, a diffusers folder or file, an official or lesson file"
     )
 
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up: as asked for, or what suits the length of the run."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(WARMUP_STEPS, int(WARMUP_SHARE * self.steps))
+
 
 class SampleConfig(Section):
     """How checkpoints of this run are sampled, unless `sana sample` is told otherwise."""
@@ -277,7 +298,7 @@ class SampleConfig(Section):
         2.5, description="1 is none; above 1 follows the prompt more, with less variety"
     )
     guidance_interval: Interval = Field((0.0, 1.0), description="the range of sigma in which guidance is used")
-    solver: Literal["dpm++", "euler", "heun", "scm"] = Field(
+    solver: Solver = Field(
         "dpm++", description="dpm++: DPM-Solver++ 2M; euler; heun; scm: the consistency sampler of Sprint models"
     )
     flow_shift: Annotated[float, Field(gt=0, le=1000)] = Field(
@@ -311,6 +332,22 @@ class Config(Section):
     sample: SampleConfig = SampleConfig()
     run: RunConfig = RunConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _patch_that_fits(cls, values: Any) -> Any:
+        """Where the size of images is given and the patch is not, take the largest of `PATCH_SIZES` that divides it."""
+        data, model = (values.get(name) for name in ("data", "model")) if isinstance(values, dict) else (None, None)
+        if not isinstance(data, dict) or "image_size" not in data or not isinstance(model or {}, dict):
+            return values
+        if (model or {}).get("patch_size") is not None:
+            return values
+        try:
+            sides = DataConfig.model_validate(data).sample_sides
+        except ValidationError:  # which is told of in its own place
+            return values
+        fits = next(size for size in PATCH_SIZES if not any(side % size for side in sides))
+        return {**values, "model": {**(model or {}), "patch_size": fits}}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         problems = []
@@ -333,8 +370,10 @@ class Config(Section):
             problems.append("model.guidance_embeds: is for distilled models that are sampled, and cannot be trained here")
         if self.sample.solver == "scm" and not model.guidance_embeds:
             problems.append("sample.solver: scm is for Sprint models, which have model.guidance_embeds")
-        if self.train.warmup_steps >= self.train.steps:
-            problems.append(f"train.warmup_steps: {self.train.warmup_steps} leaves none of train.steps {self.train.steps}")
+        if self.train.warmup >= self.train.steps:
+            problems.append(f"train.warmup_steps: {self.train.warmup} leaves none of train.steps {self.train.steps}")
+        if os.path.realpath(self.run.dir) == os.path.realpath(self.data.dir):
+            problems.append(f"run.dir: {self.run.dir} is data.dir as well; a run needs a directory of its own")
         low, high = self.sample.guidance_interval
         if low >= high:
             problems.append(f"sample.guidance_interval: {low} must be below {high}")
@@ -344,7 +383,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The whole config, resolved, as YAML that loads back to itself."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries."""
@@ -370,8 +409,10 @@ def json_schema() -> dict[str, Any]:
 def _yaml_value(value: Any) -> str:
     """A value on one line; JSON's quoting is YAML's too."""
     if isinstance(value, str) and ("\n" in value or not value):
-        return json.dumps(value, ensure_ascii=False)
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
+        return json.dumps(value, ensure_ascii=_LINE_BREAKS_OF_YAML.search(value) is not None)
+    return (
+        yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
+    )
 
 
 @dataclass
@@ -384,13 +425,39 @@ class _Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; everybody means a number."""
+    """YAML 1.1, but numbers are what everybody means: `1e-4` is one, `010` is ten, `1:30` and 2001-01-01 are none."""
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        """Decimal, whatever zeros it begins with, or hexadecimal."""
+        text = node.value.replace("_", "")
+        return int(text, 16 if "x" in text else 10)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0x[\da-fA-F_]+|\d[\d_]*)",
+    "tag:yaml.org,2002:float": r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}
+_OTHERS = {*_NUMBERS, "tag:yaml.org,2002:timestamp"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OTHERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts with line breaks that are YAML's alone are written in double quotes, where they are spelt out."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _LINE_BREAKS_OF_YAML.search(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_LINE_BREAKS_OF_YAML = re.compile("[\x85\u2028\u2029]")  # which nobody else breaks lines at: a comment would end there
 
 
 def _parse(text: str, name: str) -> _Document:
@@ -425,6 +492,10 @@ def _parse(text: str, name: str) -> _Document:
 
 def _refusal(text: str) -> str:
     """Why YAML text is not even composed, with its line: an alias, which may unfold without end, or brackets within brackets."""
+    odd = _LINE_BREAKS_OF_YAML.search(text)
+    if odd:
+        line = len(textfile.split_lines(text[: odd.start()] + "."))
+        return f"{line}: not YAML as others read it: the character U+{ord(odd[0]):04X} ends a line for YAML alone; write it in double quotes, as \\u{ord(odd[0]):04x}"
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark else 1
@@ -555,8 +626,9 @@ def _apply(override: str, document: _Document) -> None:
     if not equals or not all(path):
         document.problems.append(f"{place}: expected section.key=value, for example --set train.lr=1e-3")
         return
-    parsed = _parse(f"value: {value}", place)
-    if parsed.problems:
+    try:
+        parsed = _value(path, value)
+    except (yaml.YAMLError, ValueError):
         document.problems.append(f"{place}: {value!r} is not a YAML value")
         return
     target: Any = document.values
@@ -565,8 +637,48 @@ def _apply(override: str, document: _Document) -> None:
             target[part] = {}
         document.places.setdefault(path[: depth + 1], place)
         target = target[part]
-    target[path[-1]] = parsed.values.get("value")
+    target[path[-1]] = parsed
     document.places[path] = place
+
+
+def _value(path: tuple[str, ...], text: str) -> Any:
+    """What the text behind a key of --set means: for a key that holds text all of it, whatever is in it; else a YAML value.
+
+    Raises:
+        ValueError: it is no YAML value, or more than one: a comment behind it would be lost without a word.
+    """
+    section = Config.model_fields.get(path[0])
+    fields = getattr(section.annotation, "model_fields", {}) if section is not None and len(path) == 2 else {}
+    kind = fields[path[1]].annotation if path[-1] in fields else None
+    if _holds_text(kind):
+        nullable = type(None) in get_args(kind)
+        return None if nullable and text in ("null", "") else text
+    document = _parse(f"value: {text}", "")
+    if document.problems or "\n" in text or _is_more_than_a_value(text):
+        raise ValueError(text)
+    return document.values.get("value")
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether a key of this type holds a string or a path, and nothing else but null."""
+    if get_origin(kind) is Annotated:
+        return _holds_text(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return all(_holds_text(part) for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is Literal:
+        return all(isinstance(value, str) for value in get_args(kind))
+    return kind in (str, Path)
+
+
+def _is_more_than_a_value(text: str) -> bool:
+    """Whether YAML reads only a part of the text, and takes the rest for a comment."""
+    loader = _Loader(f"value: {text}")
+    try:
+        root = loader.get_single_node()
+        end = root.value[0][1].end_mark.index if isinstance(root, yaml.MappingNode) else 0
+    finally:
+        loader.dispose()
+    return bool(f"value: {text}"[end:].strip())
 
 
 def packaged_configs() -> Path:
@@ -582,7 +694,7 @@ def find_config(name: str) -> Path:
     Raises:
         SanaError: exit code 2, with the names there are.
     """
-    given = Path(name)
+    given = Path(_at_home(name))
     if given.is_file():
         return given
     if given.name == name:
@@ -605,9 +717,11 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise SanaError(f"{path}: is over {MAX_CONFIG_BYTES:,} bytes; a config is a page", exit_code=2)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SanaError(f"{path}: cannot be read as text: {error}", exit_code=2) from error
+        text = textfile.read(path)
+    except OSError as error:
+        raise SanaError(f"{path}: cannot be read: {error.strerror}", exit_code=2) from error
+    except textfile.NotTextError as error:
+        raise SanaError(f"{path}: is not UTF-8 text: {error}", exit_code=2) from error
     return parse_config(text, str(path), overrides)
 
 

@@ -20,9 +20,9 @@ TABLE = "scale_shift_table"
 
 def lr_factor(train: TrainConfig, step: int) -> float:
     """The learning rate of the step after `step`, over the peak: linear warm-up, then constant, cosine or linear decay."""
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    if step < train.warmup:
+        return (step + 1) / train.warmup
+    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
     if train.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return 1 - progress if train.schedule == "linear" else 1.0

@@ -62,7 +62,7 @@ def test_all_problems_at_once_each_with_its_place() -> None:
         ("data: {dir: 3}", "c.yaml:1: data.dir must be a path, not 3"),
         ("? [1, 2]\n: 3", "c.yaml:1: a key must be a word"),
         ("train: {precision: fp16}", "c.yaml:1: train.precision cannot be fp16: it overflows in the sums of linear attention"),
-        ("train: {steps: 5}", "c.yaml:1: train.warmup_steps: 50 leaves none of train.steps 5"),
+        ("train: {steps: 5, warmup_steps: 5}", "c.yaml:1: train.warmup_steps: 5 leaves none of train.steps 5"),
     ],
 )
 def test_each_mistake(text: str, message: str) -> None:
@@ -127,3 +127,119 @@ def test_any_text_loads_or_is_refused_with_a_message(text: str) -> None:
         assert all(line.startswith(("c.yaml:", "c.yaml: ")) for line in str(error).splitlines())
     else:
         assert parse_config(config.to_yaml(), "again") == config
+
+
+# --- a value is what a person means by it -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "a {} on #3", "a: b # c", "[x", "- x", "'", '"quoted"', "&x", "*", "!t x", "%", "@", "|", ">", "? x", "x\ny", " x ",
+     "null or not", "true", "1e3", "~x", "=", "a=b", "\t", "---", "\u2028", "été"],
+)  # fmt: skip
+def test_a_text_behind_set_is_taken_whole(text: str) -> None:
+    assert parse_config("", "c.yaml", [f"data.caption_template={text}"]).data.caption_template == text
+    assert parse_config("", "c.yaml", [f"text.instruction={text}"]).text.instruction == text
+
+
+@given(st.text(max_size=20))
+def test_any_text_behind_set_is_taken_whole(text: str) -> None:
+    assert parse_config("", "c.yaml", [f"data.caption_template={text}"]).data.caption_template == text
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.path=null", None), ("data.path=", None), ("data.held_out_split=null", None), ("train.grad_clip=null", None),
+        ("data.class_names=[no, 'a # b', \"c, d\"]", None), ("data.image_size=[16, 32]", (16, 32)), ("train.lr=1e-3", 1e-3),
+        ("train.steps=010", 10), ("train.steps=08", 8), ("train.steps=1_000", 1000), ("train.steps=0x10", 16),
+        ("train.lr=.5", 0.5), ("data.caption_field=2001-01-01", "2001-01-01"), ("data.caption_field=on", "on"),
+        ('sample.prompts=["4 #two", six]', ("4 #two", "six")), ("train.tensorboard=true", True),
+    ],
+)  # fmt: skip
+def test_other_values_are_yamls(override: str, value: object) -> None:
+    section, key = override.partition("=")[0].split(".")
+    if "no, " in override:  # a word that YAML 1.1 takes for a truth value is no name
+        with pytest.raises(SanaError, match=r"data\.class_names must be a valid string, not"):
+            parse_config("", "c.yaml", [override])
+        return
+    assert getattr(getattr(parse_config("", "c.yaml", [override]), section), key) == value
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.steps=5 # five", "train.steps=5\nkeep: 1", "train.lr=1 2", "train.steps=1:30", "train.lr=1:30.5", "sample.prompts=[4] # x",
+     "sample.prompts=[4 #, 5]", "train.steps=--- 5", "train.steps=5 ...", "train.steps='5'"],
+)  # fmt: skip
+def test_half_a_value_is_none(override: str) -> None:
+    with pytest.raises(SanaError, match="not a YAML value|must be a valid"):
+        parse_config("", "c.yaml", [override])
+
+
+def test_files_are_read_as_people_save_them(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    for mark, end in ((b"\xef\xbb\xbf", "\r\n"), (b"", "\r"), (b"", "\n")):
+        path.write_bytes(
+            mark + end.join(["train:", "  steps: 010  # ten", "  lr: 1e-3", "data: {caption_field: 2001-01-01}"]).encode()
+        )
+        config = load_config(str(path))
+        assert (config.train.steps, config.train.lr, config.data.caption_field) == (10, 1e-3, "2001-01-01")
+    path.write_text("train: {steps: 1:30}")
+    with pytest.raises(SanaError, match=r"c\.yaml:1: train\.steps must be a valid integer, not '1:30'"):
+        load_config(str(path))
+    path.write_bytes("train: {steps: 5}".encode("utf-16"))
+    with pytest.raises(SanaError, match=r"c\.yaml: is not UTF-8 text: UTF-16; save it as UTF-8"):
+        load_config(str(path))
+    path.write_text("train:\n  # five\u2028  steps: 5\n", encoding="utf-8")
+    with pytest.raises(SanaError, match=r"c\.yaml:2: not YAML .*: the character U\+2028 ends a line for YAML alone"):
+        load_config(str(path))
+
+
+def test_home_is_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    text = "data: {path: ~/in, dir: ~/data, autoencoder: ~/dc-ae, image_size: 256}\ntext: {encoder: ~/gemma}\n"
+    text += "train: {init_from: ~/w.pth}\nrun: {dir: ~/run}\n"
+    config = parse_config(text, "c.yaml")
+    found = (
+        config.data.path,
+        config.data.dir,
+        config.data.autoencoder,
+        config.text.encoder,
+        config.train.init_from,
+        config.run.dir,
+    )
+    assert [str(path).rpartition("/")[0] for path in found] == ["/home/somebody"] * 6
+    assert parse_config("", "c.yaml", ["data.path=~"]).data.path == Path("/home/somebody")
+    assert parse_config("", "c.yaml", ["run.dir=./~"]).run.dir == Path("~")
+
+
+# --- a default never contradicts a key that was given -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 0), (12, 1), (100, 10), (499, 49), (500, 50), (3000, 50)])
+def test_the_default_warm_up_follows_from_the_steps(steps: int, warmup: int) -> None:
+    assert parse_config("", "c.yaml", [f"train.steps={steps}"]).train.warmup == warmup
+    assert parse_config("", "c.yaml", [f"train.steps={steps}", "train.warmup_steps=0"]).train.warmup == 0
+
+
+@pytest.mark.parametrize(("size", "patch"), [("32", 8), ("28", 4), ("[24, 36]", 4), ("30", 2), ("31", 1), ("64", 8)])
+def test_the_default_patch_divides_the_images(size: str, patch: int) -> None:
+    assert parse_config("", "c.yaml", [f"data.image_size={size}"]).model.patch_size == patch
+    assert parse_config(f"data: {{image_size: {size}}}", "c.yaml", ["model.patch_size=1"]).model.patch_size == 1
+
+
+def test_a_given_patch_is_not_mended() -> None:
+    with pytest.raises(SanaError, match=r"model\.patch_size: 8 does not divide data\.image_size 28x28"):
+        parse_config("", "c.yaml", ["data.image_size=28", "model.patch_size=8"])
+
+
+def test_a_run_has_a_directory_of_its_own() -> None:
+    with pytest.raises(SanaError, match=r"run\.dir: data/quickstart is data\.dir as well"):
+        parse_config("", "c.yaml", ["run.dir=data/quickstart"])
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\u2028 b # c", "\u2029", "x\ny\x85", "été", "a: b"])
+def test_odd_texts_are_written_so_that_they_are_read(text: str) -> None:
+    config = parse_config("", "c.yaml", [f"text.instruction={text}", f"data.caption_template={text}"])
+    assert parse_config(config.to_yaml(), "dumped") == config
+    assert parse_config(config.to_commented_yaml(), "commented") == config
