@@ -26,8 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_cli import openmp
+
 LONG = 20.0  # seconds
 TURN = 0.5  # seconds that a way is gone for at least, each time its turn comes
+CROWD = 3.0  # seconds of a turn beside other work
 LESSON_TOKENS = 300
 LESSON_STEPS = 1000
 Ways = dict[str, Callable[[], object]]  # each does a thing once, or returns how often it did
@@ -220,6 +223,52 @@ def reading() -> Ways:
     return {"ours": lambda: [training_batch(dataset, train, 64 * n, 64) for n in range(20)], "lesson": lesson}
 
 
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def waiting() -> Ways:
+    """The quickstart's step alone, twice at once, and beside two busy loops: as `sana` waits, and as OpenMP does unasked."""
+    step = training("quickstart", 2, "fp32")["ours"]
+
+    def for_a_while() -> int:
+        count, end = 0, time.perf_counter() + CROWD
+        while time.perf_counter() < end:
+            count += times(step())
+        return count
+
+    def twice(way: str) -> Callable[[], int]:
+        other: list[Runner] = []
+
+        def run() -> int:
+            if not other:
+                other.append(Runner("waiting", way))
+                other[0].seconds()  # until it has begun
+            other[0].begin(CROWD)
+            count = for_a_while()
+            other[0].end()
+            return count
+
+        return run
+
+    def beside_loops() -> int:
+        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+        try:
+            return for_a_while()
+        finally:
+            for loop in loops:
+                loop.kill()
+                loop.wait()
+
+    return {
+        "ours": for_a_while,
+        "unasked": for_a_while,
+        "ours, two at once": twice("ours"),
+        "unasked, two at once": twice("unasked"),
+        "ours, beside two loops": beside_loops,
+        "unasked, beside two loops": beside_loops,
+    }
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +285,7 @@ def start_up() -> Ways:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 STEP = ("ours", "diffusers", "lesson")
+WAITING = tuple(f"{who}{where}" for where in ("", ", two at once", ", beside two loops") for who in ("ours", "unasked"))
 DRAWING = ("ours", "diffusers", "diffusers, same interval", "diffusers, 300 tokens", "lesson")
 CASES: dict[str, tuple[str, tuple[str, ...], Callable[[], Ways]]] = {
     "train-sana": ("(a) micro-batch of sana.yaml, 16 images, 13 caption tokens", STEP, lambda: training("sana", 13, "fp32")),
@@ -245,22 +295,37 @@ CASES: dict[str, tuple[str, tuple[str, ...], Callable[[], Ways]]] = {
     "sample": ("(c) 64 images by the quickstart's defaults", DRAWING, sampling),
     "embed": ("(d) 48 distinct captions, Gemma 2 of 4 layers of 256", ("ours", "lesson"), embedding),
     "read": ("(e) 20 batches of 64 images", ("ours", "lesson"), reading),
+    "waiting": ("(i) quickstart's step in float32, alone and beside other work", WAITING, waiting),
     "help": ("(f) sana --help", ("ours", "python -c pass"), start_up),
 }
 
 
 class Runner:
-    """A process that goes one way of a case each time it is told to, again and again for `TURN` seconds."""
+    """A process that goes one way of a case each time it is told to, again and again for some seconds.
+
+    Ours ask OpenMP for what the command line asks for; others have what a Python process has.
+    """
 
     def __init__(self, case: str, way: str) -> None:
         command = [sys.executable, __file__, "--case", case, "--way", way]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {name: value for name, value in os.environ.items() if name not in openmp.USERS}
+        if way.startswith("ours"):
+            openmp.ask_for_short_waits(environment)
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def seconds(self) -> float:
         """Take a turn; how long the way takes."""
+        self.begin(TURN)
+        return self.end()
+
+    def begin(self, seconds: float) -> None:
+        """Begin a turn of so many seconds."""
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
+        self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
+
+    def end(self) -> float:
+        """Wait for the end of the turn; how long the way took."""
         return float(self._answer())
 
     def memory(self) -> int:
@@ -280,16 +345,17 @@ def times(done: object) -> int:
 
 
 def serve(case: str, way: str) -> None:
-    """What such a process does: a line of seconds for each line of input, and the peak memory at its end."""
+    """What such a process does: a line of seconds for each line of input, which says for how long, and the peak memory at its end."""
     from sana_cli.device import peak_memory, resolve_device
 
     if way == "ours":
         resolve_device("cpu")  # as every command does; it has a say in how memory is kept
-    with contextlib.redirect_stdout(sys.stderr):
+    ours = openmp.watch() if way.startswith("ours") else contextlib.nullcontext()
+    with contextlib.redirect_stdout(sys.stderr), ours:
         ways = CASES[case][2]()
-        for _ in sys.stdin:
+        for turn in map(float, sys.stdin):
             start, count, elapsed = time.perf_counter(), 0, 0.0
-            while elapsed < TURN:
+            while elapsed < turn:
                 count, elapsed = count + times(ways[way]()), time.perf_counter() - start
             print(elapsed / count, file=sys.__stdout__, flush=True)
     print(peak_memory(torch.device("cpu")), flush=True)

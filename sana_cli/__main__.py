@@ -3,16 +3,19 @@
 import os
 import signal
 
+from sana_cli.openmp import ask_for_short_waits
+
 
 def main() -> None:
     """Run the command line. Until it is imported, and can say more, a signal ends the process at once."""
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _frame: os._exit(128 + number))
-    from sana_cli.cli import app
+    ask_for_short_waits(os.environ)  # before anything loads torch; worker processes inherit it
+    from sana_cli.cli import run
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    app(prog_name="sana")
+    run()
 
 
 if __name__ == "__main__":
