@@ -201,7 +201,7 @@ def test_webdataset(tmp_path: Path) -> None:
         "shard-0.tar//rooted.png": "its name leads out of the source",
         "shard-0.tar/0004": "no image",
         "shard-0.tar/0005": "not an image of a known kind",
-        "shard-0.tar/0006": "its captions are not UTF-8: invalid start byte at byte 0",
+        "shard-0.tar/0006": "its captions are not UTF-8: UTF-16; save it as UTF-8",
         "shard-0.tar/etc.png": "not a regular file",
         "shard-1.tar": skipped["shard-1.tar"],
     }
@@ -335,6 +335,8 @@ def test_bad_entries_are_left_out_and_listed(tmp_path: Path, workers: int) -> No
     for name, reason in reasons.items():
         assert skipped.pop(name).startswith(reason), name  # of two rows for one name, the last
     assert skipped.pop("0000.png") == "named twice; the first is kept"
+    if "unreadable.png" not in reasons:  # root reads everything, so no row is about it
+        assert skipped.pop("unreadable.png") == "metadata.jsonl does not name it"
     assert sorted(skipped.values()) == [
         "no file_name", "not JSON", "not UTF-8: invalid start byte at byte 15 of the line", "not a JSON object"
     ]  # fmt: skip
@@ -514,7 +516,7 @@ def test_a_killed_worker_is_one_message(tmp_path: Path, many: Path, small_window
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    with pytest.raises(SanaError, match=r"was killed, for want of memory perhaps\n.*data\.workers=1"):
+    with pytest.raises(SanaError, match=r"was killed, possibly out of memory\n.*data\.workers=1"):
         list(embed(EmbedOptions(config)))
     killer.join()
     assert not config.data.dir.exists()
@@ -705,3 +707,18 @@ def test_interrupting_is_prompt(tmp_path: Path, many: Path) -> None:
     steps.close()  # the reader stops at its next images, and nobody waits for the window
     *_, summary = embed(EmbedOptions(config))
     assert summary.images == 297
+
+
+def test_captions_that_are_cut_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "0.png", "text": ["one two three four", "one two"]},
+        {"file_name": "1.png", "text": "one two three"},
+        {"file_name": "2.png", "text": ["one two three four", "five six seven eight nine"]},
+    ]
+    config = folder_config(tmp_path, metadata_folder(tmp_path / "source", rows), "text.max_length=4")
+    summary = embedded(config)
+    assert summary.cut == 2, "distinct captions of more than three words, and the beginning"
+    assert embedded(config).cut == 2, "also where it was there already"
+    assert inspect(InspectOptions(str(config.data.dir))).facts["cut"] == "2 captions, at text.max_length"
+    whole = folder_config(tmp_path / "whole", tmp_path / "source")
+    assert embedded(whole).cut == 0

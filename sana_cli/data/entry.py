@@ -1,6 +1,6 @@
 """What a source yields: an entry that is still encoded, or the reason why there is none."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sana_cli import textfile
 from sana_cli.errors import SanaError
-from sana_cli.files import sha256_file
+from sana_cli.files import is_lfs_pointer, sha256_file
 
 MAX_WEIGHT = 1e6  # of a caption, and less than one over it is none: float32 holds their sums
 MAX_CAPTION_BYTES = 100_000  # of one caption; beyond it, it is no caption
@@ -79,46 +80,30 @@ def captions_of(value: Any, weights: Any = None) -> tuple[tuple[str, ...], tuple
     return tuple(text for text, _ in kept), None if weights is None else tuple(weight for _, weight in kept)
 
 
-def inside(root: Path, name: str) -> Path:
-    """The file of that name under `root`.
+def captions_of_row(row: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    """The same of a row of metadata, whose captions are in `field` and whose weights are in `caption_weights`.
 
     Raises:
-        BadImage: the name is absolute, climbs out, or leads out of `root` through a link; or there is no such file.
+        BadImage: there is none that can be used; says why.
     """
-    if not name or "\x00" in name:
-        raise BadImage("not a file name")
-    path = Path(name)
-    if not path.parts:
-        raise BadImage("not a file name")
-    if path.is_absolute() or ".." in path.parts or name.startswith(("/", "\\")):
-        raise BadImage("its name leads out of the source")
-    full = root / path
+    if field not in row:
+        others = ", ".join(name for name in row if name not in ("file_name", "caption_weights"))
+        raise BadImage(f"no caption: it has no {field}" + (f", but {others:.60}" if others else ""))
+    return captions_of(row[field], row.get("caption_weights"))
+
+
+def caption_lines(raw: bytes) -> list[str]:
+    """The captions in a text file's bytes, a line each.
+
+    Raises:
+        BadImage: it is no text; says why.
+    """
+    if is_lfs_pointer(raw):
+        raise BadImage("its captions are a Git LFS pointer: fetch them with git lfs pull")
     try:
-        if not full.resolve().is_relative_to(root.resolve()):
-            raise BadImage("a link that leads out of the source")
-        if not full.is_file():
-            raise BadImage("no such file" if not full.exists() else "not a regular file")
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror}") from error
-    except (ValueError, RuntimeError) as error:  # names that no file system takes; links in a circle
-        raise BadImage("not a file name" if isinstance(error, ValueError) else "a link in a circle") from error
-    return full
-
-
-def split_folder(root: Path, split: str) -> Path:
-    """The sub-folder of a split's name, or the folder itself where `train` has none.
-
-    Raises:
-        SanaError: there is no such split, or it is a link that leads out.
-    """
-    inner = root / split
-    if not inner.is_dir():
-        if split != "train":
-            raise SanaError(f"data.split: {root} has no folder {split}", "leave it out for a folder without splits", exit_code=2)
-        return root
-    if not inner.resolve().is_relative_to(root.resolve()):
-        raise SanaError(f"data.split: {inner} is a link that leads out of {root}", exit_code=2)
-    return inner
+        return textfile.split_lines(textfile.decode(raw))
+    except textfile.NotTextError as error:
+        raise BadImage(f"its captions are not UTF-8: {error}") from error
 
 
 def hash_files(paths: Iterable[Path]) -> Iterator[str]:

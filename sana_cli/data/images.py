@@ -1,69 +1,128 @@
-"""From a file's bytes to pixels that fit: bounded, upright, in the channels asked for. It runs in worker processes.
+"""From a file's bytes to pixels that fit: bounded, upright, in sRGB, in the channels asked for. It runs in worker processes.
 
+What of a file the decoders see is a matter of `containers.py`, brightness and transparency of `depth.py`, colours of `colour.py`.
 Shapes: H W height and width in pixels, C channels.
 """
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from sana_cli.data import colour, containers, depth
 from sana_cli.data.entry import BadImage
 from sana_cli.errors import SanaError
+from sana_cli.files import is_lfs_pointer
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # the decoders that are let near a stranger's file
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+UNREAD = {  # pictures of other kinds: not read, but not passed over in silence either
+    ".arw", ".cr2", ".cr3", ".cur", ".dcm", ".dds", ".dib", ".djvu", ".dng", ".emf", ".eps", ".exr", ".fits",
+    ".hdr", ".heic", ".heics", ".heif", ".heifs", ".hif", ".icns", ".ico", ".j2c", ".j2k", ".jp2", ".jpc",
+    ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".kra", ".nef", ".orf", ".pam", ".pcx", ".pdf", ".pfm", ".psb",
+    ".psd", ".qoi", ".raf", ".rw2", ".sgi", ".svg", ".svgz", ".tga", ".wbmp", ".wmf", ".xbm", ".xcf", ".xpm",
+}  # fmt: skip
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 2**20
 
 
+def unread_reason(name: str) -> str | None:
+    """Why a picture of that name is not read; None where it is, or is no picture."""
+    suffix = Path(name).suffix.lower()
+    return f"pictures of {suffix} are not read: convert it to PNG or JPEG" if suffix in UNREAD else None
+
+
 def decode_image(image: bytes | Path | np.ndarray) -> Image.Image:
-    """The picture in a file or its bytes: whole, the right way up, RGB or grey, transparency over white.
+    """The picture in a file or its bytes: whole, the right way up, RGB or grey in sRGB, transparency over white.
+
+    Of several frames, the first. Black and white go by the kind of image, never by its values: white is 255, 65535, or 1.0.
 
     Raises:
-        BadImage: it is none, is cut short, or is larger than `MAX_PIXELS` or `MAX_FILE_BYTES`.
+        BadImage: it is none, is cut short, is larger than `MAX_PIXELS` or `MAX_FILE_BYTES`, or its values make no picture.
+        OSError: the file cannot be read.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
-    size = len(image) if isinstance(image, bytes) else image.stat().st_size
-    if size == 0:
-        raise BadImage("an empty file")
-    if size > MAX_FILE_BYTES:
-        raise BadImage(f"a file of {size:,} bytes; the most is {MAX_FILE_BYTES:,}")
-    file = io.BytesIO(image) if isinstance(image, bytes) else image
+    with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        if size == 0:
+            raise BadImage("an empty file")
+        if size > MAX_FILE_BYTES:
+            raise BadImage(f"a file of {size:,} bytes; the most is {MAX_FILE_BYTES:,}")
+        file.seek(0)
+        beginning = file.read(512)
+        if is_lfs_pointer(beginning):
+            raise BadImage("a Git LFS pointer, not the image: run git lfs pull")
+        try:
+            with warnings.catch_warnings(action="ignore"):  # remarks on odd files
+                return _decode(*containers.bare(file, beginning, size))
+        except BadImage:
+            raise
+        except UnidentifiedImageError as error:
+            raise BadImage(containers.what_it_is(beginning)) from error
+        except Image.DecompressionBombError as error:
+            raise BadImage(f"more than {MAX_PIXELS:,} pixels") from error
+        except MemoryError as error:
+            raise BadImage("too large for memory") from error
+        except Exception as error:  # decoders raise whatever they stumble over
+            raise BadImage(f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def _decode(file: BinaryIO, remarks: Mapping[str, Any]) -> Image.Image:
+    """Eight bits, L or RGB. `remarks` go by Pillow's names: the colour profile, and what may tell the orientation."""
+    with Image.open(file, formats=depth.FORMATS) as opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise BadImage(f"{width:,} x {height:,} pixels; the most is {MAX_PIXELS:,} in all")
+        opened.info.update(remarks)
+        opened.tile = tiles = depth.mend_tiles(opened)
+        opened.load()
+        profile = opened.info.get("icc_profile")
+        numbers = depth.numbers_of(opened)
+        if numbers is not None:
+            image = depth.from_numbers(numbers, opened.info.get("transparency"), profile)
+        else:
+            if tiles and opened.mode in ("RGB", "RGBA", "CMYK"):
+                depth.refuse_faint_colours(opened, tiles[0], file)
+            image = colour.in_srgb(depth.with_alpha(opened, tiles, file), profile)
+        turn = _TURNS.get(_orientation(opened))
+    if image.mode in ("LA", "RGBA"):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    plain = image.copy() if image is opened else image  # no longer the file's
+    plain = plain if turn is None else plain.transpose(turn)
+    plain.info = {}
+    return plain
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(opened: Image.Image) -> Any:
+    """What the camera's record says, from 1 to 8; 1 where it cannot be read. Of a TIFF, Pillow has seen to it already."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as opened:  # remarks on odd files
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                raise BadImage(f"{width:,} x {height:,} pixels; the most is {MAX_PIXELS:,} in all")
-            opened.load()
-            return _plain(ImageOps.exif_transpose(opened))
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImage("not an image of a known kind") from error
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"more than {MAX_PIXELS:,} pixels") from error
-    except MemoryError as error:
-        raise BadImage("too large for memory") from error
-    except Exception as error:  # decoders raise whatever they stumble over
-        raise BadImage(f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        value = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        hash(value)
+    except Exception:  # whatever a broken record makes of its reader: the image is taken as it stands
+        return 1
+    return value
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """Eight bits, grey or RGB; what was transparent is white."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: the full range to 8
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        return Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        above = image.convert("RGBA")
-        below = Image.new("RGBA", above.size, "white")
-        return Image.alpha_composite(below, above).convert("RGB")
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+# --- fitting ----------------------------------------------------------------------------------------------------------
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str = "crop") -> np.ndarray:
