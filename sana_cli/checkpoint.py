@@ -17,12 +17,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from sana_cli import __version__, files, formats, records
+from sana_cli import __version__, files, formats, records, strangers
+from sana_cli.choices import Weights
 from sana_cli.config import ModelConfig, SampleConfig
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer, build
@@ -255,7 +256,11 @@ def find_checkpoint(path: Path | None) -> Path:
                 pass
         return path
     elif not path.exists():
+        if link := strangers.broken_link(path):
+            raise SanaError(*link)
         raise SanaError(f"no checkpoint at {path}: there is no such file or folder", *_known_runs())
+    elif other := strangers.other_folder(path):
+        raise SanaError(*other)
     else:
         raise SanaError(
             f"no checkpoint in {path}: it has neither checkpoints/ nor transformer/",
@@ -269,6 +274,8 @@ def find_checkpoint(path: Path | None) -> Path:
         if folder is not None:
             found.append(folder)
     if not found:
+        if path is not None and not reasons and (other := strangers.other_folder(path / "checkpoints")):
+            raise SanaError(*other)  # other trainers' folders are called the same
         reason = f" ({'; '.join(reasons)})" if reasons else ""
         raise SanaError(f"no checkpoint in {where}{reason}", "train one with: sana train")
     return max(found, key=lambda folder: ((folder / MANIFEST).stat().st_mtime_ns, step_of(folder)))
@@ -310,22 +317,25 @@ def transformer_path(place: Path) -> Path:
 
 
 def load_transformer(
-    path: str | Path, weights: str = "ema", device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    path: str | Path, weights: Weights = "ema", device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> SanaTransformer:
     """The transformer of a run, a checkpoint, a diffusers folder or file, an official or a lesson file, ready to call.
 
     Args:
         path: a run (its newest whole checkpoint), a step folder, a diffusers pipeline or transformer, or a file.
-        weights: "ema", or "raw" for those that the optimizer moves (step folders only).
+        weights: "ema", or "raw" for those that the optimizer moves (step folders, and files of trainers that hold both).
         device: where it goes.
         dtype: of its parameters; None: as they are stored, but fp16, in which SANA overflows, becomes float32.
 
     Raises:
         SanaError: there is none, or its files are missing, damaged, or do not fit its config.
     """
+    if weights not in get_args(Weights):
+        raise SanaError(f"weights: {weights!r} is not one of {', '.join(get_args(Weights))}", exit_code=2)
     place = find_checkpoint(Path(path))
-    found = formats.read_weights(transformer_path(place))
-    if weights == "raw":
+    ours = place.is_dir()  # or other people's folder, which has no raw weights
+    found = formats.read_weights(transformer_path(place), "ema" if ours else weights)
+    if weights == "raw" and ours:
         file = place / RAW_WEIGHTS
         if not file.is_file():
             raise SanaError(f"{place} has no raw weights ({RAW_WEIGHTS})", "leave out --weights raw")

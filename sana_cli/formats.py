@@ -4,16 +4,19 @@
     official     NVlabs/Sana .pth or .safetensors: Sana, Sana 1.5, Sana-Sprint
     lesson       the lesson's diffusion-N.pt
 
-What a file is, its size and its settings are read off its keys, its shapes and what it records, never off its name. This
-module knows neither runs (`checkpoint.py`) nor encoders and autoencoders (`pipeline.py`).
+Trainers wrap these in more: an average of the weights, an optimizer, random state, other models. The SANA in it is found.
+What a file is, its size and its settings are read off its keys, its shapes and what it records, never off its name. A file
+that is something else is called what it is. This module knows neither runs (`checkpoint.py`) nor encoders and autoencoders
+(`pipeline.py`).
 """
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sana_cli import files
+from sana_cli import files, pickles, strangers
 from sana_cli.config import ModelConfig, SampleConfig
-from sana_cli.errors import SanaError, listed
+from sana_cli.errors import SanaError, listed, one_line
 from sana_cli.model import TIMESTEP_CHANNELS, SanaTransformer, build, positions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,6 +46,8 @@ class Weights:
     compared_to: str  # what says which tensors there must be
     left_out: tuple[str, ...] = ()  # tensors of the file that are no part of the transformer
     null_caption: Tensor | None = None  # (tokens, D), where the file has its own
+    choice: str | None = None  # which of the file's sets of weights this is, where it speaks of several
+    other_parts: tuple[str, ...] = ()  # of a file that holds whole models beside the transformer: each with its tensors' number
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -77,8 +82,12 @@ def model_config(content: Mapping[str, Any], where: Path) -> ModelConfig:
     Raises:
         SanaError: another class, a field with an impossible value, or one that asks for what is not implemented.
     """
-    if content.get("_class_name", "SanaTransformer2DModel") != "SanaTransformer2DModel":
-        raise SanaError(f"{where}: is a {content['_class_name']}, not a SanaTransformer2DModel")
+    kinds = content.get("architectures")  # where transformers puts its class
+    kind = content.get("_class_name") or (kinds[0] if isinstance(kinds, list) and kinds else content.get("model_type"))
+    if kind not in (None, "SanaTransformer2DModel"):
+        raise SanaError(f"{where}: is a {kind}, not a SanaTransformer2DModel", strangers.SANAS)
+    if content.get("quantization_config"):
+        raise SanaError(f"{where}: its weights are quantised, which are not read", strangers.PLAIN_COPY)
     given = {key: value for key, value in content.items() if not key.startswith("_")}
     defaults = {  # diffusers' own, for what a config leaves out
         "in_channels": 32, "num_attention_heads": 70, "num_layers": 20, "num_cross_attention_heads": 20,
@@ -100,7 +109,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     Where diffusers has written it, the scheduler beside it says what the transformer predicts.
     """
     path, scheduler = folder / "config.json", folder.absolute().parent / "scheduler" / "scheduler_config.json"
-    content = files.read_json(path)
+    content = strangers.read_json(path)
     if folder.absolute().name == "transformer" and "prediction_type" not in content and scheduler.is_file():
         with suppress(SanaError):  # a damaged one is told of where its solver is asked for
             if files.read_json(scheduler).get("prediction_type") == "sample":
@@ -208,29 +217,76 @@ def family(model: ModelConfig) -> str | None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, which: str = "ema") -> Weights:
     """The transformer in a diffusers folder (the one with config.json) or in a single file of any kind.
 
     A pickled file (.pth, .pt, .bin) is opened only because `path` names it, and only for tensors and plain values.
+
+    Args:
+        path: the folder or the file.
+        which: "ema" for the averaged weights, where a file has some beside the raw ones; "raw" for those. A file with one set
+            has no raw weights.
 
     Raises:
         SanaError: nothing is there, it is damaged, no SANA, its config asks for what is not implemented, or tensors are
             missing, unexpected or of another shape; names them.
     """
     if path.is_dir():
+        if which == "raw":
+            raise _no_raw(path)
+        if not (path / "config.json").exists() and (other := strangers.other_folder(path)):
+            raise SanaError(*other)
         model, tensors = read_model_config(path), _plain_tensors(_read_folder(path), path)
         found = Weights("diffusers", path, model, tensors, str(path / "config.json"))
-    elif files.is_safetensors(path):
-        found = identify(_plain_tensors(files.read_tensors(path), path), path, _recorded_model(path))
     else:
-        content = _read_pickle(path)
-        if isinstance(content.get("model_state_dict"), dict):
-            found = _lesson(content, path)
-        else:
-            inner = content.get("state_dict", content)
-            found = identify(_plain_tensors(inner if isinstance(inner, dict) else {}, path), path)
+        found = _read_file(path, which)
     check_tensors(found.tensors, build(found.model, seed=None), path, found.compared_to)
     return found
+
+
+def _no_raw(path: Path) -> SanaError:
+    return SanaError(f"{path} has no raw weights beside averaged ones", "leave out --weights raw")
+
+
+def _read_file(path: Path, which: str) -> Weights:
+    """The SANA in a file, alone or among what else a trainer or a packer put beside it."""
+    beginning = strangers.read_beginning(path)
+    if other := strangers.other_file(path) or strangers.no_weights(path, beginning):
+        raise SanaError(*other)
+    recorded = None
+    if files.is_safetensors(path):
+        content: dict[Any, Any] = {**_read_safetensors(path)}
+        recorded = _recorded_model(path)
+    else:
+        content = pickles.read_pickle(path)
+        state = content.get("model_state_dict")
+        if isinstance(state, dict) and any(str(name).startswith(_LESSON_PREFIX) for name in state):
+            if which == "raw":
+                raise _no_raw(path)
+            return _lesson(content, path)
+    inside = _look_into(content)
+    places = [place for place in inside.sets if _is_usual(place)]
+    if not places:
+        raise _no_sana(content, inside, path)
+    chosen, choice = _choose(places, inside.unread_averages(places), which, path)
+    named = inside.sets[chosen]
+    if not any(name.endswith(_FEED_FORWARD) for name in named) or any(strangers.UNMERGED in name for name in named):
+        strangers.refuse_other_model(_all_names(content), path)
+    tensors = _plain_tensors(named, path)
+    if not any(tensor.numel() for tensor in tensors.values()):
+        raise SanaError(
+            f"{path}: all its tensors are empty, as where DeepSpeed (ZeRO-3) keeps the weights in other files",
+            "join them with the zero_to_fp32.py that lies beside it: python zero_to_fp32.py . WHOLE",
+        )
+    found = identify(tensors, path, recorded)
+    models = tuple(_counted(part, count) for part, count in inside.rest.items() if part in strangers.PARTS)
+    more = [_counted(part, count) for part, count in inside.rest.items() if part not in strangers.PARTS]
+    more += [_called(place) for place in inside.sets if place not in places] + [_called((key,)) for key in inside.others]
+    return replace(found, choice=choice, other_parts=models, left_out=(*found.left_out, *more))
+
+
+def _counted(part: str, tensors: int) -> str:
+    return f"{one_line(part[: strangers.SHOWN])} ({tensors:,} tensor{'s' if tensors > 1 else ''})"
 
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -238,12 +294,18 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def _plain_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """The tensors of a dictionary, found to be dense arrays of floating-point numbers; other values are passed over."""
-    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    tensors = {str(name): tensor.detach() for name, tensor in pickles.items(content) if isinstance(tensor, Tensor)}
+    strangers.refuse_packed(tensors, path)
     for name, tensor in tensors.items():
         dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
         if not dense or tensor.dtype not in _FLOATS:
-            kind = str(tensor.dtype).removeprefix("torch.") + ("" if dense else ", not dense")
-            raise SanaError(f"{path}: {name} is a tensor of {kind}; weights are float32, bfloat16, float16 or float64")
+            kind = str(tensor.dtype).removeprefix("torch.")
+            quantised = re.match(r"float8|float4|q?u?int\d", kind)
+            raise SanaError(
+                f"{path}: {name} is a tensor of {kind}{'' if dense else ', not dense'}; "
+                "weights are float32, bfloat16, float16 or float64",
+                *([f"it is quantised, which is not read; {strangers.PLAIN_COPY}"] if quantised else []),
+            )
     return tensors
 
 
@@ -263,18 +325,21 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         if not path.is_file():
             continue
         if path.suffix != ".json":
-            return files.read_tensors(path)
-        shards = files.read_json(path).get("weight_map")
+            return _read_safetensors(path)
+        shards = strangers.read_json(path).get("weight_map")
         names = list(dict.fromkeys(map(str, shards.values()))) if isinstance(shards, dict) else []
         if not names or any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in names):
             raise SanaError(f"{path} does not list the shards beside it")
-        return {key: tensor for shard in names for key, tensor in files.read_tensors(folder / shard).items()}
+        return {key: tensor for shard in names for key, tensor in _read_safetensors(folder / shard).items()}
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         raise SanaError(
             f"{folder} has pickled weights only ({pickled[0]}), which are not opened unasked",
             f"name that file: {folder / pickled[0]}",
         )
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".json"):
+        if other := strangers.other_file(path):
+            raise SanaError(f"{folder} has no {WEIGHTS}", *other)
     raise SanaError(f"{folder} has no {WEIGHTS}, whole, sharded or of a variant")
 
 
@@ -286,32 +351,224 @@ def _variants(folder: Path) -> list[str]:
     return sorted((name for name in names if "-of-" not in name), key=lambda name: (rank.get(name.split(".")[-2], 3), name))
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
-    """A pickled dictionary of tensors and plain values; anything else in it is refused before it can run.
+_LONGEST_HEADER = 100_000_000  # bytes that the library reads of a safetensors header
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """`files.read_tensors` of a file that is whole and of types that PyTorch has.
 
     Raises:
-        SanaError: it is missing, damaged, or would run code.
+        SanaError: it is something else, cut short, quantised, missing or damaged.
     """
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except FileNotFoundError as error:
-        raise SanaError(f"{path} does not exist") from error
-    except Exception as error:  # whatever a broken or hostile file makes of the unpickler
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked:
+    beginning = strangers.read_beginning(path) if path.is_file() else b""
+    if path.is_file() and (other := strangers.other_file(path) or strangers.no_weights(path, beginning)):
+        raise SanaError(*other)
+    if beginning[8:9] == b"{":
+        length, size = int.from_bytes(beginning[:8], "little"), path.stat().st_size
+        end, dtypes = 8 + length, set()
+        if end <= size and length <= _LONGEST_HEADER:
+            with suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError), path.open("rb") as file:
+                header = json.loads(file.read(end)[8:])
+                entries = [entry for name, entry in header.items() if name != "__metadata__"]
+                dtypes = {str(entry["dtype"]) for entry in entries}
+                end += max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+        if end > size:
             raise SanaError(
-                f"{path} is refused: beside weights it holds {asked[1]}, which can run code when it is loaded; none of it was run",
-                "ask whoever made it for safetensors",
-            ) from error
-        raise SanaError(f"{path} is neither safetensors nor a checkpoint of PyTorch's that holds weights alone") from error
-    if not isinstance(content, dict):
-        raise SanaError(f"{path} holds no dictionary of weights")
-    return content
+                f"{path} is damaged or missing its end: it should have {end:,} bytes or more, and has {size:,}",
+                "download or copy it again",
+            )
+        if packed := next((dtype for dtype in sorted(dtypes) if dtype.startswith("F6_")), None):  # which PyTorch has not
+            raise SanaError(
+                f"{path} is quantised: it has tensors of {one_line(packed)}, which are not read", strangers.PLAIN_COPY
+            )
+    return files.read_tensors(path)
 
 
-_WRAPPERS = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
+# --- which of its weights ---------------------------------------------------------------------------------------------
+
+_FIRST_LAYERS = ("x_embedder.proj.weight", "patch_embed.proj.weight")  # official, diffusers
+_FEED_FORWARD = ("mlp.inverted_conv.conv.weight", "ff.conv_inverted.weight")  # which no other transformer has
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # PyTorch's own
+_USUAL = {  # under which trainers put the weights of the model that they train
+    "state_dict", "model_state_dict", "model", "module", "net", "network", "transformer", "diffusion_model", "base_model", "dit",
+    "denoiser", "unet", "sana", "student", "generator", "online_model", "params", "weights",
+}  # fmt: skip
+_CALLBACKS = "callbacks"  # of Lightning, one of which may keep an average
+_AVERAGED = re.compile(r"(?:^|[._-])(?:ema|swa|averaged?|shadow)\d*(?:[._-]|$)", re.IGNORECASE)
+_ONLINE = "online_model"  # of ema_pytorch: the raw weights inside what it calls ema
+_LIT_EMA = "model_ema."  # of latent-diffusion's LitEma, whose names have no dots
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What a dictionary of tensors and dictionaries holds."""
+
+    sets: dict[tuple[str, ...], dict[str, Tensor]]  # what may be a SANA, by the keys and prefixes that lead to it
+    rest: Counter[str]  # tensors that are in none of them, by part
+    others: list[str]  # keys of dictionaries with none of them
+    empty: list[str]  # keys of averages that are None or empty
+    nameless: list[str]  # keys of averages whose tensors are not named as a SANA's
+
+    def unread_averages(self, read: Sequence[tuple[str, ...]]) -> str | None:
+        """Why the average that this speaks of is not read; None where it is, or where there is none."""
+        if any(_is_average(place) for place in read):
+            return None
+        if self.empty:
+            return f"{_called((self.empty[0],))} is empty"
+        names = [*self.nameless, *(".".join(place) for place in self.sets), *self.rest]
+        unread = next((name for name in names if _AVERAGED.search(name) and name != "n_averaged"), None)
+        return None if unread is None else f"{_called((unread,))} is not read: its tensors are not named as a SANA's"
+
+
+def _look_into(content: Mapping[Any, Any]) -> _Inside:
+    """Find what may be a SANA in a dictionary, under any keys and prefixes, at most four deep."""
+    inside, seen = _Inside({}, Counter(), [], [], []), {id(content)}
+
+    def look(content: Mapping[Any, Any], place: tuple[str, ...]) -> bool:
+        """Whether there is one."""
+        found = _split(content, place, inside)
+        for key, value in pickles.items(content):
+            name = str(key)
+            averaged = _AVERAGED.search(name) is not None
+            if isinstance(value, dict) and value:
+                if id(value) in seen or len(place) > 3:  # one object under two keys is one set
+                    continue
+                seen.add(id(value))
+                if look(value, (*place, name)):
+                    found = True
+                    continue
+                if averaged and _all_names(value):
+                    inside.nameless.append(".".join((*place, name)))
+                if name in strangers.PARTS:
+                    inside.rest[name] += len(_all_names(value))
+                elif not place:
+                    inside.others.append(name)
+            elif averaged and (value is None or (isinstance(value, dict | list | tuple) and not value)):
+                inside.empty.append(".".join((*place, name)))
+            elif averaged and isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+                inside.nameless.append(".".join((*place, name)))
+        return found
+
+    look(content, ())
+    return inside
+
+
+def _split(content: Mapping[Any, Any], place: tuple[str, ...], inside: _Inside) -> bool:
+    """Sort the tensors of one dictionary by their prefixes into sets and the rest; whether there was a set."""
+    named = {str(name): tensor for name, tensor in pickles.items(content) if isinstance(tensor, Tensor)}
+    bare = {_WRAPPERS.sub("", name): tensor for name, tensor in named.items()}
+    tensors = bare if len(bare) == len(named) else named  # where both are there, they stay apart
+    sets: dict[str, dict[str, Tensor]] = {
+        name.removesuffix(first): {} for name in tensors for first in _FIRST_LAYERS if f".{name}".endswith(f".{first}")
+    }
+    rest: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        prefix = next((p for p in _ancestors(name) if p in sets), None) if sets else None
+        if prefix is not None:
+            sets[prefix][name.removeprefix(prefix)] = tensor
+        elif tensor.ndim:  # single numbers count steps
+            rest[name.partition(".")[0]] += 1
+    if average := next(filter(None, (_lit_ema(tensors, prefix, raw) for prefix, raw in sets.items())), None):
+        sets[_LIT_EMA] = average
+        del rest[_LIT_EMA.rstrip(".")]
+    for prefix, found in sets.items():
+        inside.sets[(*place, *prefix.split(".")[:-1])] = found
+    if sets or not place:
+        inside.rest.update(rest)
+    return bool(sets)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """The prefixes of a dotted name, the longest first; the last is empty."""
+    while name:
+        name = name.rstrip(".").rpartition(".")[0]
+        name += "." if name else ""
+        yield name
+
+
+def _lit_ema(tensors: Mapping[str, Tensor], prefix: str, raw: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The average that latent-diffusion keeps of `raw`, with the raw buffers; None where it is not there or not whole."""
+    found = {}
+    for name, tensor in raw.items():
+        flat = _LIT_EMA + f"{prefix}{name}".removeprefix("model.").replace(".", "")
+        average = tensors.get(flat, tensor if name in _NOT_THE_TRANSFORMER else None)
+        if average is None:
+            return None
+        found[name] = average
+    return found
+
+
+def _is_average(place: tuple[str, ...]) -> bool:
+    return _ONLINE not in place and any(map(_AVERAGED.search, place))
+
+
+def _is_usual(place: tuple[str, ...]) -> bool:
+    """Whether a trainer's model or its average is to be expected here, and not an optimizer's state or another model."""
+    if place[:1] == (_CALLBACKS,):
+        return _is_average(place)
+    return all(part in _USUAL or _AVERAGED.search(part) for part in place)
+
+
+def _choose(places: Sequence[tuple[str, ...]], unread: str | None, which: str, path: Path) -> tuple[tuple[str, ...], str | None]:
+    """Which set of weights is meant, and in words which it is, where the file speaks of an average.
+
+    Raises:
+        SanaError: there is none of that kind, or there are several.
+    """
+    averaged = [place for place in places if _is_average(place)]
+    raw = [place for place in places if not _is_average(place)]
+    raw = [place for place in raw if _ONLINE not in place] or raw
+    if which == "raw" and not (raw and (averaged or unread)):
+        raise _no_raw(path)
+    wanted = averaged if averaged and which != "raw" else raw
+    if len(wanted) > 1:
+        names = ", ".join(map(_called, wanted))
+        raise SanaError(
+            f"{path} holds several SANAs, and which is meant cannot be told: {names}",
+            "save the one that you want alone: torch.save({'state_dict': ...}, FILE)",
+        )
+    if averaged and wanted is averaged:
+        others = f"; raw ({', '.join(map(_called, raw))}) with --weights raw" if raw else ""
+        return wanted[0], f"averaged ({_called(wanted[0])}){others}"
+    if averaged or unread:
+        return wanted[0], f"raw ({_called(wanted[0])})" + (f"; {unread}" if unread else "")
+    return wanted[0], None
+
+
+def _called(place: tuple[str, ...]) -> str:
+    return one_line(".".join(place)[: strangers.SHOWN]) or "those without a prefix"
+
+
+def _no_sana(content: Mapping[Any, Any], inside: _Inside, path: Path) -> SanaError:
+    """What to say of a dictionary without a SANA in any usual place."""
+    names = _all_names(content)
+    strangers.refuse_packed(names, path)
+    strangers.refuse_other_model(names, path)
+    if inside.sets:
+        return SanaError(
+            f"{path} holds a SANA's tensors under {', '.join(map(_called, inside.sets))} only, "
+            "which may be an optimizer's or another's",
+            "if they are the weights, save them alone: torch.save({'state_dict': ...}, FILE)",
+        )
+    keys = [str(key) for key, value in pickles.items(content) if not isinstance(value, Tensor)]
+    return SanaError(_not_a_sana(names, path) + (f"; it has {strangers.some(keys)}" if keys else ""))
+
+
+def _not_a_sana(names: Iterable[str], path: Path) -> str:
+    return f"{path} holds no SANA: its tensors are called {strangers.some(list(names)) or 'none'}"
+
+
+def _all_names(content: Mapping[Any, Any]) -> list[str]:
+    """The names of all tensors in a dictionary and in those inside it, without the keys that lead there."""
+    names, queue, seen = [], [content], {id(content)}
+    for inner in queue:
+        for name, value in pickles.items(inner):
+            if isinstance(value, Tensor):
+                names.append(str(name))
+            elif isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                queue.append(value)
+    return names
 
 
 def identify(tensors: Mapping[str, Tensor], path: Path, recorded: Mapping[str, Any] | None = None) -> Weights:
@@ -325,13 +582,13 @@ def identify(tensors: Mapping[str, Tensor], path: Path, recorded: Mapping[str, A
     Raises:
         SanaError: these are no SANA's, or a size cannot be told from them; says what was found.
     """
-    while tensors and (wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in tensors)), None)):
-        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    for first in _FIRST_LAYERS:
+        if first in tensors and tensors[first].ndim == 5:
+            raise SanaError(f"{path} is a model of videos, such as SANA-Video, not a SANA of images", strangers.SANAS)
     if "x_embedder.proj.weight" in tensors:
         return _official(tensors, path)
-    if "patch_embed.proj.weight" not in tensors:
-        names = ", ".join(list(tensors)[:3]) or "none"
-        raise SanaError(f"{path} holds no SANA: its tensors are called {names}{', ...' if len(tensors) > 3 else ''}")
+    if not any(name.startswith("transformer_blocks.") for name in tensors):
+        raise SanaError(_not_a_sana(tensors, path))
     if recorded is not None:
         return Weights("diffusers", path, model_config(recorded, path), tensors, "the model that it records")
     beside = path.parent / "config.json"
