@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 
-from sana_cli import __version__, files, flow, records
+from sana_cli import __version__, files, flow, labels, outputs, records
 from sana_cli.config import ModelConfig, SampleConfig
 from sana_cli.device import free_memory, is_out_of_memory, release_memory
 from sana_cli.errors import SanaError
@@ -33,7 +33,9 @@ PNG_KEY = "sana"
 GRID_GAP = 4
 MIN_CELL = 64  # small images are enlarged by a whole factor, so that a person sees them
 MAX_CELL = 192  # and no further, for the sake of a long label
-FONT_SIZE = 12  # the smallest
+FONT_SIZE, LARGEST_FONT = 12, 20  # pixels, of a label
+QUALITY = 95  # of JPEG and WebP
+MOST_EXIF_BYTES = 65_500  # of a JPEG
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -46,9 +48,13 @@ class DrawStep:
     done: int  # solver steps done, over all batches
     total: int
     images: Tensor  # (b, C, H, W) of this batch, at its noise level
-    foreseen: Tensor  # (b, C, H, W), the data this step points at
+    x_0: Tensor  # (b, C, H, W), the data this step points at
     first: int  # index of the batch's first image
     sigma: float
+
+
+class NoRoomError(SanaError):
+    """Not even one image fits into memory. What to do about it depends on the command."""
 
 
 class Noise:
@@ -105,7 +111,7 @@ def draw(
     once, from the batch on that had no room: a batch may so be yielded twice in part, the second time with fewer images.
 
     Raises:
-        SanaError: there is no room for one image.
+        NoRoomError: there is no room for one image.
     """
     assert len(captions) == len(null_captions) == len(seeds), "one of each for every image"
     device = next(model.parameters()).device
@@ -124,9 +130,8 @@ def draw(
             if not is_out_of_memory(error):
                 raise
             if at_once == 1:
-                raise SanaError(
-                    f"there is no room on {device} to draw a single image of {' x '.join(map(str, shape))}",
-                    "draw smaller ones (--height, --width), or elsewhere (--device cpu)",
+                raise NoRoomError(
+                    f"there is no room on {device} to draw a single image of {' x '.join(map(str, shape))}"
                 ) from error
             fits = False
         if fits:
@@ -231,55 +236,60 @@ def grid_record(cells: Sequence[Sequence[Cell]], settings: SampleConfig, name: s
 
 
 def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """A picture of all images (B, C, H, W), row by row, each under its prompt."""
+    """A picture of all images (B, C, H, W), row by row, each under its prompt, which may take several lines."""
     height, width = pixels.shape[-2:]
     factor = max(1, -(-MIN_CELL // min(height, width)))
-    smallest = ImageFont.load_default(FONT_SIZE)
-    longest = max(smallest.getlength(_one_line(cell.prompt)) for row in rows for cell in row)
+    prompts = {cell.prompt: labels.one_line(cell.prompt) for row in rows for cell in row}
+    longest = max(font.getlength(text) for font, text in (labels.readable(text, FONT_SIZE) for text in prompts.values()))
     while factor * width < longest and (factor + 1) * width <= MAX_CELL:
         factor += 1
     cell_height, cell_width = height * factor, width * factor
-    font = smallest if longest > cell_width / 2 else ImageFont.load_default(max(FONT_SIZE, min(cell_height // 5, 20)))
-    label_height = int(font.getbbox("Aygj")[3]) + 4
-    columns = max(map(len, rows))
-    size = (
-        columns * (cell_width + GRID_GAP) + GRID_GAP,
-        len(rows) * (cell_height + label_height + GRID_GAP) + GRID_GAP,
-    )
-    sheet = Image.new("RGB", size, "white")
+    size = FONT_SIZE if longest > cell_width / 2 else max(FONT_SIZE, min(cell_height // 5, LARGEST_FONT))
+    told = {}
+    for prompt, text in prompts.items():
+        font, spelt = labels.readable(text, size)
+        told[prompt] = (font, labels.wrap(spelt, font, cell_width))
+    line_height = max(int(font.getbbox("Aygj")[3]) for font, _ in told.values()) + 4
+    label_heights = [line_height * max(len(told[cell.prompt][1]) for cell in row) for row in rows]
+    across = max(map(len, rows)) * (cell_width + GRID_GAP) + GRID_GAP
+    sheet = Image.new("RGB", (across, sum(cell_height + label + GRID_GAP for label in label_heights) + GRID_GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    images = iter(pixels)
-    for y, row in enumerate(rows):
+    images, top = iter(pixels), GRID_GAP
+    for row, label_height in zip(rows, label_heights, strict=True):
         for x, cell in enumerate(row):
             left = GRID_GAP + x * (cell_width + GRID_GAP)
-            top = GRID_GAP + y * (cell_height + label_height + GRID_GAP)
-            label = _fit(cell.prompt, font, cell_width)
-            pen.text((left + cell_width / 2, top), label, font=font, fill="black", anchor="ma")
+            font, lines = told[cell.prompt]
+            first = top + label_height - line_height * len(lines)  # short ones stand next to their image
+            for number, line in enumerate(lines):
+                pen.text((left + cell_width / 2, first + number * line_height), line, font=font, fill="black", anchor="ma")
             picture = to_image(next(images)).resize((cell_width, cell_height), Image.Resampling.NEAREST)
             sheet.paste(picture, (left, top + label_height))
+        top += label_height + cell_height + GRID_GAP
     return sheet
 
 
-def _one_line(label: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in label[:200]).split())
+def save_picture(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
+    """Write a picture, in the format of its suffix, that says how it was made; `read_record` gives it back.
 
-
-def _fit(label: str, font: Any, width: int) -> str:
-    label = _one_line(label)
-    if font.getlength(label) <= width:
-        return label
-    while label and font.getlength(label + "…") > width:
-        label = label[:-1]
-    return label.rstrip() + "…"
-
-
-def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
-    """Write a PNG that says how it was made, in its `sana` text chunk (JSON); `read_record` gives it back."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(PNG_KEY, as_json(record))
-    info.add_itxt("parameters", _parameters(record))
+    A PNG has it in its `sana` text chunk (JSON), a JPEG or WebP in the Exif field ImageDescription. Other tools' `parameters`
+    stand beside it, in a text chunk, or in UserComment.
+    """
+    kind = outputs.format_of("the picture", path, outputs.PICTURES)
+    options: dict[str, Any] = {"quality": QUALITY}
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt(PNG_KEY, as_json(record))
+        info.add_itxt("parameters", _parameters(record))
+        options = {"pnginfo": info}
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(record)  # ASCII
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + _parameters(record).encode("utf-16-be")
+        raw = exif.tobytes()
+        if len(raw) <= MOST_EXIF_BYTES:  # thousands of prompts do not fit; a PNG has room for them
+            options["exif"] = raw
     with files.whole_file(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
+        image.save(partial, format=kind, **options)
 
 
 def _parameters(record: Mapping[str, Any]) -> str:
@@ -294,26 +304,27 @@ def _parameters(record: Mapping[str, Any]) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """How a PNG of ours was made.
+    """How a picture of ours was made.
 
     Raises:
-        SanaError: it is no PNG, or not one of ours.
+        SanaError: it is no PNG, JPEG or WebP, or not one of ours.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=sorted(set(outputs.PICTURES.values()))) as image:
             image.load()
-            text = getattr(image, "text", {}).get(PNG_KEY)
-            return records.checked(records.Picture, json.loads(text), path) if text else _not_ours(path)
+            text = getattr(image, "text", {}).get(PNG_KEY) or image.getexif().get(ExifTags.Base.ImageDescription)
+            if not isinstance(text, str) or not text.startswith("{"):  # cameras write an ImageDescription too
+                raise SanaError(
+                    f"{path} does not say how it was made", "only pictures that sana wrote carry their prompts and settings"
+                )
+            return records.checked(records.Picture, json.loads(text), path)
     except (OSError, ValueError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
-        raise SanaError(f"{path} is not a PNG that can be read: {error}") from error
+        raise SanaError(f"{path} is not a picture that can be read: {error}") from error
 
 
-def _not_ours(path: Path) -> dict[str, Any]:
-    raise SanaError(f"{path} does not say how it was made", "only PNG files that sana wrote carry their prompts and settings")
-
-
-def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
-    """An animation of the images appearing, its last frame held for two seconds."""
+def save_film(frames: Sequence[Image.Image], path: Path) -> None:
+    """An animation of the images appearing, its last frame held for two seconds: GIF, WebP or PNG, as its suffix says."""
     durations = [80] * (len(frames) - 1) + [2000]
+    kind = outputs.format_of("the film", path, outputs.FILMS)
     with files.whole_file(path) as partial:
-        frames[0].save(partial, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+        frames[0].save(partial, format=kind, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

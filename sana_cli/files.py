@@ -4,12 +4,14 @@ It knows nothing of what the files hold.
 """
 
 import errno
-import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,9 @@ from torch import Tensor
 from sana_cli.errors import SanaError, one_line
 from sana_cli.units import as_json
 
+# Windows has none: there nothing keeps a second process from the same directory
+fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
+
 _UNSEALED = '"sha256": ""'
 
 
@@ -33,7 +38,9 @@ def sha256_file(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Push a file's or a folder's bytes to the disk, so that a rename after it cannot overtake them."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -62,6 +69,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write and sync a safetensors file."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()  # the umask says its mode; the library writes through a private temporary file
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         safetensors.torch.save_file(whole, path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
@@ -69,7 +78,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    path.chmod(0o644)  # it is written through a private temporary file
+    with suppress(OSError):  # a file system that knows no modes
+        path.chmod(mode)
     sync(path)
 
 
@@ -110,6 +120,14 @@ def is_safetensors(path: Path) -> bool:
             return file.read(9)[8:] == b"{"
     except OSError as error:
         raise SanaError(f"{path} cannot be read: {error.strerror}") from error
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(beginning: bytes) -> bool:
+    """Whether a file's first bytes are those of a Git LFS pointer: the note that stands for a file until `git lfs pull`."""
+    return beginning.startswith(LFS_POINTER)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -177,17 +195,49 @@ def check_hash(path: Path, expected: str) -> None:
         raise SanaError(f"{path} is damaged: its bytes do not match the sha256 on record")
 
 
+_DESCRIPTORS = re.compile(r"/dev/(fd/.*|stdin|stdout|stderr)|/proc/[^/]+/fd/.*")
+
+
+def regular_file(target: Path) -> Path | None:
+    """The regular file, there or not yet, that a path means through all links; None if it is a device, a pipe or a descriptor.
+
+    Raises:
+        OSError: it is a folder, or links lead in a circle.
+    """
+    try:
+        kind = target.stat().st_mode
+    except FileNotFoundError:  # or a link to what is not there yet
+        return Path(os.path.realpath(target))
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if not stat.S_ISREG(kind) or _DESCRIPTORS.fullmatch(os.path.abspath(target)):  # noqa: PTH100 (which follows no link)
+        return None
+    return Path(os.path.realpath(target))
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """A path to write a file at, which becomes `target` once it is whole; until then what was there stays.
 
-    A killed process loses nothing by that. What has to outlive a power cut is written by a writer that syncs.
+    A link is followed, and the file that it leads to is replaced. A device or a pipe is never replaced: it is written into, once
+    all is there. A killed process loses nothing by that. What has to outlive a power cut is written by a writer that syncs.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
+    real = regular_file(target)
+    if real is None:
+        with tempfile.TemporaryDirectory() as folder:
+            partial = Path(folder) / target.name
+            yield partial
+            with partial.open("rb") as whole, target.open("wb") as into:
+                shutil.copyfileobj(whole, into)
+        return
+    real.parent.mkdir(parents=True, exist_ok=True)
+    partial = real.with_name(real.name + ".partial")
     try:
         yield partial
-        partial.replace(target)
+        if real.exists():
+            with suppress(OSError):  # a file system without modes
+                shutil.copymode(real, partial)
+        partial.replace(real)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -242,7 +292,7 @@ def locked(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise storage_error(error, f"writing {directory}") from error
         with file:
-            _claim(file, directory, fcntl.LOCK_EX)
+            _claim(file, directory)
             if not _lies_at(path, file):
                 continue  # the one before has just removed it
             with suppress(OSError):  # a full disk: nobody will read it, and the claim holds
@@ -263,7 +313,7 @@ def check_unlocked(directory: Path) -> None:
         SanaError: one does; says which.
     """
     with suppress(OSError), _lock_of(directory).open("rb") as file:  # no lock, or no folder for one: then nobody writes there
-        _claim(file, directory, fcntl.LOCK_SH)
+        _claim(file, directory, shared=True)
 
 
 def _lock_of(directory: Path) -> Path:
@@ -278,9 +328,11 @@ def _lies_at(path: Path, file: IO[bytes]) -> bool:
         return False
 
 
-def _claim(file: IO[bytes], directory: Path, kind: int) -> None:
+def _claim(file: IO[bytes], directory: Path, shared: bool = False) -> None:
+    if fcntl is None:
+        return
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = one_line(file.read(100).decode(errors="replace").strip()) or "another process"

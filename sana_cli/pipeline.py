@@ -15,7 +15,7 @@ from torch import Tensor
 from sana_cli import checkpoint, files, formats
 from sana_cli.config import ModelConfig, SampleConfig, TextConfig, load_config
 from sana_cli.errors import SanaError
-from sana_cli.text import UNGATED_GEMMA, text_config
+from sana_cli.text import UNGATED_GEMMA, as_of_today, text_config
 
 INDEX = "model_index.json"
 PIPELINES = ("SanaPipeline", "SanaSprintPipeline")
@@ -60,6 +60,7 @@ class Pipeline:
     sample_shape: tuple[int, int, int]  # channels, height and width of a sample, as trained
     precision: str  # bf16, fp32 or auto
     sample: SampleConfig
+    words: frozenset[str] | None = None  # of all captions that it was trained on, in lower case; None: not on record
     unknown_scheduler: SanaError | None = None  # why the pipeline's own solver cannot be had; another can
 
     @property
@@ -101,8 +102,8 @@ def open_pipeline(
     return replace(pipeline, text=text, autoencoder=autoencoder or pipeline.autoencoder)
 
 
-def given_settings(base: Mapping[str, Any], given: Mapping[str, Any]) -> SampleConfig:
-    """Sampling settings of a checkpoint with what the command line says instead.
+def given_settings(pipeline: Pipeline, base: Mapping[str, Any], given: Mapping[str, Any]) -> SampleConfig:
+    """Sampling settings of a pipeline with what the command line says instead.
 
     Raises:
         SanaError: naming each option that cannot be.
@@ -115,6 +116,10 @@ def given_settings(base: Mapping[str, Any], given: Mapping[str, Any]) -> SampleC
     low, high = settings.guidance_interval
     if low >= high:
         raise SanaError(f"--guidance-interval: {low} must be below {high}", exit_code=2)
+    if pipeline.model.guidance_embeds and settings.solver != "scm":
+        raise SanaError(f"--solver: a Sprint model is for scm, not {settings.solver}", exit_code=2)
+    if settings.solver == "scm" and not pipeline.model.guidance_embeds:
+        raise SanaError("--solver: scm is for Sprint models, which this is not; choose dpm++, euler or heun", exit_code=2)
     return settings
 
 
@@ -138,7 +143,7 @@ def _ours(place: Path, folder: Path) -> Pipeline:
 
 
 def _from_record(place: Path, folder: Path, record: Mapping[str, Any]) -> Pipeline:
-    image, fingerprint = record["image"], record["encoder"]
+    image, fingerprint = record["image"], as_of_today(record["encoder"], record["example_captions"])
     return Pipeline(
         place=place,
         kind="checkpoint",
@@ -154,6 +159,7 @@ def _from_record(place: Path, folder: Path, record: Mapping[str, Any]) -> Pipeli
         sample_shape=(image["channels"], image["height"], image["width"]),
         precision=record["precision"],
         sample=SampleConfig.model_validate(record["sample"]),
+        words=frozenset(record["words"]) if "words" in record else None,
     )
 
 

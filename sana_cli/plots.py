@@ -5,23 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sana_cli import files
+from sana_cli import files, outputs
 from sana_cli.errors import SanaError
 
-SUFFIXES = (".png", ".svg", ".pdf")
 WIDTH, HEIGHT = 4.0, 3.2  # inches, of a panel
 
 
-def check(path: Path | None) -> None:
+def check_matplotlib() -> None:
     """Refuse, before long work begins, a plot that could not be drawn.
 
     Raises:
-        SanaError: matplotlib is not installed, or the file's ending is not one of `SUFFIXES`.
+        SanaError: matplotlib is not installed.
     """
-    if path is None:
-        return
-    if path.suffix.lower() not in SUFFIXES:
-        raise SanaError(f"--plot: {path} must end in {', '.join(SUFFIXES)}", exit_code=2)
     if importlib.util.find_spec("matplotlib") is None:
         raise SanaError("--plot needs matplotlib", "install it with: pip install 'sana-cli[plot]', or leave --plot out")
 
@@ -105,4 +100,4 @@ def _save(figure: Any, path: Path, title: str) -> None:
     if title:
         figure.suptitle(title, fontsize="small")
     with files.whole_file(path) as partial:
-        figure.savefig(partial, dpi=130, format=path.suffix[1:].lower())
+        figure.savefig(partial, dpi=130, format=outputs.format_of("--plot", path, outputs.PLOTS))

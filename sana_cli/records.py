@@ -78,6 +78,7 @@ class Counts(Open):
     captions: Count
     tokens: Count
     skipped: NotRequired[Count]
+    cut: NotRequired[Count]  # captions longer than text.max_length
 
 
 class Index(Open):
@@ -134,6 +135,7 @@ class Checkpoint(Open):
     encoder: Encoder
     one_word_captions: bool
     example_captions: list[str]
+    words: NotRequired[list[str]]  # of all captions, in lower case
     image: Image
     autoencoder: str | None
     precision: Literal["bf16", "fp32"]

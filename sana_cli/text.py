@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ TINY_DIM = 128  # width of the built-in encoder's states
 TINY_PLACE = 0.25  # size of a place's vector beside a word's
 TINY_VERSION = 2  # of its vectors; 1 was a random Gemma 2 on bytes
 MAX_INSTRUCTION = 4096  # tokens of an instruction
+UNLIMITED = 10**9  # tokens: the longest caption that is taken has fewer bytes
 TOKENS_PER_BATCH = 8192  # padded tokens that go through an encoder at once
 UNGATED_GEMMA = "Efficient-Large-Model/gemma-2-2b-it"
 
@@ -66,6 +67,16 @@ def check_same_encoder(recorded: Mapping[str, Any], given: Mapping[str, Any], wh
         )
 
 
+_WITH_CAPITALS, _LOWER_CASE = (hashlib.sha256(kind.encode()).hexdigest() for kind in ("words", "words in lower case"))
+
+
+def as_of_today(fingerprint: Mapping[str, Any], captions: Iterable[str]) -> Mapping[str, Any]:
+    """A fingerprint of `tiny` from before it took words in lower case, where its captions have no capitals: they kept their vectors."""
+    if fingerprint.get("tokenizer") != _WITH_CAPITALS or any(caption != caption.lower() for caption in captions):
+        return fingerprint
+    return {**fingerprint, "tokenizer": _LOWER_CASE}
+
+
 def text_config(fingerprint: Mapping[str, Any], encoder: str | None = None) -> TextConfig:
     """The settings that a fingerprint records; `encoder` says where its model lies when the name alone does not."""
     keys = ("revision", "dtype", "max_length", "instruction", "template", "lowercase")
@@ -76,19 +87,36 @@ def text_config(fingerprint: Mapping[str, Any], encoder: str | None = None) -> T
 # --- tokenizing -------------------------------------------------------------------------------------------------------
 
 
+_WORD = re.compile(r"[\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S")
+
+
+def words_of(text: str) -> Iterator[str]:
+    """Words, single digits, single CJK characters and signs, in lower case. White space only parts them."""
+    return (word[0].lower() for word in _WORD.finditer(text))
+
+
+def unseen_words(prompts: Iterable[str], known: Collection[str] | None) -> list[str]:
+    """The words of prompts that are not among the `known`, in order; none where these are not known."""
+    if known is None:
+        return []
+    return list(dict.fromkeys(word for prompt in prompts for word in words_of(prompt) if word not in known))
+
+
 class WordTokenizer:
-    """Words, single digits, single CJK characters and signs, after a beginning-of-sequence token. White space only parts them.
+    """The words of a caption (`words_of`), after a beginning-of-sequence token.
 
     There is no vocabulary: the id of a word is 63 bits of its hash. Ids 0 and 1 are padding and the beginning.
     """
 
     pad_id, bos_id = 0, 1
-    _PATTERN = re.compile(r"[\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S")
 
     def __call__(self, text: str, max_length: int) -> list[int]:
         """Token ids of a caption, the first `max_length`."""
-        words = itertools.islice(self._PATTERN.finditer(text), max_length - 1)
-        return [self.bos_id, *(self._id(word[0]) for word in words)]
+        return [self.bos_id, *map(self._id, itertools.islice(words_of(text), max_length - 1))]
+
+    def length(self, text: str) -> int:
+        """How many tokens a caption has, uncut."""
+        return 1 + sum(1 for _ in words_of(text))
 
     @staticmethod
     def _id(word: str) -> int:
@@ -121,6 +149,15 @@ class HuggingFaceTokenizer:
             special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.pad_id]
             ids = [next(token for token in special if token is not None)]
         return ids
+
+    def length(self, text: str) -> int:
+        """How many tokens a caption has, uncut. Tokenizers warn of more than their own limit; nothing goes through a model."""
+        before = self.tokenizer.model_max_length
+        self.tokenizer.model_max_length = UNLIMITED
+        try:
+            return len(self(text, UNLIMITED))
+        finally:
+            self.tokenizer.model_max_length = before
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
@@ -156,6 +193,19 @@ class CaptionEncoder:
             return self.tokenizer(caption, limit), 0
         tokens = len(self.tokenizer(instruction, MAX_INSTRUCTION))
         return self.tokenizer(instruction + caption, tokens + limit - 2), max(tokens - 2, 0)
+
+    def is_cut(self, caption: str, instruct: bool = True, tokens: tuple[list[int], int] | None = None) -> bool:
+        """Whether a caption has more tokens than `text.max_length` lets through, so that its end is not seen.
+
+        `tokens` is its `token_ids`, where they are known.
+        """
+        ids, dropped = tokens or self.token_ids(caption, instruct)
+        if len(ids) - dropped < self.text.max_length:
+            return False  # the usual case, without a second look
+        if self.text.lowercase:
+            caption = caption.lower().strip()
+        instructed = instruct and caption and self.text.instruction
+        return self.tokenizer.length(f"{self.text.instruction}{caption}" if instructed else caption) > len(ids)
 
     def encode(
         self, captions: Iterable[str], dtype: torch.dtype = torch.bfloat16, instruct: bool = True
@@ -229,7 +279,7 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
     if text.encoder == "tiny":
         if text.template != "none":
             raise SanaError("text.template: the tiny encoder has no chat template", "use text.template: none", exit_code=2)
-        model, tokenizer, vocabulary = WordVectors(), WordTokenizer(), "words"
+        model, tokenizer, vocabulary = WordVectors(), WordTokenizer(), "words in lower case"
     else:
         model, hf_tokenizer = _from_hugging_face(text.encoder, text.revision, dtype)
         tokenizer = HuggingFaceTokenizer(hf_tokenizer, text.template)

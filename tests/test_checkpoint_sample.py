@@ -67,7 +67,8 @@ def foreseeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(step: Path, *prompts: str, **options: Any) -> SampleSummary:
-    options.setdefault("out", step.parent / "out.png")
+    if "separate" not in options:
+        options.setdefault("out", step.parent / "out.png")
     *_, summary = sample(SampleOptions(prompts, step, device="cpu", **options))
     assert isinstance(summary, SampleSummary)
     return summary
@@ -350,9 +351,9 @@ def test_what_is_missing_is_said(step: Path, tmp_path: Path, monkeypatch: pytest
         ({"solver": "ddim"}, "--solver: input should be 'dpm\\+\\+', 'euler', 'heun' or 'scm'"),
         ({"guidance_scale": -1.0}, "--guidance-scale: input should be greater than or equal to 0"),
         ({"guidance_interval": (0.9, 0.1)}, "--guidance-interval: 0.9 must be below 0.1"),
-        ({"weights": "best"}, "--weights: 'best' is not one of ema, raw"),
+        ({"weights": "best"}, "weights: 'best' is not one of ema, raw"),
         ({"device": "cuda:77"}, "no device cuda:77"),
-        ({"prompts_file": Path("no.txt")}, "--prompts-file: no.txt cannot be read"),
+        ({"prompts_file": Path("no.txt")}, "--prompts-file: no.txt: No such file"),
     ):
         with pytest.raises(SanaError, match=message):
             list(sample(SampleOptions(("4",), step, **({"device": "cpu"} | options))))

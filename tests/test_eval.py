@@ -197,7 +197,7 @@ def test_what_eval_cannot_do_is_said(
     *_, _trained = train(TrainOptions(config))
     with pytest.raises(SanaError, match="smaller than|no dataset"):
         list(evaluate(EvalOptions(config.run.dir, data=tmp_path / "nowhere")))
-    with pytest.raises(SanaError, match=r"--plot: .* must end in \.png"):
+    with pytest.raises(SanaError, match=r"--plot: .*plot\.txt: \.txt is not one of \.png, \.svg, \.pdf"):
         list(evaluate(EvalOptions(config.run.dir, plot=tmp_path / "plot.txt")))
     folder = tmp_path / "photos"
     for name in ("a", "b"):

@@ -120,7 +120,6 @@ def test_tiny_tells_captions_apart() -> None:
     captions = [
         "4",
         "four",
-        "Four",
         "forty",
         "four.",
         "six",
@@ -130,7 +129,7 @@ def test_tiny_tells_captions_apart() -> None:
         "4 2",
     ]
     states = encode(text.load_encoder(TextConfig(), CPU), captions)
-    assert [len(states[caption]) for caption in captions] == [2, 2, 2, 2, 3, 2, 8, 8, 3, 3]
+    assert [len(states[caption]) for caption in captions] == [2, 2, 2, 3, 2, 8, 8, 3, 3]
     means = torch.stack([states[caption].float().relu().mean(0) for caption in captions])  # as attention may see them: no order
     distance = torch.cdist(means, means) / 128**0.5 + 9 * torch.eye(len(captions))
     assert float(distance.min()) > 0.01  # where sizes are 1: far beyond what bf16 rounds a mean by
@@ -300,3 +299,57 @@ def test_lone_surrogates_are_encoded(gemma: Path) -> None:
     for encoder in ("tiny", str(gemma)):
         ((_, states),) = text.load_encoder(TextConfig(encoder=encoder), CPU).encode(["a\udcff"])
         assert states.isfinite().all()
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_words_that_differ_only_by_case_are_one_and_lower_case_ones_keep_their_vectors() -> None:
+    import hashlib
+
+    states = encode(text.load_encoder(TextConfig(), CPU), ["four", "FOUR", "Four", "ÉTÉ", "été", "straße", "ΟΔΟΣ", "οδος"])
+    assert torch.equal(states["four"], states["FOUR"])
+    assert torch.equal(states["four"], states["Four"])
+    assert torch.equal(states["ÉTÉ"], states["été"])
+    assert torch.equal(states["ΟΔΟΣ"], states["οδος"])
+    for word in ("four", "straße"):  # ids are of the word as it is written: what was trained on them stays valid
+        written = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little") >> 1
+        assert text.WordTokenizer()(word, 9) == [text.WordTokenizer.bos_id, written]
+
+
+def test_unseen_words_are_those_that_no_caption_has() -> None:
+    known = {"a", "red", "cube", "4"}
+    assert text.unseen_words(["A red CUBE", "a blue ball, red", "44"], known) == ["blue", "ball", ","]
+    assert text.unseen_words(["anything"], None) == [], "a checkpoint that does not know its words says nothing"
+    assert list(text.words_of("a red-Cube, 12 四十!")) == ["a", "red", "-", "cube", ",", "1", "2", "四", "十", "!"]
+
+
+@pytest.mark.parametrize("instruction", [None, "Say more of it: "])
+@pytest.mark.parametrize("kind", ["tiny", "gemma"])
+def test_what_is_cut_is_known(kind: str, instruction: str | None, gemma: Path) -> None:
+    """The last caption that is whole loses nothing; one token more, and its end is not seen."""
+    settings = TextConfig(encoder="tiny" if kind == "tiny" else str(gemma), max_length=8, instruction=instruction)
+    encoder = text.load_encoder(settings, CPU)
+    words = ["w"] * 12 if kind == "tiny" else []
+
+    def caption(tokens: int) -> str:
+        return " ".join(words[:tokens]) if kind == "tiny" else "w" * tokens
+
+    room = next(n for n in range(1, 12) if len(encoder.token_ids(caption(n + 1))[0]) == len(encoder.token_ids(caption(n))[0]))
+    assert [encoder.is_cut(caption(n)) for n in range(1, 12)] == [n > room for n in range(1, 12)]
+    assert not encoder.is_cut("")
+    known = encoder.token_ids(caption(11))
+    assert encoder.is_cut(caption(11), tokens=known)
+    assert encoder.is_cut("x" * 50 if kind == "gemma" else "x " * 50, instruct=False)
+
+
+def test_fingerprints_of_words_with_capitals_hold_where_there_are_none() -> None:
+    import hashlib
+
+    today = text.load_encoder(TextConfig(), CPU).fingerprint
+    before = today | {"tokenizer": hashlib.sha256(b"words").hexdigest()}
+    text.check_same_encoder(text.as_of_today(before, ["4", "four", "été 四"]), today, "there")
+    with pytest.raises(SanaError, match=r"text\.tokenizer: there has"):
+        text.check_same_encoder(text.as_of_today(before, ["4", "Four"]), today, "there")
+    other = today | {"tokenizer": "of another"}
+    assert text.as_of_today(other, ["4"]) == other

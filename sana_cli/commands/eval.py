@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sana_cli import __version__, checkpoint, draw, files, judge, plots
+from sana_cli import __version__, checkpoint, draw, files, judge, outputs, plots
+from sana_cli.choices import Precision, Solver, Weights
 from sana_cli.config import DEFAULT_CONFIG, SampleConfig, load_config
 from sana_cli.data import BadImage, decode_image, fit_image
 from sana_cli.device import resolve_device, resolve_precision
@@ -38,16 +39,16 @@ class EvalOptions:
     images: int = 10_000  # drawn at each setting, of captions as frequent as in the dataset
     steps: tuple[int, ...] = ()
     guidance_scale: tuple[float, ...] = ()
-    solver: tuple[str, ...] = ()
+    solver: tuple[Solver, ...] = ()
     guidance_interval: tuple[float, float] | None = None
     flow_shift: float | None = None
     sweep: bool = False  # over `SWEEP_STEPS`, `SWEEP_GUIDANCE` and the checkpoint's own, where steps and scales are not given
     seed: int = 0
-    weights: str = "ema"
+    weights: Weights = "ema"
     device: str = "auto"
-    precision: str | None = None
-    out: Path | None = None  # a JSON file
-    plot: Path | None = None  # a PNG or SVG file
+    precision: Precision | None = None
+    out: str | Path | None = None  # a JSON file; a folder, or a path that ends in a slash: there, by its own name
+    plot: str | Path | None = None  # a PNG, SVG or PDF file, as `out`
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _settings(options: EvalOptions, pipeline: Pipeline) -> list[SampleConfig]:
     steps = options.steps or (sorted({*SWEEP_STEPS, own_steps}) if options.sweep else (own_steps,))
     scales = options.guidance_scale or (sorted({*SWEEP_GUIDANCE, own_scale}) if options.sweep else (own_scale,))
     return [
-        given_settings(base, {"solver": solver, "steps": count, "guidance_scale": scale})
+        given_settings(pipeline, base, {"solver": solver, "steps": count, "guidance_scale": scale})
         for solver, count, scale in itertools.product(options.solver or (base["solver"],), steps, scales)
     ]
 
@@ -118,7 +119,11 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
     """
     if options.images < 2:
         raise SanaError("--images: at least 2 are needed", exit_code=2)
-    plots.check(options.plot)
+    out = None if options.out is None else outputs.output("--out", options.out, "eval.json", outputs.DOCUMENTS)
+    plot = None if options.plot is None else outputs.output("--plot", options.plot, "eval.png", outputs.PLOTS)
+    outputs.check_distinct([("--out", out), ("--plot", plot)], [("the target", options.target)])
+    if plot is not None:
+        plots.check_matplotlib()
     device = resolve_device(options.device)
     folder = options.target if options.target is not None and _is_pictures(options.target) else None
     place = None if folder is not None else checkpoint.find_checkpoint(options.target)
@@ -144,6 +149,7 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
         else:
             found = step
     assert found is not None, "the last thing that obtain yields"
+    unfinished = _unfinished(out)
     summary = EvalSummary(target, dataset.directory, found.accuracy, len(found.real), (), ())
     for drawn in source:
         if isinstance(drawn, EvalStep):
@@ -152,21 +158,24 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
         settings, seconds, pixels, captions = drawn
         result = EvalResult(settings, seconds, len(pixels), judge.give(found, pixels, captions, meaning))
         summary = replace(summary, results=(*summary.results, result))
-        if options.out is not None:  # what there is so far: a sweep may take hours, and may be stopped or killed
-            _save(summary, _unfinished(options.out))
+        if unfinished is not None:  # what there is so far: a sweep may take hours, and may be stopped or killed
+            _save(summary, unfinished)
     try:
-        if options.out is not None:
-            _unfinished(options.out).replace(options.out)
-        if options.plot is not None:
-            plots.evaluation(record(summary), options.plot)
+        if out is not None:
+            _save(summary, out)
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)
+        if plot is not None:
+            plots.evaluation(record(summary), plot)
     except OSError as error:
         raise files.storage_error(error, "writing what was found") from error
-    yield replace(summary, saved=tuple(path for path in (options.out, options.plot) if path is not None))
+    yield replace(summary, saved=tuple(path for path in (out, plot) if path is not None))
 
 
-def _unfinished(out: Path) -> Path:
-    """Where the results of a sweep are until all are there; what `out` held before stays so long."""
-    return out.with_name(out.name + ".unfinished")
+def _unfinished(out: Path | None) -> Path | None:
+    """Where the results of a sweep are until all are there; what `out` held before stays so long. A pipe is told the end only."""
+    real = None if out is None else files.regular_file(out)
+    return None if real is None else real.with_name(real.name + ".unfinished")
 
 
 def _save(summary: EvalSummary, path: Path) -> None:
@@ -208,10 +217,13 @@ def _drawn(
     for setting in settings:
         start, pixels = time.perf_counter(), {}
         given = [states[caption] for caption in captions]
-        for step in draw.draw(model, given, [null] * len(given), seeds, shape, setting, precision):
-            if step.done % setting.steps == 0:
-                pixels[step.first] = draw.to_pixels(step.images)
-            yield EvalStep("draw", before + step.done * setting.steps // step.total, every)
+        try:
+            for step in draw.draw(model, given, [null] * len(given), seeds, shape, setting, precision):
+                if step.done % setting.steps == 0:
+                    pixels[step.first] = draw.to_pixels(step.images)
+                yield EvalStep("draw", before + step.done * setting.steps // step.total, every)
+        except draw.NoRoomError as error:
+            raise SanaError(str(error), "judge it on another device: --device cpu") from error
         before += setting.steps
         yield setting, time.perf_counter() - start, torch.cat([pixels[first] for first in sorted(pixels)]), captions
 

@@ -4,8 +4,9 @@ It prints nothing and knows nothing of training: `pipeline.py` says what stands 
 """
 
 import re
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_cli import __version__, checkpoint, draw, files, hub
+from sana_cli import __version__, checkpoint, draw, files, hub, outputs, textfile
 from sana_cli.autoencoder import Autoencoder, AutoencoderInfo, read_info
+from sana_cli.choices import Offload, Precision, Solver, Weights
 from sana_cli.config import SampleConfig
 from sana_cli.device import Stage, peak_memory, resolve_device, resolve_precision
 from sana_cli.errors import SanaError
 from sana_cli.pipeline import Pipeline, given_settings, open_pipeline
-from sana_cli.text import CaptionEncoder, check_same_encoder, load_encoder
+from sana_cli.text import CaptionEncoder, check_same_encoder, load_encoder, unseen_words
 
-OFFLOADS = ("auto", "model", "none")
-WEIGHTS = ("ema", "raw")
-PRECISIONS = ("auto", "bf16", "fp32")
+MOST_WORDS = 8  # that are named in a note
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,27 @@ class SampleOptions:
 
     prompts: tuple[str, ...] = ()
     checkpoint: Path | None = None  # None: the newest whole one under runs/
-    prompts_file: Path | None = None
+    prompts_file: Path | None = None  # `-` is stdin
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
-    solver: str | None = None
+    solver: Solver | None = None
     flow_shift: float | None = None
     seed: int | None = None
     negative_prompt: str | None = None
     images_per_prompt: int = 1
     height: int | None = None
     width: int | None = None
-    weights: str = "ema"
+    weights: Weights = "ema"
     device: str = "auto"
-    offload: str = "auto"
-    precision: str | None = None  # of the transformer; None: as trained, or as stored
+    offload: Offload = "auto"
+    precision: Precision | None = None  # of the transformer; None: as trained, or as stored
     encoder: str | None = None  # where the caption encoder lies, if it is not where its name tells
     instruction: str | None = None  # in place of the family's
     autoencoder: str | None = None  # in place of the family's or the recorded one
-    out: Path | None = None
-    separate: Path | None = None
-    trajectory: Path | None = None
+    out: str | Path | None = None  # a picture; a folder, or a path that ends in a slash: there, by its own name
+    separate: Path | None = None  # a folder for a picture of each image, in place of a grid, or beside `out`
+    trajectory: str | Path | None = None  # a film, as `out`
     report: Callable[[str, str], None] = lambda _what, _name: None  # told of each model that comes to the device or goes
 
 
@@ -77,6 +77,7 @@ class SampleSummary:
     pixels: Tensor  # (B, C, H, W) uint8
     seconds: float
     peak_memory: int
+    notes: tuple[str, ...] = ()  # what a person should know: prompts that were cut, words never trained on
 
 
 def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
@@ -88,11 +89,7 @@ def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
         for key in ("steps", "guidance_scale", "guidance_interval", "solver", "flow_shift", "seed")
         if getattr(options, key) is not None
     }
-    settings = given_settings(pipeline.sample.model_dump(), given)
-    if pipeline.model.guidance_embeds and settings.solver != "scm":
-        raise SanaError(f"--solver: a Sprint model is for scm, not {settings.solver}", exit_code=2)
-    if settings.solver == "scm" and not pipeline.model.guidance_embeds:
-        raise SanaError("--solver: scm is for Sprint models, which this is not; choose dpm++, euler or heun", exit_code=2)
+    settings = given_settings(pipeline, pipeline.sample.model_dump(), given)
     if settings.solver == "scm" and settings.flow_shift != 1:
         if options.flow_shift is not None:
             raise SanaError("--flow-shift: the scm solver has noise levels of its own, which know no shift", exit_code=2)
@@ -106,12 +103,20 @@ def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
 
 
 def _prompts(options: SampleOptions, pipeline: Pipeline) -> tuple[str, ...]:
+    """Those of the command line, then those of the file, where lines that begin with # are comments."""
     lines: list[str] = []
     if options.prompts_file is not None:
         try:
-            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SanaError(f"--prompts-file: {options.prompts_file} cannot be read as text: {error}", exit_code=2) from error
+            text = (
+                textfile.decode(sys.stdin.buffer.read())
+                if str(options.prompts_file) == "-"
+                else textfile.read(options.prompts_file)
+            )
+        except OSError as error:
+            raise SanaError(f"--prompts-file: {options.prompts_file}: {error.strerror}", exit_code=2) from error
+        except textfile.NotTextError as error:
+            raise SanaError(f"--prompts-file: {options.prompts_file} is not UTF-8 text: {error}", exit_code=2) from error
+        lines = [line for line in textfile.split_lines(text) if not line.lstrip().startswith("#")]
     prompts = tuple(prompt for prompt in (*options.prompts, *lines) if prompt.strip())
     if not prompts:
         known = " ".join(repr(caption) for caption in pipeline.example_captions[:4])
@@ -172,7 +177,9 @@ def _load_encoder(pipeline: Pipeline, device: torch.device) -> CaptionEncoder:
             pipeline.fingerprint,
             encoder.fingerprint,
             str(pipeline.place),
-            "--encoder PATH must be the model that the checkpoint was trained with",
+            "--encoder PATH must be the model that the checkpoint was trained with"
+            if pipeline.text.encoder != "tiny"
+            else "the tiny encoder has changed since: embed and train again",
         )
     if encoder.dim != pipeline.model.caption_channels:
         raise SanaError(
@@ -212,13 +219,6 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
             full disk.
     """
     start = time.perf_counter()
-    for name, value, allowed in (
-        ("weights", options.weights, WEIGHTS),
-        ("offload", options.offload, OFFLOADS),
-        ("precision", options.precision or "auto", PRECISIONS),
-    ):
-        if value not in allowed:
-            raise SanaError(f"--{name}: {value!r} is not one of {', '.join(allowed)}", exit_code=2)
     place = checkpoint.find_checkpoint(options.checkpoint)
     pipeline = open_pipeline(place, options.encoder, options.instruction, options.autoencoder)
     settings, prompts = _settings(options, pipeline), _prompts(options, pipeline)
@@ -227,6 +227,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     rows = draw.prompt_rows(prompts, pipeline.one_word_captions)
     cells = draw.grid_cells(rows, options.images_per_prompt, settings.seed)
     flat = [cell for row in cells for cell in row]
+    files_to_write = _outputs(options, place, flat)
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision or pipeline.precision, device)
     stage = Stage(device, options.offload != "none", options.report)
@@ -234,6 +235,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     yield SampleStep("encode", 0, 1)
     with stage.hold("encoder", lambda: _load_encoder(pipeline, device)) as encoder:
         captions, nulls = _encode(pipeline, encoder, [cell.prompt for cell in flat], options.negative_prompt)
+        notes = _notes(pipeline, encoder, [cell.prompt for cell in flat], options.negative_prompt)
         del encoder
     yield SampleStep("encode", 1, 1)
 
@@ -244,18 +246,21 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     with stage.hold("transformer", lambda: checkpoint.load_transformer(place, options.weights, device, dtype)) as model:
         drawn = draw.draw(model, captions, nulls, [cell.seed for cell in flat], shape, settings, precision)
         del model
-        for step in drawn:
-            last[step.first] = step
-            if options.trajectory is not None:
-                frames.setdefault((step.done - 1) % settings.steps, {})[step.first] = step.images.cpu()
-            yield SampleStep("draw", step.done, step.total)
+        try:
+            for step in drawn:
+                last[step.first] = step
+                if files_to_write.trajectory is not None:
+                    frames.setdefault((step.done - 1) % settings.steps, {})[step.first] = step.images.cpu()
+                yield SampleStep("draw", step.done, step.total)
+        except draw.NoRoomError as error:
+            raise SanaError(str(error), "draw smaller ones (--height, --width), or elsewhere (--device cpu)") from error
         del drawn
     samples = draw.final_images(last.values())
     last.clear()
     if not samples.isfinite().all():
         raise SanaError(f"the images of {place} are not finite", "try --solver euler, or a smaller --guidance-scale")
     sheets = [samples]
-    if options.trajectory is not None:
+    if files_to_write.trajectory is not None:
         sheets += [draw.Noise([cell.seed for cell in flat], shape)()]
         sheets += [torch.cat([by[first] for first in sorted(by)]) for by in frames.values()]
     if info is None:
@@ -272,51 +277,103 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
             del decoder
         pixels, *shown = (torch.stack(images) for images in decoded)
     try:
-        saved, listing = _write(options, place, settings, cells, pixels, {"precision": precision} | _decoded_by(info))
-        if options.trajectory is not None:
-            draw.save_gif([draw.grid(sheet, cells) for sheet in shown], options.trajectory)
-            saved = (*saved, options.trajectory)
+        facts = {"precision": precision} | _decoded_by(info)
+        saved, listing = _write(options, files_to_write, place, settings, cells, pixels, facts)
+        if files_to_write.trajectory is not None:
+            draw.save_film([draw.grid(sheet, cells) for sheet in shown], files_to_write.trajectory)
+            saved = (*saved, files_to_write.trajectory)
     except OSError as error:
-        raise files.storage_error(error, "writing the pictures (--out PNG says where)") from error
-    shipped = place == checkpoint.shipped()
-    yield SampleSummary(place, shipped, saved, listing, settings, pixels, time.perf_counter() - start, peak_memory(device))
+        raise files.storage_error(error, "writing the pictures (--out says where)") from error
+    shipped, seconds = place == checkpoint.shipped(), time.perf_counter() - start
+    yield SampleSummary(place, shipped, saved, listing, settings, pixels, seconds, peak_memory(device), notes)
+
+
+def _notes(pipeline: Pipeline, encoder: CaptionEncoder, prompts: list[str], negative: str | None) -> tuple[str, ...]:
+    """What would otherwise be a picture of something else, without a word."""
+    notes = []
+    cut = [prompt for prompt in dict.fromkeys(prompts) if encoder.is_cut(prompt)]
+    cut += [negative] if negative and encoder.is_cut(negative, instruct=False) else []
+    if cut:
+        notes.append(
+            f"{len(cut)} of the prompts are longer than text.max_length, {encoder.text.max_length} tokens, and were cut there: "
+            f"{cut[0]!r:.60}"
+        )
+    unseen = unseen_words([*prompts, *([negative] if negative else [])], pipeline.words)
+    if unseen:
+        more = f" and {len(unseen) - MOST_WORDS} more" if len(unseen) > MOST_WORDS else ""
+        notes.append(f"words that this checkpoint was never trained on: {' '.join(unseen[:MOST_WORDS])}{more}")
+    return tuple(notes)
 
 
 def _decoded_by(info: AutoencoderInfo | None) -> dict[str, str]:
     return {} if info is None else {"autoencoder": hub.model_name(info.source)}
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """The files that will be written, known before anything is drawn."""
+
+    grid: Path | None
+    separate: tuple[Path, ...]  # one for each image, or none
+    trajectory: Path | None
+
+
+def _outputs(options: SampleOptions, place: Path, cells: Sequence[draw.Cell]) -> _Outputs:
+    """Where pictures go.
+
+    Raises:
+        SanaError: a suffix says a format that is not written, or two outputs, or an output and an input, are one file.
+    """
+    stem = f"sample-{place.absolute().name if place.is_dir() else place.stem}"
+    grid = trajectory = None
+    separate: list[Path] = []
+    if options.out is not None:
+        grid = outputs.output("--out", options.out, f"{stem}.png", outputs.PICTURES)
+        if outputs.is_folder(options.out):
+            grid = _free_name(grid)
+    elif options.separate is None:
+        grid = _free_name(_beside(place)[0] / f"{stem}.png")
+    if options.trajectory is not None:
+        trajectory = outputs.output("--trajectory", options.trajectory, f"{stem}.gif", outputs.FILMS)
+        if outputs.is_folder(options.trajectory):
+            trajectory = _free_name(trajectory)
+    if options.separate is not None:
+        if options.separate.exists() and not options.separate.is_dir():
+            raise SanaError(
+                f"--separate: {options.separate} is no folder", "give a folder, or --out for one picture", exit_code=2
+            )
+        for index, cell in enumerate(cells):
+            word = re.sub(r"\W+", "-", cell.prompt.lower())[:40].strip("-")
+            separate.append(options.separate / f"{index:04d}-{word or 'image'}.png")
+    writes = [("--out", grid), ("--trajectory", trajectory), *(("--separate", path) for path in separate)]
+    outputs.check_distinct(writes, [("--prompts-file", options.prompts_file), ("--checkpoint", options.checkpoint)])
+    return _Outputs(grid, tuple(separate), trajectory)
+
+
 def _write(
     options: SampleOptions,
+    to: _Outputs,
     checkpoint_place: Path,
     settings: SampleConfig,
     cells: list[list[draw.Cell]],
     pixels: Tensor,
     facts: dict[str, Any],
 ) -> tuple[tuple[Path, ...], tuple[dict[str, Any], ...]]:
-    """The grid, or a file for each image; returns the files, and what each image is."""
-    place, name = _beside(checkpoint_place)
+    """The grid, and a file for each image, as they are wanted; returns the files, and what each image is."""
+    _, name = _beside(checkpoint_place)
     more: dict[str, Any] = {"weights": options.weights, "size": list(pixels.shape[1:]), **facts}
     if digest := checkpoint.weights_sha256(checkpoint_place, options.weights):
         more["weights_sha256"] = digest
     if options.negative_prompt:
         more["negative_prompt"] = options.negative_prompt
     flat = [cell for row in cells for cell in row]
-    if options.separate is not None:
-        paths = []
-        for index, (cell, image) in enumerate(zip(flat, pixels, strict=True)):
-            word = re.sub(r"\W+", "-", cell.prompt.lower())[:40].strip("-")
-            path = options.separate / f"{index:04d}-{word or 'image'}.png"
-            draw.save_png(draw.to_image(image), path, draw.grid_record([[cell]], settings, name, **more))
-            paths.append(path)
-        return tuple(paths), tuple(
-            {"prompt": cell.prompt, "seed": cell.seed, "file": str(path)} for cell, path in zip(flat, paths, strict=True)
-        )
-    path = options.out or _free_name(
-        place / f"sample-{(checkpoint_place.absolute().name if checkpoint_place.is_dir() else checkpoint_place.stem)}.png"
-    )
-    draw.save_png(draw.grid(pixels, cells), path, draw.grid_record(cells, settings, name, **more))
-    return (path,), tuple({"prompt": cell.prompt, "seed": cell.seed} for cell in flat)
+    listing = [{"prompt": cell.prompt, "seed": cell.seed} for cell in flat]
+    for cell, image, path, said in zip(flat, pixels, to.separate, listing, strict=False):
+        draw.save_picture(draw.to_image(image), path, draw.grid_record([[cell]], settings, name, **more))
+        said["file"] = str(path)
+    if to.grid is not None:
+        draw.save_picture(draw.grid(pixels, cells), to.grid, draw.grid_record(cells, settings, name, **more))
+    return (*to.separate, *([to.grid] if to.grid is not None else [])), tuple(listing)
 
 
 def _beside(folder: Path) -> tuple[Path, str]:
