@@ -5,20 +5,22 @@ pydantic and rich too, since a person waits for each tenth of a second.
 """
 
 import importlib.util
+import io
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
 
 import typer
 
-from sana_cli import __version__
+from sana_cli import __version__, openmp
+from sana_cli.choices import Offload, Precision, Solver, Weights
 from sana_cli.errors import Interrupted, SanaError
+from sana_cli.interrupts import Asked, Stop, attentive, end_at_once, handling, raise_asked, word_for
+from sana_cli.launch import launch
 from sana_cli.units import human_bytes, human_time
 
 if TYPE_CHECKING:
@@ -52,8 +54,29 @@ app = typer.Typer(
     epilog="Start with: sana embed, sana train, sana sample '4 two 4 six', sana inspect",
 )
 
+T = TypeVar("T", str, Path)
+
+
+def _at_home(given: T | None) -> T | None:
+    """`~` is the home folder: a shell leaves it as it is behind `--option=`. A slash at the end of a text stays."""
+    return None if given is None else type(given)(os.path.expanduser(given))  # noqa: PTH111 (Path would take the slash away)
+
+
+SOLVERS = list(get_args(Solver))
+STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")  # whose results are the files themselves
+
+
+def _solvers(given: list[str] | None) -> list[str] | None:
+    """A repeatable choice, which Typer knows no type for."""
+    for solver in given or ():
+        if solver not in SOLVERS:
+            raise typer.BadParameter(f"{solver!r} is not one of {', '.join(map(repr, SOLVERS))}.")
+    return given
+
+
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", metavar="FILE|NAME", help="A YAML file, or the name of a shipped config.")
+    str | None,
+    typer.Option("--config", metavar="FILE|NAME", callback=_at_home, help="A YAML file, or the name of a shipped config."),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set train.lr=1e-3. Repeatable.")
@@ -61,112 +84,76 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-def _hush(wanted: bool) -> None:
-    if wanted:
-        console.err.quiet = True
-
-
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", callback=_hush, help="Say nothing on stderr but errors; results stay on stdout.")
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors; results stay on stdout.")]
+WeightsOption = Annotated[
+    Weights, typer.Option(help="The averaged weights, or those that the optimizer moved, where there are both.")
 ]
-SECONDS_TO_PASS_ON = 5.0  # torchrun passes on to its processes a signal that the terminal has sent them already
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 
 
 # --- boundary ---------------------------------------------------------------------------------------------------------
 
 
-class _Asked(BaseException):
-    """A signal asked for an end. It is no `Exception`, which a library that is just imported might swallow."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-_asked: list[int] = []
-
-
-def _leave(number: int, _frame: FrameType | None) -> None:
-    _asked.append(number)
-    raise _Asked(number)
-
-
-def _attentive(steps: Iterator[Any]) -> Iterator[Any]:
-    """The same steps; between them a signal is seen even if a library that was loading has swallowed what it raised."""
-    for step in steps:
-        if _asked:
-            raise _Asked(_asked[0])
-        yield step
+def run() -> None:
+    """The command line as a process: `app`, and one message where what it printed cannot be written."""
+    code: Any = 0
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # of an encoding that lacks a letter, as in the C locale
+        app(prog_name="sana")
+    except SystemExit as end:
+        code = end.code
+    except SanaError as problem:  # of --version
+        code = console.error(problem).exit_code
+    except OSError as problem:  # of --help; what commands print is written by `console`
+        if problem.errno not in console.CANNOT_WRITE:
+            raise
+        console.silence(sys.stdout)
+        code = console.error(console.not_written(problem)).exit_code
+    try:
+        sys.stdout.flush()
+    except OSError as problem:
+        console.silence(sys.stdout)
+        gone = isinstance(problem, BrokenPipeError)  # whoever read it
+        code = code or (1 if gone else console.error(console.not_written(problem)).exit_code)
+    sys.exit(code)
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Every user mistake becomes one message and an exit code; SIGTERM and a lost terminal end a command as Ctrl-C does."""
-    with _handling(_leave):
+def user_errors(quiet: bool = False, distributed: bool = False) -> Iterator[ExitStack]:
+    """Every user mistake becomes one message and an exit code; SIGTERM and a lost terminal end a command as Ctrl-C does.
+
+    Gives a stack for what lasts as long as the command. A `distributed` one may be one of several processes, of which the
+    first alone speaks.
+    """
+    with handling(raise_asked):
         try:
-            yield
+            console.begin(quiet)
+            with ExitStack() as work:
+                if distributed:
+                    console.speak_as(launch())
+                yield work
         except SanaError as problem:
-            console.error(problem)
-            raise typer.Exit(problem.exit_code) from None
-        except (_Asked, KeyboardInterrupt) as asked:
-            number = asked.number if isinstance(asked, _Asked) else signal.SIGINT
-            console.error(Interrupted("interrupted" if number == signal.SIGINT else "terminated"))
+            raise typer.Exit(console.error(problem).exit_code) from None
+        except (Asked, KeyboardInterrupt) as asked:
+            number = asked.number if isinstance(asked, Asked) else signal.SIGINT
+            console.error(Interrupted(word_for(number)))
             raise typer.Exit(128 + number) from None
         except BrokenPipeError:  # whoever read our output has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            console.silence(sys.stdout)
             raise typer.Exit(1) from None
 
 
-def _load_torch() -> None:
-    """Import torch. An exception that a signal raises while its C++ loads would abort the process: until then one ends it at once."""
+def _load_torch(work: ExitStack) -> None:
+    """Import torch, and keep its threads from spinning for as long as `work` lasts.
 
-    def end(number: int, _frame: FrameType | None) -> None:
-        os.write(2, b"error: interrupted\n" if number == signal.SIGINT else b"error: terminated\n")
-        os._exit(128 + number)
-
-    with _handling(end):
+    An exception that a signal raises while its C++ loads would abort the process: until then one ends it at once.
+    """
+    with handling(end_at_once):
         import torch  # noqa: F401
-
-
-@contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler`, and SIGHUP too, unless it is ignored (nohup)."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    previous = [signal.signal(number, handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, old in zip(numbers, previous, strict=True):
-            signal.signal(number, old)
-
-
-class Stop:
-    """A question "were we asked to stop?" for a command that wants to finish what it is at; a second signal is final."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._since = 0.0
-
-    def __call__(self) -> int | None:
-        """The signal's number, or None."""
-        return self.number
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.number is None:
-            self.number, self._since = number, now
-            console.note("stopping after this micro-batch and saving; once more to leave at once")
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._since > SECONDS_TO_PASS_ON:
-            os._exit(128 + number)
-
-    def during(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """The same steps, where signals are taken as questions from the first step on. Until then they end the command."""
-        first = next(_attentive(steps))
-        with _handling(self._handle):
-            yield first
-            yield from steps
+    work.enter_context(openmp.watch())
 
 
 def _config(name: str | None, overrides: list[str] | None) -> "Config":
@@ -200,7 +187,8 @@ def embed(
     config: ConfigOption = None,
     set_: SetOption = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The dataset directory. Default: data.dir of the config.")
+        Path | None,
+        typer.Option(metavar="DIR", callback=_at_home, help="The dataset directory. Default: data.dir of the config."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Embed the first N images only.")] = None,
     overwrite: Annotated[
@@ -220,9 +208,9 @@ def embed(
 
     Examples: sana embed; sana embed --config sana --set text.encoder=Efficient-Large-Model/gemma-2-2b-it
     """
-    with user_errors():
+    with user_errors(quiet, distributed=True) as work:
         loaded = _config(config, set_)
-        _load_torch()
+        _load_torch(work)
         from sana_cli.commands.embed import EmbedOptions, EmbedStep
         from sana_cli.commands.embed import embed as run
         from sana_cli.commands.embed import plan as make_plan
@@ -251,7 +239,7 @@ def embed(
             what = "embed" if step.split == loaded.data.split else f"embed {step.split}"
             return console.Line(what, step.images, step.total, f"{step.captions} distinct captions")
 
-        summary = console.watch(_attentive(run(options)), describe, quiet=json)
+        summary = console.watch(attentive(run(options)), describe, quiet=json)
         if summary is None:  # one of several processes, of which the first alone speaks
             return None
         if json:
@@ -267,6 +255,12 @@ def _tell_embedded(summary: "EmbedSummary", held_out: bool) -> None:
         console.note(f"went on after {summary.resumed} windows that were there")
     if summary.was_there:
         console.note(f"{summary.directory} is finished and matches; nothing to do (--overwrite makes it anew)")
+    for text in summary.notes:
+        console.note(f"note: {text}")
+    if summary.cut:
+        console.note(
+            f"note: {summary.cut:,} captions are longer than text.max_length and were cut there; a larger one keeps more of them"
+        )
     skipped = {}
     if summary.skipped:
         skipped["left out"] = f"{summary.skipped:,}, listed with reasons in {summary.directory / 'skipped.jsonl'}"
@@ -333,7 +327,10 @@ def train(
     config: ConfigOption = None,
     set_: SetOption = None,
     resume: Annotated[
-        str, typer.Option(metavar="auto|PATH|none", help="Continue: from the newest whole checkpoint, or a given one.")
+        str,
+        typer.Option(
+            metavar="auto|PATH|none", callback=_at_home, help="Continue: from the newest whole checkpoint, or a given one."
+        ),
     ] = "none",
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -345,9 +342,9 @@ def train(
 
     Examples: sana train; sana train --config sana --resume auto; sana train --set train.steps=500 --set run.dir=runs/short
     """
-    with user_errors():
+    with user_errors(quiet, distributed=True) as work:
         loaded = _config(config, set_)
-        _load_torch()
+        _load_torch(work)
         from sana_cli.commands.train import TrainOptions, TrainStart, TrainStep
         from sana_cli.commands.train import plan as make_plan
         from sana_cli.commands.train import train as run
@@ -366,7 +363,8 @@ def train(
                     console.note(f"going on after step {step.step:,}, from {step.checkpoint}")
             return _train_line(step) if isinstance(step, TrainStep) else None
 
-        stop = Stop()
+        told = "finishing this micro-batch, then saving (once more quits now)"
+        stop = Stop(lambda: console.note(told), launch().by_torchrun)
         summary = console.watch(stop.during(run(TrainOptions(loaded, resume, stop))), describe, quiet=json)
         if json:
             return console.print_json(summary)
@@ -395,17 +393,21 @@ def sample(
         Path | None,
         typer.Option(
             metavar="PATH",
+            callback=_at_home,
             help="A run, a step folder, a diffusers pipeline or transformer, or a file of weights: diffusers', official or the "
             "lesson's; or `shipped`, the weights that come with sana. Default: the newest checkpoint under runs/, else those.",
         ),
     ] = None,
-    prompts_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", callback=_at_home, help="Prompts, one a line; # begins a comment; - is stdin."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is none; above 1 follows the prompt more.")] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None, typer.Option(metavar="LO HI", help="Guide only while sigma is between these.")
     ] = None,
-    solver: Annotated[str | None, typer.Option(help="dpm++, euler, heun or scm.")] = None,
+    solver: Annotated[Solver | None, typer.Option(help="scm is for Sprint models, and they are for it.")] = None,
     flow_shift: Annotated[float | None, typer.Option(help="Moves the solver's steps towards noise.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Image i has seed + i; the same seed gives the same images.")] = None,
     negative_prompt: Annotated[
@@ -414,34 +416,45 @@ def sample(
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 1,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: as trained.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: as trained.")] = None,
-    weights: Annotated[
-        str, typer.Option(metavar="ema|raw", help="The averaged weights, or those that the optimizer moved.")
-    ] = "ema",
-    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
+    weights: WeightsOption = "ema",
+    device: DeviceOption = "auto",
     offload: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|model|none", help="model (and auto): encoder, transformer and decoder take turns; none: hold all."
-        ),
+        Offload, typer.Option(help="model (and auto): encoder, transformer and decoder take turns; none: hold all.")
     ] = "auto",
     precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|bf16|fp32", help="What the transformer computes in. Default: as it was trained, or is stored."
-        ),
+        Precision | None, typer.Option(help="What the transformer computes in. Default: as it was trained, or is stored.")
     ] = None,
     encoder: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Where the caption encoder lies: a folder, a Hugging Face id, or tiny.")
+        str | None,
+        typer.Option(
+            metavar="PATH", callback=_at_home, help="Where the caption encoder lies: a folder, a Hugging Face id, or tiny."
+        ),
     ] = None,
     instruction: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Put before each prompt, in place of the family's; '' for none.")
     ] = None,
     autoencoder: Annotated[
-        str | None, typer.Option(metavar="PATH", help="The DC-AE that decodes latents: a folder or a Hugging Face id.")
+        str | None,
+        typer.Option(metavar="PATH", callback=_at_home, help="The DC-AE that decodes latents: a folder or a Hugging Face id."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="PNG", help="Where the grid goes. Default: the run directory.")] = None,
-    separate: Annotated[Path | None, typer.Option(metavar="DIR", help="A PNG for each image instead of a grid.")] = None,
-    trajectory: Annotated[Path | None, typer.Option(metavar="GIF", help="Also the grid from noise to images, animated.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            callback=_at_home,
+            help="Where the grid goes: .png, .jpg or .webp, or DIR/. Default: the run directory.",
+        ),
+    ] = None,
+    separate: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", callback=_at_home, help="A PNG for each image, in place of a grid or beside --out."),
+    ] = None,
+    trajectory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", callback=_at_home, help="Also the grid from noise to images, animated: .gif, .webp or .png, or DIR/."
+        ),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -452,8 +465,8 @@ def sample(
 
     Examples: sana sample '4 two 4 six'; sana sample seven --images-per-prompt 8 --guidance-scale 3 --out seven.png
     """
-    with user_errors():
-        _load_torch()
+    with user_errors(quiet) as work:
+        _load_torch(work)
         from sana_cli.commands.sample import SampleOptions, SampleStep
         from sana_cli.commands.sample import sample as run
 
@@ -486,9 +499,11 @@ def sample(
         def describe(step: object) -> "console.Line | None":
             return console.Line(step.stage, step.done, step.total) if isinstance(step, SampleStep) else None
 
-        summary = console.watch(_attentive(run(options)), describe, quiet=json)
+        summary = console.watch(attentive(run(options)), describe, quiet=json)
         if json:
             return console.print_json(summary)
+        for text in summary.notes:
+            console.note(f"note: {text}")
         settings = summary.settings
         who = "shipped" if summary.shipped else str(summary.checkpoint)
         if summary.shipped and checkpoint is None:
@@ -497,7 +512,8 @@ def sample(
         console.note(f"drew {len(summary.images)} images with {who} in {summary.seconds:.1f} s")
         console.note(f"{settings.in_words}, seed {settings.seed}")
         for path in summary.saved:
-            console.result(str(path))
+            if str(path) not in STDOUT:
+                console.result(str(path))
         return None
 
 
@@ -509,38 +525,48 @@ def evaluate(
     target: Annotated[
         Path | None,
         typer.Argument(
-            help="A run, a step folder, a folder of pictures, or `shipped`. Default: the newest checkpoint under runs/."
+            callback=_at_home,
+            help="A run, a step folder, a folder of pictures, or `shipped`. Default: the newest checkpoint under runs/.",
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The dataset to judge by. Default: data.dir of the run's config.")
+        Path | None,
+        typer.Option(metavar="DIR", callback=_at_home, help="The dataset to judge by. Default: data.dir of the run's config."),
     ] = None,
     images: Annotated[
         int, typer.Option(min=2, help="Images drawn at each setting; with few, the distance is mostly bias.")
     ] = 10_000,
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Solver steps. Repeatable: every combination is judged.")] = None,
     guidance_scale: Annotated[list[float] | None, typer.Option(min=0, help="1 is no guidance. Repeatable.")] = None,
-    solver: Annotated[list[str] | None, typer.Option(metavar="dpm++|euler|heun", help="Repeatable.")] = None,
+    solver: Annotated[
+        list[str] | None,
+        typer.Option(metavar=f"[{'|'.join(SOLVERS)}]", callback=_solvers, autocompletion=lambda: SOLVERS, help="Repeatable."),
+    ] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None, typer.Option(metavar="LO HI", help="The range of sigma in which guidance is used.")
     ] = None,
     flow_shift: Annotated[float | None, typer.Option(help="Of the solver's noise levels.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Judge many step counts and guidance scales.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Image i has seed + i.")] = 0,
-    weights: Annotated[
-        str, typer.Option(metavar="ema|raw", help="The averaged weights, or those that the optimizer moved.")
-    ] = "ema",
-    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
+    weights: WeightsOption = "ema",
+    device: DeviceOption = "auto",
     precision: Annotated[
-        str | None, typer.Option(metavar="auto|bf16|fp32", help="What the transformer computes in. Default: as it was trained.")
+        Precision | None, typer.Option(help="What the transformer computes in. Default: as it was trained.")
     ] = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="JSON", help="Also keep the results in this file; until all are there, those so far in JSON.unfinished."
+            metavar="PATH",
+            callback=_at_home,
+            help="Also keep the results in this .json file, or DIR/; until all are there, those so far in PATH.unfinished.",
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="PNG|SVG", help="Also draw them (needs the plot extra).")] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", callback=_at_home, help="Also draw them: .png, .svg or .pdf, or DIR/ (needs the plot extra)."
+        ),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -551,8 +577,8 @@ def evaluate(
 
     Examples: sana eval; sana eval runs/quickstart --sweep --images 2000 --plot sweep.png; sana eval samples/ --json
     """
-    with user_errors():
-        _load_torch()
+    with user_errors(quiet) as work:
+        _load_torch(work)
         from sana_cli.commands.eval import EvalOptions, EvalStep, record
         from sana_cli.commands.eval import evaluate as run
 
@@ -562,7 +588,7 @@ def evaluate(
             images=images,
             steps=tuple(steps or ()),
             guidance_scale=tuple(guidance_scale or ()),
-            solver=tuple(solver or ()),
+            solver=cast("tuple[Solver, ...]", tuple(solver or ())),
             guidance_interval=guidance_interval,
             flow_shift=flow_shift,
             sweep=sweep,
@@ -577,7 +603,7 @@ def evaluate(
         def describe(step: object) -> "console.Line | None":
             return console.Line(step.stage, step.done, step.total) if isinstance(step, EvalStep) else None
 
-        summary = console.watch(_attentive(run(options)), describe, quiet=json)
+        summary = console.watch(attentive(run(options)), describe, quiet=json)
         if json:
             return console.print_json(record(summary))
         _tell_judged(summary)
@@ -619,7 +645,8 @@ def _tell_judged(summary: "EvalSummary") -> None:
         f"({first.images:,} images each)"
     )
     for path in summary.saved:
-        console.result(str(path))
+        if str(path) not in STDOUT:
+            console.result(str(path))
 
 
 def _between(interval: tuple[float, float]) -> str:
@@ -634,7 +661,8 @@ def inspect(
     target: Annotated[
         str | None,
         typer.Argument(
-            help="A config, run, checkpoint, dataset, PNG, diffusers folder, or a file of weights. Default: the shipped configs."
+            callback=_at_home,
+            help="A config, run, checkpoint, dataset, PNG, diffusers folder, or a file of weights. Default: the shipped configs.",
         ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte of a dataset or checkpoint.")] = False,
@@ -651,14 +679,14 @@ def inspect(
 
     Examples: sana inspect; sana inspect sana; sana inspect runs/quickstart; sana inspect quickstart --yaml > mine.yaml
     """
-    with user_errors():
+    with user_errors() as work:
         if target is not None and (schema or env):
-            raise SanaError(f"--{'schema' if schema else 'env'} is of no target; leave {target} out", exit_code=2)
+            raise SanaError(f"--{'schema' if schema else 'env'} takes no target: drop {target}", exit_code=2)
         if schema:
             from sana_cli.config import json_schema
 
             return console.print_json(json_schema())
-        _load_torch()
+        _load_torch(work)
         if env:
             from sana_cli.commands.inspect import environment
 
@@ -673,7 +701,7 @@ def _print_report(report: "Report", yaml: bool, json: bool) -> None:
     if yaml:
         if report.config is None:
             raise SanaError(f"--yaml: {report.title} has no config to print", "give a config, a run or a checkpoint", exit_code=2)
-        sys.stdout.write(report.config.to_commented_yaml())
+        console.print_text(report.config.to_commented_yaml())
         return
     if json:
         document: dict[str, Any] = {"kind": report.kind, "target": report.title, **report.facts}

@@ -3,14 +3,16 @@
 Human text goes to stderr, results to stdout. It imports no torch and computes nothing.
 """
 
+import contextlib
 import dataclasses
+import errno
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import BaseModel
 from rich import box
@@ -20,28 +22,79 @@ from rich.table import Table
 from rich.text import Text
 
 from sana_cli.errors import SanaError, one_line
+from sana_cli.launch import Launch
 from sana_cli.units import as_json, human_bytes
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress, at first
 SHARE_BETWEEN_LINES = 0.02  # of the time so far: a log of days is not one of ten thousands of lines
 CURVE_WIDTH = 24
 
-FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the first alone speaks
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what writing to a full or broken disk says
+
+
+def silence(stream: TextIO) -> None:
+    """Let a stream that nobody can read lead nowhere, so that what is left in it does no harm at the end."""
+    with contextlib.suppress(OSError, ValueError):  # of a test it has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Voice(Console):
-    """Stderr. When whoever read it has gone, it falls silent, and the work goes on."""
+    """Stderr. When nobody can read it any more, or its disk is full, it falls silent, and the work goes on."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        silence(sys.stderr)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As Console's, but without a word about a disk that is full."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
 
 
-err = _Voice(stderr=True, highlight=False, soft_wrap=True, quiet=not FIRST)
-out = Console(highlight=False, soft_wrap=True, quiet=not FIRST)
+err = _Voice(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
 alarm = _Voice(stderr=True, highlight=False, soft_wrap=True)  # what any process may have to say
 if not out.is_terminal:
     out.width = 200  # nobody's window: leave no table cell out
+_process = Launch()  # which of several processes this is
+
+
+def speak_as(process: Launch) -> None:
+    """From here on this is one of several processes, of which the first alone speaks."""
+    global _process
+    _process = process
+    err.quiet = err.quiet or not process.first
+    out.quiet = not process.first
+
+
+def begin(quiet: bool = False) -> None:
+    """Speak as the only process; `quiet`: say nothing on stderr but errors."""
+    speak_as(Launch())
+    err.quiet = quiet
+
+
+def not_written(error: OSError) -> SanaError:
+    """The one message of a result that nobody can read."""
+    return SanaError(f"what was found could not be written to stdout: {error.strerror}", "send it to a place that has room")
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Around what is written to stdout.
+
+    Raises:
+        SanaError: it cannot be: a full disk.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        silence(sys.stdout)
+        raise not_written(error) from error
 
 
 def shown(text: str) -> str:
@@ -54,24 +107,26 @@ def note(text: str) -> None:
     err.print(Text(shown(text)))
 
 
-def error(problem: SanaError) -> None:
+def error(problem: SanaError) -> SanaError:
     """The message of a user's mistake: what, where, what next. Lines are never wrapped, so that paths can be clicked.
 
     Of several processes, one that alone has a problem says so; what they all have is told by the first, and before they are
-    connected by the first of each machine.
+    connected by the first of each machine. Returns the problem.
     """
-    if problem.told or (problem.process is None and os.environ.get("LOCAL_RANK", "0") != "0"):
-        return
+    if problem.told or (problem.process is None and _process.local_rank != 0):
+        return problem
     first, *rest = shown(str(problem)).splitlines() or [""]
     who = f"process {problem.process}: " if problem.process else ""
     alarm.print(Text.assemble(("error: ", "bold red"), who, first))
     for line in rest:
         alarm.print(Text(line))
+    return problem
 
 
 def result(text: str) -> None:
     """One line of a result, on stdout."""
-    out.print(Text(shown(text)))
+    with _writing():
+        out.print(Text(shown(text)))
 
 
 def plain(value: Any) -> Any:
@@ -92,8 +147,14 @@ def plain(value: Any) -> Any:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    if FIRST:
-        sys.stdout.write(as_json(plain(value), indent=2) + "\n")
+    print_text(as_json(plain(value), indent=2) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Text as it is, on stdout."""
+    if _process.first:
+        with _writing():
+            sys.stdout.write(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +195,7 @@ class _Display(Progress):
 
 def watch(steps: Iterable[Any], describe: Callable[[Any], Line | None], quiet: bool = False) -> Any:
     """Show progress while a generator works, and return the last thing it yields. `describe` gives None for that one."""
-    if quiet or not FIRST:
+    if quiet or not _process.first:
         last = None
         for last in steps:
             describe(last)
@@ -194,12 +255,13 @@ def _watch_plain(steps: Iterable[Any], describe: Callable[[Any], Line | None]) -
 def facts(values: Mapping[str, Any]) -> None:
     """A name and a value a line, on stdout."""
     width = max(map(len, values), default=0)
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            told = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        else:
-            told = f"{value:,}" + (f" ({human_bytes(value)})" if name == "bytes" else "")
-        out.print(Text.assemble((f"{name:<{width}}  ", "bold"), shown(told)))
+    with _writing():
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                told = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            else:
+                told = f"{value:,}" + (f" ({human_bytes(value)})" if name == "bytes" else "")
+            out.print(Text.assemble((f"{name:<{width}}  ", "bold"), shown(told)))
 
 
 def table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> None:
@@ -214,4 +276,5 @@ def table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> None:
         sheet.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=least)
     for row in cells:
         sheet.add_row(*(Text(shown(cell)) for cell in row))
-    out.print(sheet)
+    with _writing():
+        out.print(sheet)

@@ -3,16 +3,19 @@
 import contextlib
 import ctypes
 import gc
-import resource
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 
+from sana_cli.choices import Precision
 from sana_cli.errors import SanaError
+
+resource: Any = importlib.import_module("resource") if importlib.util.find_spec("resource") else None  # Windows has none
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt (malloc.h)
 KEPT_PIECE = 1 << 25  # bytes of the largest tensor whose memory is kept when it is freed: older glibc allow no more
@@ -50,13 +53,24 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+        return cpu_has_bf16()
     return False
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies in bf16: AVX-512 or AMX on x86-64, the bf16 instructions on ARM."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the device has it natively, else fp32."""
+    """`auto` is bf16 where the device has it natively, else fp32.
+
+    Raises:
+        SanaError: it is none of `choices.Precision`.
+    """
+    if name not in get_args(Precision):
+        raise SanaError(f"precision: {name!r} is not one of {', '.join(get_args(Precision))}", exit_code=2)
     return ("bf16" if has_native_bf16(device) else "fp32") if name == "auto" else name
 
 
@@ -96,6 +110,8 @@ def _status(field: str) -> int:
     with contextlib.suppress(OSError, StopIteration, IndexError, ValueError):  # Linux: of this program, not of its parent as well
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

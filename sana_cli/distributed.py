@@ -4,7 +4,6 @@ One process needs none of it, and no environment variables. It reads torchrun's 
 """
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,22 +15,13 @@ import torch.distributed
 from torch import Tensor, nn
 
 from sana_cli.errors import SanaError
+from sana_cli.launch import launch
 
 WAIT = timedelta(days=7)  # for another process: a share of an embedding, a checkpoint or a grid of samples
 
 # Groups that have been left, which are never freed. Freeing one waits for gloo's threads while it holds the interpreter, which
 # a thread that is letting go of its last tensor waits for in turn: one end of a run in a hundred would hang.
 _left: list[Any] = []
-
-
-def launched_processes() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """Which of this machine's processes this is: the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @dataclass(frozen=True)
@@ -139,14 +129,14 @@ def world(cuda: bool = False) -> Iterator[World]:
 
     They talk through gloo; with `cuda`, tensors on GPUs go through NCCL.
     """
-    size = launched_processes()
-    if size == 1:
+    process = launch()
+    if process.size == 1:
         yield World()
         return
     if cuda:
-        torch.cuda.set_device(local_rank())  # where NCCL and FSDP look for it
+        torch.cuda.set_device(process.local_rank)  # where NCCL and FSDP look for it
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
-    here = World(torch.distributed.get_rank(), size)
+    here = World(torch.distributed.get_rank(), process.size)
     try:
         yield here
     except SanaError as error:

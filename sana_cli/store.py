@@ -143,6 +143,8 @@ class DatasetWriter:
             return None
         try:
             record = files.read_sealed_json(self._record(window))
+            if "cut" not in record:  # of an earlier version
+                return None
             for shard in (*record["captions"], *record["images"]):
                 files.check_size(self.folder / shard["file"], shard["bytes"])
                 if hashes:
@@ -166,9 +168,13 @@ class DatasetWriter:
         images: Images,
         caption_ids: Mapping[str, int],
         skipped: Sequence[Mapping[str, str]],
+        cut: int = 0,
     ) -> None:
-        """A window's images, and its record: its caption shards, as `write_captions` gave them, are written already."""
-        record: dict[str, Any] = {"captions": list(captions), "images": [], "skipped": list(skipped)}
+        """A window's images, and its record: its caption shards, as `write_captions` gave them, are written already.
+
+        `cut` is how many of its captions were longer than the encoder takes.
+        """
+        record: dict[str, Any] = {"captions": list(captions), "images": [], "skipped": list(skipped), "cut": cut}
         if images.sample_ids:
             record["images"].append(
                 self._write(f"images-{window:05d}", len(images.sample_ids), _pack_images(images, caption_ids))
@@ -205,6 +211,7 @@ class DatasetWriter:
                     "captions": len(texts),
                     "tokens": sum(shard["tokens"] for record in whole for shard in record["captions"]),
                     "skipped": len(skipped),
+                    "cut": sum(record["cut"] for record in whole),
                 },
                 **facts,
                 "one_word_captions": all(len(caption.split()) == 1 for caption in texts if caption),

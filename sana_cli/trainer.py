@@ -109,9 +109,10 @@ class Trainer:
         self.step = 0
         here, device = place.here, place.device
         self.sharded = here.size > 1 and train.parallel == "fsdp"
-        model = build(model_config, train.seed, train.init)
-        if weights is not None:
-            model.load_state_dict(weights)
+        model = build(model_config, train.seed if weights is None else None, train.init)
+        if weights is not None:  # drawing initial ones first, to overwrite them, would take seconds
+            copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
+            model.load_state_dict(copies, assign=True)
         model = model.to("cpu" if self.sharded else device)  # shards go to the device block by block
         self.average = WeightAverage(model)
         if average is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sana_cli import device
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed
 from sana_cli.config import Config, parse_config
 
@@ -19,6 +20,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # bitwise comparisons need a fixed thread count; and two workers with two threads each, on two cores, are ten times as slow as with one
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parent.parent
+# SANA_TESTS_BF16=yes or no runs the suite as if this processor multiplied in bf16, or did not; unset: as it is
+SAID_OF_BF16 = os.environ.get("SANA_TESTS_BF16")
+if SAID_OF_BF16:
+    device.cpu_has_bf16 = lambda: SAID_OF_BF16 == "yes"
 
 SMALL = """
 data: {image_size: 16, held_out_split: null}
@@ -50,9 +55,25 @@ def config(tmp_path: Path) -> Config:
     return made
 
 
-# no socket may be opened: whatever the command line does in tests, it does offline; and what tries to is on record
+# no socket may be opened: whatever the command line does in tests, it does offline; and what tries to is on record.
+# And the processor is what the suite was told that it is, see SAID_OF_BF16
 NO_NETWORK = """
-import pathlib, socket
+import importlib.abc, importlib.util, os, pathlib, socket, sys
+said = os.environ.get("SANA_TESTS_BF16")
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "sana_cli.device":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            module.cpu_has_bf16 = lambda: said == "yes"
+        spec.loader.exec_module = exec_module
+        return spec
+if said:
+    sys.meta_path.insert(0, Finder())
 def refuse(*a, **k):
     pathlib.Path(__file__).with_name("attempts").touch()
     raise RuntimeError("a socket was opened")

@@ -12,8 +12,8 @@ from conftest import embedded, small_config
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sana_cli import batches, checkpoint, draw, flow, formats, optim, store, trainer
-from sana_cli.commands.train import TrainOptions, TrainStep, TrainSummary, train
+from sana_cli import batches, checkpoint, draw, files, flow, formats, optim, store, trainer
+from sana_cli.commands.train import TrainOptions, TrainStart, TrainStep, TrainSummary, train
 from sana_cli.config import Config, TrainConfig
 from sana_cli.data import DIGIT_WORDS
 from sana_cli.errors import Interrupted, SanaError
@@ -492,3 +492,75 @@ def test_out_of_memory_names_what_to_change(config: Config, monkeypatch: pytest.
     assert all(
         f"train.{key}" in str(caught.value) for key in ("batch_size", "accumulate", "activation_checkpointing", "precision")
     )
+
+
+def test_given_weights_draw_no_random_model_first(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a resume nor init_from: it would take seconds of every process, to be overwritten."""
+    first = list(train(TrainOptions(config)))[-1]
+
+    def drawn(*_: object) -> None:
+        raise AssertionError("a random model was drawn")
+
+    monkeypatch.setattr("sana_cli.model.initialize", drawn)
+    longer = small_config(tmp_path, "train.steps=6")
+    assert list(train(TrainOptions(longer, resume="auto")))[-1].steps == 6
+    again = small_config(tmp_path, f"train.init_from={first.checkpoint}", f"run.dir={tmp_path / 'again'}", "train.lr=1e-12")
+    done = list(train(TrainOptions(again)))[-1]
+    found = files.read_tensors(done.checkpoint / checkpoint.RAW_WEIGHTS)
+    given = files.read_tensors(first.checkpoint / "transformer" / formats.WEIGHTS)
+    assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given), "they are the weights that were given"
+    with pytest.raises(AssertionError, match="a random model was drawn"):
+        list(train(TrainOptions(small_config(tmp_path, f"run.dir={tmp_path / 'new'}"))))
+
+
+def test_a_longer_run_keeps_the_warm_up_that_it_began_with(tmp_path: Path) -> None:
+    """The default follows from the steps; a run that goes on with more of them must not warm up a second time."""
+    short = small_config(tmp_path, "train.steps=20", "train.warmup_steps=null", "train.schedule=constant", "train.save_every=20")
+    embedded(short)
+    *_, done = train(TrainOptions(short))
+    saved = files.read_json(done.checkpoint / checkpoint.STATE)["config"]["train"]
+    assert saved["warmup_steps"] == 2
+    longer = small_config(
+        tmp_path, "train.steps=1000", "train.warmup_steps=null", "train.schedule=constant", "train.save_every=1000"
+    )
+    steps = train(TrainOptions(longer, resume="auto"))
+    rates = []
+    for step in steps:
+        if isinstance(step, TrainStep) and step.step > 20:
+            rates.append(step.lr)
+        if len(rates) == 3:
+            break
+    steps.close()
+    assert rates == [longer.train.lr] * 3
+    with pytest.raises(SanaError, match=r"train\.warmup_steps: the run has 2, not 5"):
+        list(
+            train(
+                TrainOptions(
+                    small_config(tmp_path, *["train.steps=30", "train.warmup_steps=5", "train.schedule=constant"]), "auto"
+                )
+            )
+        )
+
+
+def test_a_checkpoint_knows_its_words(config: Config, tmp_path: Path) -> None:
+    from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
+
+    *_, done = train(TrainOptions(config))
+    record = checkpoint.read_record(done.checkpoint)
+    assert record["words"] == sorted(["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", *DIGIT_WORDS])
+
+    def notes(*prompts: str, **options: object) -> tuple[str, ...]:
+        options = {"out": tmp_path / "x.png", "device": "cpu", "steps": 1} | options
+        *_, summary = sample(SampleOptions(prompts, done.checkpoint, **options))  # type: ignore[arg-type]
+        assert isinstance(summary, SampleSummary)
+        return summary.notes
+
+    assert notes("4 TWO", negative_prompt="six") == ()
+    assert notes("4 --w 32", "forty", negative_prompt="ugly") == (
+        "words that this checkpoint was never trained on: - w forty ugly",
+    )
+    (note,) = notes(" ".join(["4" * 400]))
+    assert "1 of the prompts are longer than text.max_length, 300 tokens" in note
+    unseen = small_config(tmp_path, 'sample.prompts=["4 zebra"]', f"run.dir={tmp_path / 'unseen'}")
+    start = next(step for step in train(TrainOptions(unseen)) if isinstance(step, TrainStart))
+    assert "sample.prompts: words that no caption of the dataset has: zebra" in start.notes

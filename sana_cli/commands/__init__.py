@@ -1,1 +1,1 @@
-"""The four commands, as functions: a dataclass in, dataclasses out. They never print and do not import each other."""
+"""The commands, a module each, as functions: a dataclass in, dataclasses out. They never print and do not import each other."""

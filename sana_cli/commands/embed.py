@@ -94,6 +94,8 @@ class EmbedSummary:
     lesson_bytes: int  # what one padded float32 array for each image, the lesson's layout, would have taken
     seconds: float
     peak_memory: int
+    cut: int = 0  # captions longer than text.max_length, which were cut there
+    notes: tuple[str, ...] = ()  # what a person should know: work that could not be shared out
     held_out: "EmbedSummary | None" = None  # the held-out split, a dataset of its own
 
 
@@ -193,6 +195,7 @@ class _Reader:
         self.pool: ProcessPoolExecutor | None = None
         self.taken = 0  # entries so far, for whoever watches
         self.windows = 0
+        self.notes: tuple[str, ...] = ()
         self.stopped = False
 
     def close(self) -> None:
@@ -232,9 +235,17 @@ class _Reader:
 
     def _decode(self, images: list[Any]) -> Future[list[np.ndarray | str]]:
         if self.workers and not all(isinstance(image, np.ndarray) for image in images):
-            if self.pool is None:
-                self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"))
-            return self.pool.submit(decode_all, images, *self.fitting)
+            try:
+                if self.pool is None:
+                    self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"))
+                return self.pool.submit(decode_all, images, *self.fitting)
+            except BrokenProcessPool:
+                raise
+            except (OSError, ImportError, NotImplementedError) as error:  # no semaphores, or no more processes
+                self.workers = 0
+                self.notes += (
+                    f"images are decoded in one process: this system starts no workers ({error}); data.workers=0 asks for that",
+                )
         future: Future[list[np.ndarray | str]] = Future()
         future.set_result(decode_all(images, *self.fitting))
         return future
@@ -342,13 +353,14 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
                 raise SanaError(f"{options.config.data.source}: no entry can be used", *work.reasons())
             work.writer.finish(reader.windows, work.caption_ids, facts)
             files.put_in_place(partial, directory)
-            yield _summary(store.Dataset(directory), start, peak_memory(device), was_there=False, resumed=work.resumed)
+            done = _summary(store.Dataset(directory), start, peak_memory(device), was_there=False, resumed=work.resumed)
+            yield replace(done, notes=reader.notes)
         here.wait()
     except OSError as error:
         raise files.storage_error(error, f"writing {directory}") from error
     except BrokenProcessPool as error:
         raise SanaError(
-            "a process that decodes images was killed, for want of memory perhaps",
+            "a process that decodes images was killed, possibly out of memory",
             "run the command again to go on, with fewer: --set data.workers=1",
         ) from error
     finally:
@@ -364,6 +376,7 @@ class _Work:
         self.encoder, self.autoencoder, self.writer, self.strict = encoder, autoencoder, writer, strict
         self.caption_ids: dict[str, int] = {"": 0}  # the null caption leads
         self.resumed = 0
+        self._cut = 0  # captions of the window at hand that are longer than the encoder takes
 
     def windows(self, reader: _Reader, here: World) -> Iterator[None]:
         """Every window of the source, those of this process written. Yields often, for progress."""
@@ -414,7 +427,7 @@ class _Work:
                         yield
                     images, captions = self._images(window), [shard.result() for shard in shards]
                     skipped = [{"name": entry.name, "reason": entry.reason} for _, entry in window.skipped]
-                    write(self.writer.write, window.number, captions, images, self.caption_ids, skipped)
+                    write(self.writer.write, window.number, captions, images, self.caption_ids, skipped, self._cut)
                     del window, shards, captions, images, new
                     return_memory(self.encoder.device)  # many small tensors leave holes that malloc would keep
                     yield
@@ -426,6 +439,7 @@ class _Work:
     def _captions(self, captions: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """States of captions in this order, in shards of a bounded size."""
         tokens = self.encoder.tokenize(captions)
+        self._cut = sum(self.encoder.is_cut(caption, tokens=found) for caption, found in tokens.items())
         run: list[str] = []
         budget = room = store.WINDOW_BYTES // (2 * self.encoder.dim)  # tokens of a shard
         for caption in captions:
@@ -498,4 +512,5 @@ def _summary(dataset: store.Dataset, start: float, memory: int, was_there: bool,
         lesson_bytes=counts["images"] * store.LESSON_BYTES_PER_IMAGE,
         seconds=time.perf_counter() - start,
         peak_memory=memory,
+        cut=counts.get("cut", 0),
     )

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from sana_cli import __version__, checkpoint, draw, formats, store
+from sana_cli import __version__, checkpoint, draw, formats, outputs, store, strangers
 from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs
 from sana_cli.device import devices, free_memory, resolve_device, resolve_precision
 from sana_cli.errors import SanaError, one_line
 from sana_cli.model import build, module_rows
+from sana_cli.openmp import USERS
 from sana_cli.pipeline import INDEX, Pipeline, open_pipeline
 from sana_cli.text import TINY_DIM, text_config
 from sana_cli.units import human_bytes
@@ -62,13 +63,16 @@ def inspect(options: InspectOptions) -> Report:
             return _checkpoint(path, options.verify)
         if (path / "transformer").is_dir() or (path / "config.json").is_file():
             return _transformer(path)
-        raise SanaError(f"{path} is neither a run, a checkpoint, a diffusers folder nor a dataset of sana's")
+        other = strangers.other_folder(path)
+        raise SanaError(*(other or (f"{path} is neither a run, a checkpoint, a diffusers folder nor a dataset of sana's",)))
+    if other := strangers.other_file(path):
+        raise SanaError(*other)
     beginning = _beginning(path)
-    if beginning.startswith(b"\x89PNG") or path.suffix.lower() == ".png":
+    if beginning.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF")) or path.suffix.lower() in outputs.PICTURES:
         return _picture(path)
-    if beginning[8:9] == b"{" or beginning.startswith((b"PK", b"\x80")):  # safetensors, or a pickle, zipped or plain
+    if beginning[4:9] == b"\0\0\0\0{" or beginning.startswith((b"PK", b"\x80")):  # safetensors, or a pickle, zipped or plain
         return _transformer(path)
-    if path.suffix.lower() in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"):
+    if path.suffix.lower() in strangers.SUFFIXES:
         return _transformer(path)  # which says what is wrong with it
     if path.parent != Path() and not path.exists():
         raise SanaError(f"{path} does not exist", "sana inspect alone lists the shipped configs", exit_code=2)
@@ -76,6 +80,8 @@ def inspect(options: InspectOptions) -> Report:
 
 
 def _beginning(path: Path) -> bytes:
+    if not path.is_file():  # a pipe would be waited for
+        return b""
     try:
         with path.open("rb") as file:
             return file.read(9)
@@ -88,6 +94,7 @@ VARIABLES = (
     "HF_HUB_OFFLINE",
     "HF_HUB_DISABLE_PROGRESS_BARS",
     "OMP_NUM_THREADS",
+    *USERS,
     "CUDA_VISIBLE_DEVICES",
     "NO_COLOR",
     "WORLD_SIZE",
@@ -245,6 +252,7 @@ def _checkpoint(path: Path, verify: bool) -> Report:
     return Report("run" if is_run else "checkpoint", str(path), facts, MODULE_COLUMNS, rows, config)
 
 
+AVERAGES = ("transformer_ema", "ema")  # folders that diffusers' and SimpleTuner's trainers write beside transformer/
 ORIGINS = {"diffusers": "diffusers", "official": "NVlabs/Sana", "lesson": "the lesson"}
 
 
@@ -258,6 +266,12 @@ def _transformer(path: Path) -> Report:
     if weights.origin == "lesson":
         facts["family"] = "the lesson"
     facts["format"] = f"{ORIGINS[weights.origin]}, {', '.join(weights.dtypes)}, {human_bytes(size)}"
+    if weights.choice:
+        facts["weights"] = weights.choice
+    elif averages := [f"{name}/" for name in AVERAGES if path.is_dir() and (path / name / "config.json").is_file()]:
+        facts["weights"] = f"those of transformer/; {averages[0]} beside it, which can be named, may be their average"
+    if weights.other_parts:
+        facts["all-in-one"] = f"left out: {', '.join(weights.other_parts)}"
     if weights.left_out:
         facts["also holds"] = ", ".join(weights.left_out)
     facts |= _surroundings(path, pipeline)
@@ -303,6 +317,7 @@ def _dataset(path: Path, verify: bool) -> Report:
         "captions": counts["captions"],
         "tokens": counts["tokens"],
         **({"left out": f"{counts['skipped']:,}, listed in {store.SKIPPED}"} if counts.get("skipped") else {}),
+        **({"cut": f"{counts['cut']:,} captions, at text.max_length"} if counts.get("cut") else {}),
         "image": f"{image['kind']}, {image['channels']} x {image['height']} x {image['width']}",
         "caption states": f"{index['caption_dim']} wide, bf16",
         "bytes": dataset.bytes,

@@ -30,13 +30,14 @@ from sana_cli.device import (
     resolve_device,
     resolve_precision,
 )
-from sana_cli.distributed import World, launched_processes, local_rank, world
+from sana_cli.distributed import World, world
 from sana_cli.errors import Interrupted, SanaError
+from sana_cli.launch import launch
 from sana_cli.metrics import Losses
 from sana_cli.model import SanaTransformer, build
 from sana_cli.optim import optimizer_numbers
 from sana_cli.store import Dataset, held_out_dir, is_dataset
-from sana_cli.text import asked_for, check_same_encoder, load_encoder
+from sana_cli.text import as_of_today, asked_for, check_same_encoder, load_encoder, unseen_words, words_of
 from sana_cli.trainer import NotFiniteError, Place, Step, Trainer
 
 # what may differ between a run and its resumption, beside the data, text, sample and run sections: the dataset is compared
@@ -62,6 +63,7 @@ MAY_CHANGE = {
     ]
 }
 GRID_CAPTIONS = 20  # captions of the dataset in a sample grid
+MOST_WORDS = 20_000  # of all captions, that a checkpoint remembers; of more, it remembers none
 ROWS_ASKED = 1000  # for the label that belongs to a caption
 
 
@@ -203,15 +205,13 @@ def _device(config: Config) -> torch.device:
         SanaError: there is no such device, or not one for each process.
     """
     device = resolve_device(config.run.device)
-    if launched_processes() == 1 or device.type == "cpu":
+    if launch().size == 1 or device.type == "cpu":
         return device
     if device.type == "mps":
         raise SanaError("run.device: MPS trains in one process", "leave torchrun out, or use run.device=cpu")
     if ":" in config.run.device:
-        raise SanaError(
-            f"run.device: {device} is one GPU, and torchrun started {launched_processes()} processes", "use run.device=cuda"
-        )
-    return resolve_device(f"cuda:{local_rank()}")
+        raise SanaError(f"run.device: {device} is one GPU, and torchrun started {launch().size} processes", "use run.device=cuda")
+    return resolve_device(f"cuda:{launch().local_rank}")
 
 
 def plan(options: TrainOptions) -> TrainPlan:
@@ -230,7 +230,7 @@ def _plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_memor
     reason = f"{device.type} {'has' if native else 'lacks'} native bf16" if train.precision == "auto" else "as asked"
     meta = build(model, seed=None)
     parameters = checkpoint.parameter_count(meta.parameters())
-    processes = launched_processes()
+    processes = launch().size
     batch = train.batch_size * train.accumulate * processes
     moments = optimizer_numbers(meta, train)
     one = 4 * (2 * parameters + moments)  # float32: EMA, raw weights, what the optimizer remembers
@@ -266,7 +266,7 @@ def _memory_plan(config: Config, dataset: Dataset, model: ModelConfig, precision
     read = min(1.0, config.train.steps * config.train.batch_size * config.train.accumulate / len(dataset))
     found = training_memory(
         model, config.train, dataset.image_shape[1:], dataset.longest_caption(), precision, device,
-        launched_processes(), int(read * dataset.bytes), GRID_CAPTIONS,
+        launch().size, int(read * dataset.bytes), GRID_CAPTIONS,
     )  # fmt: skip
     return MemoryPlan(found.total, dict(vars(found)))
 
@@ -291,7 +291,9 @@ def _resume_from(options: TrainOptions) -> tuple[Path | None, tuple[str, ...]]:
                 f"no checkpoint of {run} is whole:", *skipped, "start another run with --set run.dir=DIR, or remove these"
             )
         return folder, tuple(skipped)
-    folder = checkpoint.find_checkpoint(Path(options.resume))
+    if options.resume.lower() in ("latest", "last", "newest", "true", "yes", "on") and not Path(options.resume).exists():
+        raise SanaError(f"--resume: {options.resume!r} is no checkpoint", "the newest of the run is --resume auto", exit_code=2)
+    folder = checkpoint.find_checkpoint(Path(options.resume).expanduser())
     for _ in checkpoint.verify(folder, hashes=True):
         pass
     later = [path.name for path in there if checkpoint.step_of(path) > checkpoint.step_of(folder)]
@@ -318,6 +320,14 @@ class _Saved:
     def images(self) -> int:
         """Of a step."""
         return int(self.state["samples_seen"]) // self.step
+
+
+def _with_its_warmup(saved: _Saved, config: Config) -> Config:
+    """The config of a run that goes on: where it leaves the warm-up to the number of steps, it keeps that which it began with."""
+    if config.train.warmup_steps is not None:
+        return config
+    recorded = int(saved.state["config"]["train"]["warmup_steps"])
+    return config.model_copy(update={"train": config.train.model_copy(update={"warmup_steps": recorded})})
 
 
 def _check_resumable(saved: _Saved, config: Config, dataset: Dataset, plan: TrainPlan) -> tuple[str, ...]:
@@ -377,6 +387,7 @@ class _Run:
         with here.together():
             self.saved = None if chosen is None else _Saved(Path(chosen), checkpoint.read_state(Path(chosen)))
             if self.saved is not None:
+                config = self.config = _with_its_warmup(self.saved, config)
                 self.notes += _check_resumable(self.saved, config, self.dataset, self.plan)
                 batch = self.saved.images
                 rounds = -(-batch // (config.train.batch_size * here.size))
@@ -479,14 +490,24 @@ class _Run:
             captions = self._captions_in_order(texts)
             captions = captions[:: max(1, len(captions) // GRID_CAPTIONS)][:GRID_CAPTIONS]
             rows = [tuple(captions[at : at + 10]) for at in range(0, len(captions), 10)]
+        words = {word for text in texts for word in words_of(text)}
+        self.words = sorted(words) if len(words) <= MOST_WORDS else None
         self.cells = draw.grid_cells(rows, 1, sample.seed)
         prompts = [cell.prompt for row in self.cells for cell in row]
         states = {prompt: self.dataset.states([texts[prompt]])[0] for prompt in prompts if prompt in texts}
         unknown = [prompt for prompt in prompts if prompt not in texts]
+        if unseen := unseen_words(unknown, words):
+            self.notes += (f"sample.prompts: words that no caption of the dataset has: {' '.join(unseen)}",)
         if unknown:
             device = self.trainer.place.device
             encoder = load_encoder(self.config.text, device)
-            check_same_encoder(self.dataset.index["encoder"], encoder.fingerprint, str(self.dataset.directory))
+            recorded = as_of_today(self.dataset.index["encoder"], texts)
+            check_same_encoder(
+                recorded, encoder.fingerprint, str(self.dataset.directory), "embed it again: sana embed --overwrite"
+            )
+            cut = [prompt for prompt in unknown if encoder.is_cut(prompt)]
+            if cut:
+                self.notes += (f"sample.prompts: {len(cut)} are longer than text.max_length, and are cut there: {cut[0]!r:.60}",)
             states |= dict(encoder.encode(unknown))
             del encoder
             release_memory(device)
@@ -561,7 +582,7 @@ class _Run:
             release_memory(place.device)
         path = self.grid_path
         record = draw.grid_record(self.cells, settings, f"{self.dir.name}/{path.stem}")
-        draw.save_png(draw.grid(draw.to_pixels(images), self.cells), path, record)
+        draw.save_picture(draw.grid(draw.to_pixels(images), self.cells), path, record)
         return path
 
     def try_report(self) -> str | None:
@@ -585,6 +606,7 @@ class _Run:
         config = self.config.to_dict()
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
         del config["train"]["init_from"]  # a path, which means nothing elsewhere
+        config["train"]["warmup_steps"] = train.warmup  # which a longer run that goes on from here keeps
         index = self.dataset.index
         dataset = {"sha256": index["sha256"], "images": len(self.dataset)}
         record = {
@@ -595,6 +617,7 @@ class _Run:
             "encoder": index["encoder"],
             "one_word_captions": index["one_word_captions"],
             "example_captions": [text for text in self.dataset.texts()[: GRID_CAPTIONS + 1] if text],
+            **({} if self.words is None else {"words": self.words}),
             "image": index["image"],
             "autoencoder": index["image"].get("autoencoder"),
             "precision": self.plan.precision,
@@ -670,7 +693,7 @@ def train(options: TrainOptions) -> Iterator[TrainStart | TrainStep | TrainSumma
             a disk that fails. The checkpoints that were there stay.
     """
     begin = time.perf_counter()
-    with world(cuda=launched_processes() > 1 and _device(options.config).type == "cuda") as here:
+    with world(cuda=launch().size > 1 and _device(options.config).type == "cuda") as here:
         run = _Run(options, here)
         with here.together():
             if here.first:

@@ -1,0 +1,96 @@
+"""Signals, from the first moment of a process to a clean stop. It prints nothing but the last word of a process that has to go.
+
+Before torch is loaded a signal ends the process at once (`end_at_once`). While a command works it raises `Asked`
+(`raise_asked`). Training takes it as a question (`Stop`): it finishes what it is at, saves, and leaves. SIGINT is Ctrl-C;
+SIGTERM and SIGUSR1 come from schedulers (Slurm sends the latter as a warning); SIGHUP means that the terminal is gone. A signal
+that was ignored when the process began, as nohup ignores SIGHUP, stays ignored.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]  # Windows has the first two
+SECONDS_TO_PASS_ON = 5.0  # torchrun passes on to its processes a signal that the terminal has sent them already
+
+
+class Asked(BaseException):
+    """A signal asked for an end. It is no `Exception`, which a library that is just imported might swallow."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+_asked: list[int] = []
+
+
+def raise_asked(number: int, _frame: FrameType | None) -> None:
+    """Handle a signal by raising `Asked`."""
+    _asked.append(number)
+    raise Asked(number)
+
+
+def end_at_once(number: int, _frame: FrameType | None) -> None:
+    """Handle a signal by ending the process, with its last word."""
+    os.write(2, f"error: {word_for(number)}\n".encode())
+    os._exit(128 + number)
+
+
+def word_for(number: int) -> str:
+    """What happened to a command that a signal ended."""
+    return "interrupted" if number == signal.SIGINT else "terminated"
+
+
+def attentive(steps: Iterator[Any]) -> Iterator[Any]:
+    """The same steps; between them a signal is seen even if a library that was loading has swallowed what it raised."""
+    for step in steps:
+        if _asked:
+            raise Asked(_asked[0])
+        yield step
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """All of `SIGNALS` go to `handler`, but SIGHUP and SIGUSR1 where they are ignored."""
+    kept = (signal.SIGINT, signal.SIGTERM)
+    numbers = [number for number in SIGNALS if number in kept or signal.getsignal(number) is not signal.SIG_IGN]
+    previous = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, previous, strict=True):
+            signal.signal(number, old)
+
+
+class Stop:
+    """A question "were we asked to stop?" for a command that finishes what it is at. A second signal is final."""
+
+    def __init__(self, first_signal: Callable[[], None], by_torchrun: bool = False) -> None:
+        """`first_signal` is called at the first one; torchrun sends the same signal twice."""
+        self.number: int | None = None
+        self._tell, self._by_torchrun, self._since = first_signal, by_torchrun, 0.0
+
+    def __call__(self) -> int | None:
+        """The signal's number, or None."""
+        return self.number
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._since = number, now
+            self._tell()
+        elif not self._by_torchrun or now - self._since > SECONDS_TO_PASS_ON:
+            os._exit(128 + number)
+
+    def during(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """The same steps, where signals are taken as questions from the first step on. Until then they end the command."""
+        first = next(attentive(steps))
+        with handling(self._handle):
+            yield first
+            yield from steps
