@@ -91,7 +91,9 @@ class DataConfig(Section):
     path: PathField | None = Field(
         None, description="where the source reads: a folder, a .tar, or a Hugging Face id; null: the files that come with sana"
     )
-    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] = Field("train", description="the part of the source to embed")
+    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] = Field(
+        "train", description="the part of the source to embed: a sub-folder, or the shards that are named after it"
+    )
     held_out_split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] | None = Field(
         "auto",
         description="the part that embed puts into DIR-SPLIT, whose loss train watches; auto: test for mnist, else none; null: none",
@@ -102,7 +104,9 @@ class DataConfig(Section):
     image_field: Annotated[str, Field(min_length=1)] = Field(
         "image", description="the column of images, in Hugging Face datasets"
     )
-    caption_template: str = Field("{}", description="the caption of a class, where {} is its name (class-named folders, idx)")
+    caption_template: str = Field(
+        "{}", description="the caption of a class, where {} is its name (class-named folders, idx, class columns of datasets)"
+    )
     class_names: Prompts | None = Field(
         None, description="what labels 0, 1, ... are called (idx); null: EMNIST's mapping file, else their numbers"
     )

@@ -118,10 +118,13 @@ class Watch:
 def watch() -> Iterator[None]:
     """While the block lasts, stop libgomp's spinning whenever other work crowds the cores. Where it cannot, do nothing.
 
-    Who has set one of `USERS` has decided, and is left alone. It needs a loaded torch.
+    It does nothing unless the environment asks for short waits, as `ask_for_short_waits` does: who has set any of `USERS`
+    otherwise has decided. It needs a loaded torch.
     """
     before = waited_for_a_core()
-    open_team = _throttle() if {name: os.environ.get(name) for name in USERS if name in os.environ} == SETTINGS else None
+    said = {name: os.environ[name] for name in USERS if name in os.environ}
+    asked = bool(said) and all(SETTINGS.get(name) == value for name, value in said.items())
+    open_team = _throttle() if asked else None
     if before is None or open_team is None:
         yield
         return

@@ -186,6 +186,9 @@ def test_a_watch_opens_and_closes_its_throttle(monkeypatch: pytest.MonkeyPatch) 
         wait_until(0, 0.0)
         wait_until(1, 1.0)
     assert alive[0] == 0, "closed with the command"
+    monkeypatch.delenv("KMP_BLOCKTIME")
+    with openmp.watch():  # one of the two will do, as README says for Python
+        wait_until(1, 1.0)
     assert teams
     assert min(teams) > (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")

@@ -255,7 +255,8 @@ def test_captions_are_read_as_text_is(tmp_path: Path) -> None:
     write(tmp_path, images(*(f"{n}.png" for n in range(5))))
     odd = "one\u2028still one\x0cand\x85on"
     write(tmp_path, {
-        "0.txt": f"\ufeff{odd}\r\ntwo\rthree\n", "1.txt": "one".encode("utf-16"), "2.txt": b"x\xff", "3.txt": "one".encode("utf-16-le"),
+        "0.txt": f"\ufeff{odd}\r\ntwo\rthree\n", "1.txt": "one".encode("utf-16"), "2.txt": b"x\xff",
+        "3.txt": "one".encode("utf-16-le"),
         "4.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     })  # fmt: skip
     entries, left = folder(tmp_path)
@@ -326,7 +327,8 @@ def test_links_are_read_or_listed(tmp_path: Path, captions: str) -> None:
     root = write(tmp_path / "root", images("train/cat/1.png", "train/cat/sub/2.png", "pool/birds/3.png", "pool/birds/.own/4.png"))
     write(tmp_path, images("outside/5.png"))
     for name, target in {
-        "birds": "../pool/birds", "kitty": "cat", "cat/up": "..", "cat/self": "self", "cat/sub/all": "../../..", "out": "../../outside",
+        "birds": "../pool/birds", "kitty": "cat", "cat/up": "..", "cat/self": "self", "cat/sub/all": "../../..",
+        "out": "../../outside",
         "dead": "none", "5.png": "../../outside/5.png", "cat/3.png": "../../pool/birds/3.png", "own": "../pool/birds/.own",
         "pool": "../pool",
     }.items():  # fmt: skip
@@ -449,7 +451,8 @@ JSON_ROWS = [{"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "text":
     ("name", "content", "reason"),
     [
         ("metadata.jsonl", "", "is empty"), ("metadata.jsonl", "\ufeff\n \n", "is empty"),
-        ("metadata.jsonl", json.dumps(JSON_ROWS), "is one JSON array"), ("metadata.jsonl", json.dumps(JSON_ROWS, indent=1), "is one JSON array"),
+        ("metadata.jsonl", json.dumps(JSON_ROWS), "is one JSON array"),
+        ("metadata.jsonl", json.dumps(JSON_ROWS, indent=1), "is one JSON array"),
         ("metadata.jsonl", "[\n" + ",\n".join(map(json.dumps, JSON_ROWS)) + "\n]", "is one JSON array"),
         ("metadata.jsonl", json.dumps(JSON_ROWS[0], indent=1), "is one JSON object"),
         ("metadata.jsonl", json.dumps({"a.png": "x"}), "is one JSON object"), ("metadata.jsonl", '"x"', "is one JSON value"),
@@ -460,8 +463,10 @@ JSON_ROWS = [{"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "text":
         ("metadata.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         ("metadata.csv", "", "is empty"), ("metadata.csv", "\n\n", "is empty"), ("metadata.csv", "sep=,\n", "is empty"),
         ("metadata.csv", "file_name;text\na.png;x\n", "parted by ';', not by commas\nsave it as CSV with commas"),
-        ("metadata.csv", '\ufeff"file_name";"text"\n', "parted by ';'"), ("metadata.csv", "sep=;\nfile_name;text\n", "parted by ';'"),
-        ("metadata.csv", "file_name\ttext\na.png\tx\n", "parted by tabs"), ("metadata.csv", "a.png;a cat, asleep; x\n", "parted by ';'"),
+        ("metadata.csv", '\ufeff"file_name";"text"\n', "parted by ';'"),
+        ("metadata.csv", "sep=;\nfile_name;text\n", "parted by ';'"),
+        ("metadata.csv", "file_name\ttext\na.png\tx\n", "parted by tabs"),
+        ("metadata.csv", "a.png;a cat, asleep; x\n", "parted by ';'"),
         ("metadata.csv", "a|b\n", r"parted by '\|'"), ("metadata.csv", "a.png,a cat; asleep\n", "is a row already"),
         ("metadata.csv", "image,text\n1,x\n", "has no column file_name; it has image, text"),
         ("metadata.csv", "file_name,caption\n1,x\n", r"has no column text; it has file_name, caption\n.*data\.caption_field"),
@@ -514,8 +519,10 @@ NFC, NFD = (unicodedata.normalize(form, "Übergröße-é") for form in ("NFC", "
 @pytest.mark.parametrize(
     ("named", "there"),
     [
-        (f"{NFC}.png", f"{NFD}.png"), (f"{NFD}.png", f"{NFC}.png"), (f"{NFD.upper()}.PNG", f"{NFC}.png"), ("cats/1.png", "Cats/1.PNG"),
-        ("sub\\a.png", "sub/a.png"), (".\\sub\\\\A.PNG", "sub/a.png"), ("./sub//a.png", "sub/a.png"), ("sub/./a.png", "sub/a.png"),
+        (f"{NFC}.png", f"{NFD}.png"), (f"{NFD}.png", f"{NFC}.png"), (f"{NFD.upper()}.PNG", f"{NFC}.png"),
+        ("cats/1.png", "Cats/1.PNG"),
+        ("sub\\a.png", "sub/a.png"), (".\\sub\\\\A.PNG", "sub/a.png"), ("./sub//a.png", "sub/a.png"),
+        ("sub/./a.png", "sub/a.png"),
         ("STRASSE.png", "straße.png"), ("1:2.png", "1:2.png"), ("a\\b.png", "a\\b.png"),
     ],
 )  # fmt: skip
@@ -538,9 +545,11 @@ def test_names_that_several_files_have_are_not_guessed(tmp_path: Path) -> None:
         ("cat/1.PNG", r"no such file; is it cats/1.png?"), ("tabby_cta.png", "no such file; is it tabby_cat.png?"),
         ("tabby_cat.jpg", "no such file; is it tabby_cat.png?"), ("tabby_cat", "no such file; is it tabby_cat.png?"),
         ("cats/2.png", "no such file"), ("photo.png", "no such file"), ("0002.png", "no such file"),
-        ("dogs/0001.png", "no such file; is it 0001.png?"), ("1.png", "no such file; is it cats/1.png?"), ("dogs/1.png", "no such file"),
+        ("dogs/0001.png", "no such file; is it 0001.png?"), ("1.png", "no such file; is it cats/1.png?"),
+        ("dogs/1.png", "no such file"),
         ("..\\a.png", "its name leads out of the source"), ("\\a.png", "its name leads out of the source"),
-        ("C:\\a.png", "its name leads out of the source"), ("c:/a.png", "its name leads out of the source"), ("x\\..\\..\\a.png", "its name leads out of the source"),
+        ("C:\\a.png", "its name leads out of the source"), ("c:/a.png", "its name leads out of the source"),
+        ("x\\..\\..\\a.png", "its name leads out of the source"),
         ("cats", "not a regular file"), ("cats/", "not a regular file"), (".", "not a file name"), ("./", "not a file name"),
     ],
 )  # fmt: skip
@@ -619,13 +628,15 @@ def test_hidden_members_do_not_part_image_and_caption(tmp_path: Path) -> None:
 
 def test_members_that_are_not_read_are_listed(tmp_path: Path) -> None:
     members: list[tuple[str, bytes | str | None]] = [
-        ("0.jpg", None), ("0.png", None), ("0.txt", "zero"), ("0.cls", "3"), ("0.seg.png", None), ("0.heic", "x"), ("0.txt", "again"),
+        ("0.jpg", None), ("0.png", None), ("0.txt", "zero"), ("0.cls", "3"), ("0.seg.png", None), ("0.heic", "x"),
+        ("0.txt", "again"),
         ("1.heic", "x"), ("1.txt", "one"),
         ("2.txt", "two"),
         ("v1.0_001.png", None), ("v1.0_001.txt", "x"), ("v1.0_002.png", None),
         ("3.json", '{"text": "\\u00e9"}'), ("3.png", None),
         ("4.png", None), ("4.txt", "four".encode("utf-16")), ("5.png", None), ("5.json", '{"text": "x"}'.encode("utf-16")),
-        ("8.png", None), ("8.json", '{"file_name": "x", "prompt": "x"}'), ("6.png", None), ("6.txt", "a\u2028b\rc\x85"), ("7.png", None), ("7.txt", "version https://git-lfs.github.com/spec/v1\n"),
+        ("8.png", None), ("8.json", '{"file_name": "x", "prompt": "x"}'), ("6.png", None), ("6.txt", "a\u2028b\rc\x85"),
+        ("7.png", None), ("7.txt", "version https://git-lfs.github.com/spec/v1\n"),
     ]  # fmt: skip
     entries, left = tars(shard(tmp_path / "a.tar", members))
     assert entries == {"a.tar/0": ("zero",), "a.tar/3": ("é",), "a.tar/6": ("a\u2028b", "c\x85".strip())}
@@ -666,13 +677,15 @@ def test_shards_that_are_not_sorted_say_so(tmp_path: Path, monkeypatch: pytest.M
     entries, left = tars(shard(tmp_path / "a.tar", members))
     assert sorted(entries) == ["a.tar/2", "a.tar/3"]
     said = [
-        ("a.tar/0", "no caption" + APART), ("a.tar/9", "no image"), ("a.tar/1", "no caption" + APART), ("a.tar/0", "no image" + APART),
+        ("a.tar/0", "no caption" + APART), ("a.tar/9", "no image"), ("a.tar/1", "no caption" + APART),
+        ("a.tar/0", "no image" + APART),
         ("a.tar/1", "no image" + APART), ("a.tar/8", "no caption"), ("a.tar/2", "no image" + APART),
     ]  # fmt: skip
     if most == 1:  # memory is bounded: of the first it is not known yet
         said[0], said[2] = ("a.tar/0", "no caption"), ("a.tar/1", "no caption" + APART)
         assert {name for name, _ in left} == {name for name, _ in said} | {"a.tar/3"}
         assert [reason for _, reason in left].count("no image" + APART) == 3
+        assert isinstance(next(iter(opened(tmp_path / "a.tar", "webdataset"))), Skipped), "it is not kept until the end"
     else:
         assert left == [("a.tar/3", "named twice; the first is kept"), *said]
 
@@ -691,7 +704,8 @@ def test_what_lies_beside_shards_is_read_or_listed(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", shard(tmp_path / "out.tar", pair("o"))
     for name in ("0.tar", "1.TAR", "sub/0.tar", "test/0.tar", "dev/deep/0.tar"):
         shard(root / name, pair(name[0]))
-    write(root, {**images("loose.png"), "0.parquet": "x", "0_stats.json": "{}", "0.idx": "x", "other.parquet": "x", "2.tar.gz": "x",
+    write(root, {**images("loose.png"), "0.parquet": "x", "0_stats.json": "{}", "0.idx": "x", "other.parquet": "x",
+    "2.tar.gz": "x",
                  "3.zip": "x", "metadata.jsonl": "{}", "README.md": "x", "test/3.zip": "x", "4.heic": "x"})  # fmt: skip
     for name, target in {"5.tar": "sub/0.tar", "6.tar": str(outside), "7.tar": "none", "8": "sub", "9": str(tmp_path)}.items():
         (root / name).symlink_to(target)

@@ -23,7 +23,7 @@ from sana_cli.errors import SanaError
 from sana_cli.judge import Judge, JudgeStep, Verdict
 from sana_cli.pipeline import Pipeline, given_settings, open_pipeline
 from sana_cli.store import Dataset, held_out_dir, is_dataset
-from sana_cli.text import check_same_encoder
+from sana_cli.text import as_of_today, check_same_encoder
 
 SWEEP_STEPS = (4, 6, 8, 12, 20)
 SWEEP_GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -137,7 +137,8 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
         pipeline = open_pipeline(place)
         if pipeline.fingerprint is None:
             raise SanaError(f"{place} does not say how its captions were encoded; sana eval is for checkpoints of sana's own")
-        check_same_encoder(dataset.index["encoder"], pipeline.fingerprint, str(dataset.directory), "give its own with --data DIR")
+        recorded = as_of_today(dataset.index["encoder"], dataset.texts())
+        check_same_encoder(recorded, pipeline.fingerprint, str(dataset.directory), "give its own with --data DIR")
         if pipeline.sample_shape != dataset.image_shape:
             raise SanaError(f"{place} draws {pipeline.sample_shape}, and {dataset.directory} has {dataset.image_shape}")
         source = _drawn(options, place, pipeline, dataset, meaning, _settings(options, pipeline), device)

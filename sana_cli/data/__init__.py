@@ -4,7 +4,14 @@
     folder.py       images in folders: metadata.jsonl or .csv, name.txt beside name.png, or class-named sub-folders
     webdataset.py   tar shards, read in stream
     huggingface.py  Hugging Face datasets
+    walk.py         what lies below a folder: links, hidden entries, names in another spelling
+    metadata.py     rows of metadata.jsonl and .csv
+    splits.py       which part of a source a split is
+    strays.py       what else lies among images, and why it is not read
     images.py       from a file's bytes to pixels that fit
+    containers.py   what of a file the decoders see
+    depth.py        brightness and transparency of pixels of any depth
+    colour.py       colour profiles
 
 A source yields an `Entry` for each image, whose bytes nobody has decoded yet, or says why one was left out (`Skipped`).
 It knows nothing of encoders, nor of how a dataset is stored.

@@ -68,7 +68,7 @@ class WebDataset:
         self._list(tree, data.split if inner is None else None)
         if not self.shards:
             unread = listed([f"{left.name}: {left.reason}" for left in self.left_out])
-            raise SanaError(f"data.path: {path} is no .tar file, nor a folder that has any", *unread, exit_code=2)
+            raise SanaError(f"data.path: {tree.root} is no .tar file, nor a folder that has any", *unread, exit_code=2)
 
     def _of_split(self, names: list[str], root: Path, split: str) -> list[str]:
         """The shards that are named after the split; all of them, of a folder that names none after any.
@@ -88,7 +88,7 @@ class WebDataset:
             raise SanaError(
                 f"data.split: {root} has no shard of {split}, but of {', '.join(there)}"
                 + (f", and {of_none} that are named after none" if of_none else ""),
-                f"choose one, for example --set data.split={there[0]}; or give the shards' own folder, or one shard, as data.path",
+                f"choose one, for example --set data.split={there[0]}; or put the shards of each into a folder of its name",
                 exit_code=2,
             )
         self.left_out += [
