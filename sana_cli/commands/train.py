@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sana_cli import __version__, checkpoint, draw, files, formats, hub, metrics, report
 from sana_cli.autoencoder import Autoencoder
-from sana_cli.config import Config, ModelConfig, differences
+from sana_cli.config import WARMUP_STEPS, Config, ModelConfig, differences
 from sana_cli.device import (
     has_native_bf16,
     is_out_of_memory,
@@ -326,7 +326,7 @@ def _with_its_warmup(saved: _Saved, config: Config) -> Config:
     """The config of a run that goes on: where it leaves the warm-up to the number of steps, it keeps that which it began with."""
     if config.train.warmup_steps is not None:
         return config
-    recorded = int(saved.state["config"]["train"]["warmup_steps"])
+    recorded = saved.state["config"]["train"].get("warmup_steps", WARMUP_STEPS)
     return config.model_copy(update={"train": config.train.model_copy(update={"warmup_steps": recorded})})
 
 
