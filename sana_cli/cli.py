@@ -18,7 +18,7 @@ import typer
 
 from sana_cli import __version__, openmp
 from sana_cli.choices import Offload, Precision, Solver, Weights
-from sana_cli.errors import Interrupted, SanaError
+from sana_cli.errors import Interrupted, SanaError, one_line
 from sana_cli.interrupts import Asked, Stop, attentive, end_at_once, handling, raise_asked, word_for
 from sana_cli.launch import launch
 from sana_cli.units import human_bytes, human_time
@@ -63,7 +63,7 @@ def _at_home(given: T | None) -> T | None:
 
 
 SOLVERS = list(get_args(Solver))
-STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")  # whose results are the files themselves
+STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
 def _solvers(given: list[str] | None) -> list[str] | None:
@@ -144,6 +144,11 @@ def user_errors(quiet: bool = False, distributed: bool = False) -> Iterator[Exit
         except BrokenPipeError:  # whoever read our output has gone
             console.silence(sys.stdout)
             raise typer.Exit(1) from None
+        except OSError as problem:  # a name that no file system takes, or a folder that nobody may look into
+            if problem.filename is None:
+                raise
+            error = SanaError(f"{one_line(str(problem.filename))[:200]}: {problem.strerror}")
+            raise typer.Exit(console.error(error).exit_code) from None
 
 
 def _load_torch(work: ExitStack) -> None:
@@ -467,6 +472,9 @@ def sample(
     """
     with user_errors(quiet) as work:
         _load_torch(work)
+        piped = out in STDOUT or trajectory in STDOUT
+        if piped and json:
+            raise SanaError("--json: stdout has the picture already", "drop it, or give --out a file", exit_code=2)
         from sana_cli.commands.sample import SampleOptions, SampleStep
         from sana_cli.commands.sample import sample as run
 
@@ -512,8 +520,7 @@ def sample(
         console.note(f"drew {len(summary.images)} images with {who} in {summary.seconds:.1f} s")
         console.note(f"{settings.in_words}, seed {settings.seed}")
         for path in summary.saved:
-            if str(path) not in STDOUT:
-                console.result(str(path))
+            (console.note if piped else console.result)(str(path))
         return None
 
 
@@ -579,6 +586,10 @@ def evaluate(
     """
     with user_errors(quiet) as work:
         _load_torch(work)
+        for option, given in (("--out", out), ("--plot", plot)):
+            if given in STDOUT:
+                todo = "--json prints the results there" if option == "--out" else "give it a file"
+                raise SanaError(f"{option}: stdout has the tables", todo, exit_code=2)
         from sana_cli.commands.eval import EvalOptions, EvalStep, record
         from sana_cli.commands.eval import evaluate as run
 
@@ -645,8 +656,7 @@ def _tell_judged(summary: "EvalSummary") -> None:
         f"({first.images:,} images each)"
     )
     for path in summary.saved:
-        if str(path) not in STDOUT:
-            console.result(str(path))
+        console.result(str(path))
 
 
 def _between(interval: tuple[float, float]) -> str:

@@ -456,7 +456,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = '"' if _LINE_BREAKS_OF_YAML.search(text) else None
+    number = any(re.fullmatch(pattern, text) for pattern in _NUMBERS.values())  # of which the dumper's own YAML knows fewer
+    style = '"' if number or _LINE_BREAKS_OF_YAML.search(text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -533,8 +534,15 @@ def _plain(loader: _Loader, node: yaml.Node, at: tuple[str, ...], name: str, doc
         return [_plain(loader, child, at, name, document) for child in node.value]
     try:
         return loader.construct_object(node)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        problem = getattr(error, "problem", None) or str(error)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # of a tag that does not fit
+        problem = getattr(error, "problem", None) or f"{node.value!r:.60} is no {node.tag.rpartition(':')[2]}"
         document.problems.append(f"{name}:{node.start_mark.line + 1}: {'.'.join(at)}: {problem}")
         return None
 
@@ -699,7 +707,7 @@ def find_config(name: str) -> Path:
         SanaError: exit code 2, with the names there are.
     """
     given = Path(_at_home(name))
-    if given.is_file():
+    if os.path.exists(given) and not os.path.isdir(given):  # noqa: PTH110, PTH112 (which take any name, and a pipe)
         return given
     if given.name == name:
         for folder in (Path("configs"), packaged_configs()):
@@ -719,13 +727,11 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     """The config of a path or a name (`find_config`), with `--set` overrides; `None` is the default one."""
     path = find_config(name or DEFAULT_CONFIG)
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise SanaError(f"{path}: is over {MAX_CONFIG_BYTES:,} bytes; a config is a page", exit_code=2)
-        text = textfile.read(path)
+        text = textfile.read(path, MAX_CONFIG_BYTES)
     except OSError as error:
         raise SanaError(f"{path}: cannot be read: {error.strerror}", exit_code=2) from error
     except textfile.NotTextError as error:
-        raise SanaError(f"{path}: is not UTF-8 text: {error}", exit_code=2) from error
+        raise SanaError(f"{path}: cannot be read as UTF-8 text: {error}", "a config is a page of YAML", exit_code=2) from error
     return parse_config(text, str(path), overrides)
 
 

@@ -36,6 +36,7 @@ MAX_CELL = 192  # and no further, for the sake of a long label
 FONT_SIZE, LARGEST_FONT = 12, 20  # pixels, of a label
 QUALITY = 95  # of JPEG and WebP
 MOST_EXIF_BYTES = 65_500  # of a JPEG
+MOST_PIXELS_OF = {"JPEG": 65_500, "WEBP": 16_383, "GIF": 65_535}  # to a side
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -235,9 +236,18 @@ def grid_record(cells: Sequence[Sequence[Cell]], settings: SampleConfig, name: s
     }
 
 
-def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """A picture of all images (B, C, H, W), row by row, each under its prompt, which may take several lines."""
-    height, width = pixels.shape[-2:]
+@dataclass(frozen=True)
+class _Layout:
+    """Where things go on a sheet, in pixels."""
+
+    size: tuple[int, int]  # width and height of the whole
+    cell: tuple[int, int]
+    line_height: int
+    label_heights: Sequence[int]  # of each row
+    told: Mapping[str, tuple[labels.Font, Sequence[str]]]  # by prompt: the font, and its lines
+
+
+def _layout(height: int, width: int, rows: Sequence[Sequence[Cell]]) -> _Layout:
     factor = max(1, -(-MIN_CELL // min(height, width)))
     prompts = {cell.prompt: labels.one_line(cell.prompt) for row in rows for cell in row}
     longest = max(font.getlength(text) for font, text in (labels.readable(text, FONT_SIZE) for text in prompts.values()))
@@ -252,44 +262,82 @@ def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]]) -> Image.Image:
     line_height = max(int(font.getbbox("Aygj")[3]) for font, _ in told.values()) + 4
     label_heights = [line_height * max(len(told[cell.prompt][1]) for cell in row) for row in rows]
     across = max(map(len, rows)) * (cell_width + GRID_GAP) + GRID_GAP
-    sheet = Image.new("RGB", (across, sum(cell_height + label + GRID_GAP for label in label_heights) + GRID_GAP), "white")
+    down = sum(cell_height + label + GRID_GAP for label in label_heights) + GRID_GAP
+    return _Layout((across, down), (cell_width, cell_height), line_height, label_heights, told)
+
+
+def check_grid(
+    name: str, path: Path, formats: Mapping[str, str], height: int, width: int, rows: Sequence[Sequence[Cell]]
+) -> None:
+    """Refuse a grid that its format has no room for, before anything is drawn.
+
+    Raises:
+        SanaError: it is larger than the format's largest picture. `name` is what the message calls the output.
+    """
+    kind = outputs.format_of(name, path, formats)
+    across, down = _layout(height, width, rows).size
+    most = MOST_PIXELS_OF.get(kind)
+    if most is not None and max(across, down) > most:
+        raise SanaError(
+            f"{name}: {path}: a grid of {across:,} x {down:,} pixels, where {kind} has {most:,} to a side at most",
+            "use .png, fewer prompts at once, or --separate DIR",
+            exit_code=2,
+        )
+
+
+def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]]) -> Image.Image:
+    """A picture of all images (B, C, H, W), row by row, each under its prompt, which may take several lines."""
+    height, width = pixels.shape[-2:]
+    layout = _layout(height, width, rows)
+    cell_width, cell_height = layout.cell
+    sheet = Image.new("RGB", layout.size, "white")
     pen = ImageDraw.Draw(sheet)
     images, top = iter(pixels), GRID_GAP
-    for row, label_height in zip(rows, label_heights, strict=True):
+    for row, label_height in zip(rows, layout.label_heights, strict=True):
         for x, cell in enumerate(row):
             left = GRID_GAP + x * (cell_width + GRID_GAP)
-            font, lines = told[cell.prompt]
-            first = top + label_height - line_height * len(lines)  # short ones stand next to their image
+            font, lines = layout.told[cell.prompt]
+            first = top + label_height - layout.line_height * len(lines)  # short ones stand next to their image
             for number, line in enumerate(lines):
-                pen.text((left + cell_width / 2, first + number * line_height), line, font=font, fill="black", anchor="ma")
-            picture = to_image(next(images)).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+                place = (left + cell_width / 2, first + number * layout.line_height)
+                pen.text(place, line, font=font, fill="black", anchor="ma")
+            picture = to_image(next(images)).resize(layout.cell, Image.Resampling.NEAREST)
             sheet.paste(picture, (left, top + label_height))
         top += label_height + cell_height + GRID_GAP
     return sheet
 
 
-def save_picture(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
+def save_picture(image: Image.Image, path: Path, record: Mapping[str, Any]) -> bool:
     """Write a picture, in the format of its suffix, that says how it was made; `read_record` gives it back.
 
     A PNG has it in its `sana` text chunk (JSON), a JPEG or WebP in the Exif field ImageDescription. Other tools' `parameters`
-    stand beside it, in a text chunk, or in UserComment.
+    stand beside it, in a text chunk, or in UserComment. False where the record is too long for a JPEG, which goes without.
     """
     kind = outputs.format_of("the picture", path, outputs.PICTURES)
     options: dict[str, Any] = {"quality": QUALITY}
+    remembers = True
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_itxt(PNG_KEY, as_json(record))
         info.add_itxt("parameters", _parameters(record))
         options = {"pnginfo": info}
     else:
-        exif = Image.Exif()
-        exif[ExifTags.Base.ImageDescription] = json.dumps(record)  # ASCII
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + _parameters(record).encode("utf-16-be")
-        raw = exif.tobytes()
-        if len(raw) <= MOST_EXIF_BYTES:  # thousands of prompts do not fit; a PNG has room for them
-            options["exif"] = raw
+        raw = _exif(record, with_parameters=True)
+        if kind == "JPEG" and len(raw) > MOST_EXIF_BYTES:
+            raw = _exif(record, with_parameters=False)
+        remembers = kind != "JPEG" or len(raw) <= MOST_EXIF_BYTES
+        options |= {"exif": raw} if remembers else {}
     with files.whole_file(path) as partial:
         image.save(partial, format=kind, **options)
+    return remembers
+
+
+def _exif(record: Mapping[str, Any], with_parameters: bool) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(record)  # ASCII
+    if with_parameters:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + _parameters(record).encode("utf-16-be")
+    return exif.tobytes()
 
 
 def _parameters(record: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -196,6 +197,17 @@ def check_hash(path: Path, expected: str) -> None:
 
 
 _DESCRIPTORS = re.compile(r"/dev/(fd/.*|stdin|stdout|stderr)|/proc/[^/]+/fd/.*")
+_OURS = re.compile(r"/dev/fd/(\d+)|/proc/(?:self|\d+)/fd/(\d+)")
+_NAMED = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+
+
+def descriptor_of(target: Path) -> int | None:
+    """The number of the descriptor of this process that a path means, such as 1 for /dev/stdout; None for other paths."""
+    whole = os.path.abspath(target)  # noqa: PTH100 (which follows no link)
+    found = _OURS.fullmatch(whole.replace(f"/proc/{os.getpid()}/", "/proc/self/"))
+    if whole.startswith("/proc/") and not whole.startswith(("/proc/self/", f"/proc/{os.getpid()}/")):
+        return None
+    return _NAMED.get(whole) if found is None else int(found[1] or found[2])
 
 
 def regular_file(target: Path) -> Path | None:
@@ -215,6 +227,17 @@ def regular_file(target: Path) -> Path | None:
     return Path(os.path.realpath(target))
 
 
+def _open_special(target: Path) -> IO[bytes]:
+    """A pipe, a device or a descriptor, to write into. A descriptor is written where it stands: opened anew it would begin again."""
+    number = descriptor_of(target)
+    if number is None:
+        return target.open("wb")
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    return os.fdopen(os.dup(number), "wb")
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """A path to write a file at, which becomes `target` once it is whole; until then what was there stays.
@@ -227,7 +250,7 @@ def whole_file(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             partial = Path(folder) / target.name
             yield partial
-            with partial.open("rb") as whole, target.open("wb") as into:
+            with partial.open("rb") as whole, _open_special(target) as into:
                 shutil.copyfileobj(whole, into)
         return
     real.parent.mkdir(parents=True, exist_ok=True)

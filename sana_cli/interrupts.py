@@ -2,8 +2,8 @@
 
 Before torch is loaded a signal ends the process at once (`end_at_once`). While a command works it raises `Asked`
 (`raise_asked`). Training takes it as a question (`Stop`): it finishes what it is at, saves, and leaves. SIGINT is Ctrl-C;
-SIGTERM and SIGUSR1 come from schedulers (Slurm sends the latter as a warning); SIGHUP means that the terminal is gone. A signal
-that was ignored when the process began, as nohup ignores SIGHUP, stays ignored.
+SIGTERM and SIGUSR1 come from schedulers (Slurm sends the latter as a warning); SIGHUP means that the terminal is gone. The
+last two stay ignored where they were, as nohup ignores SIGHUP.
 """
 
 import os

@@ -15,7 +15,7 @@ from torch import Tensor
 from sana_cli import checkpoint, files, formats
 from sana_cli.config import ModelConfig, SampleConfig, TextConfig, load_config
 from sana_cli.errors import SanaError
-from sana_cli.text import UNGATED_GEMMA, as_of_today, text_config
+from sana_cli.text import UNGATED_GEMMA, text_config
 
 INDEX = "model_index.json"
 PIPELINES = ("SanaPipeline", "SanaSprintPipeline")
@@ -143,7 +143,7 @@ def _ours(place: Path, folder: Path) -> Pipeline:
 
 
 def _from_record(place: Path, folder: Path, record: Mapping[str, Any]) -> Pipeline:
-    image, fingerprint = record["image"], as_of_today(record["encoder"], record["example_captions"])
+    image, fingerprint = record["image"], record["encoder"]
     return Pipeline(
         place=place,
         kind="checkpoint",

@@ -72,9 +72,26 @@ _WITH_CAPITALS, _LOWER_CASE = (hashlib.sha256(kind.encode()).hexdigest() for kin
 
 def as_of_today(fingerprint: Mapping[str, Any], captions: Iterable[str]) -> Mapping[str, Any]:
     """A fingerprint of `tiny` from before it took words in lower case, where its captions have no capitals: they kept their vectors."""
-    if fingerprint.get("tokenizer") != _WITH_CAPITALS or any(caption != caption.lower() for caption in captions):
+    if not knew_capitals(fingerprint) or any(caption != caption.lower() for caption in captions):
         return fingerprint
     return {**fingerprint, "tokenizer": _LOWER_CASE}
+
+
+def knew_capitals(fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a fingerprint is of `tiny` from before it took words in lower case."""
+    return fingerprint.get("tokenizer") == _WITH_CAPITALS
+
+
+def check_capitals(fingerprint: Mapping[str, Any], captions: Iterable[str], where: str, *next_steps: str) -> None:
+    """Refuse captions with capitals that `tiny` encoded when it still told them apart: prompts would have other vectors.
+
+    Raises:
+        SanaError: there is one; names it.
+    """
+    if knew_capitals(fingerprint) and (odd := next((text for text in captions if text != text.lower()), None)) is not None:
+        raise SanaError(
+            f"{where} was embedded when capitals made other words, as in {odd!r:.60}; they make none now", *next_steps
+        )
 
 
 def text_config(fingerprint: Mapping[str, Any], encoder: str | None = None) -> TextConfig:

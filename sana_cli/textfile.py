@@ -6,6 +6,7 @@ the text means.
 """
 
 import codecs
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,8 +103,8 @@ def read_lines(path: Path) -> Iterator[str]:
         OSError: it cannot be read.
         NotTextError: it is UTF-16 or UTF-32.
     """
-    with path.open("rb") as file:
-        check_encoding(file.read(_LOOKED_AT))
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=None) as text:
+    file = path.open("rb")
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=None) as text:
+        check_encoding(file.peek(_LOOKED_AT)[:_LOOKED_AT])  # one opening: of a pipe there is no second
         for line in text:
             yield line.removesuffix("\n")

@@ -188,7 +188,7 @@ def test_files_are_read_as_people_save_them(tmp_path: Path) -> None:
     with pytest.raises(SanaError, match=r"c\.yaml:1: train\.steps must be a valid integer, not '1:30'"):
         load_config(str(path))
     path.write_bytes("train: {steps: 5}".encode("utf-16"))
-    with pytest.raises(SanaError, match=r"c\.yaml: is not UTF-8 text: UTF-16; save it as UTF-8"):
+    with pytest.raises(SanaError, match=r"c\.yaml: cannot be read as UTF-8 text: UTF-16; save it as UTF-8"):
         load_config(str(path))
     path.write_text("train:\n  # five\u2028  steps: 5\n", encoding="utf-8")
     with pytest.raises(SanaError, match=r"c\.yaml:2: not YAML .*: the character U\+2028 ends a line for YAML alone"):
@@ -238,8 +238,25 @@ def test_a_run_has_a_directory_of_its_own() -> None:
         parse_config("", "c.yaml", ["run.dir=data/quickstart"])
 
 
-@pytest.mark.parametrize("text", ["a\x85b", "a\u2028 b # c", "\u2029", "x\ny\x85", "été", "a: b"])
+@pytest.mark.parametrize(
+    "text",
+    ["a\x85b", "a\u2028 b # c", "\u2029", "x\ny\x85", "été", "a: b", "08", "09", "1e5", ".5", "0x1f", "1_0", "+1.", "true"],
+)
 def test_odd_texts_are_written_so_that_they_are_read(text: str) -> None:
     config = parse_config("", "c.yaml", [f"text.instruction={text}", f"data.caption_template={text}"])
     assert parse_config(config.to_yaml(), "dumped") == config
     assert parse_config(config.to_commented_yaml(), "commented") == config
+
+
+@pytest.mark.parametrize("text", ["!!bool abc", "!!timestamp x", "!!int x", "!!float x", "!!binary \u00e9", "!!null 5x"])
+def test_tags_that_do_not_fit_are_mistakes(text: str) -> None:
+    def by_set() -> Config:
+        return parse_config("", "c.yaml", [f"train.steps={text}"])
+
+    def in_a_file() -> Config:
+        return parse_config(f"train: {{steps: {text}}}", "c.yaml")
+
+    for read in (by_set, in_a_file):
+        with pytest.raises(SanaError, match=r"c\.yaml:1: |--set train\.steps") as caught:
+            read()
+        assert caught.value.exit_code == 2

@@ -207,3 +207,68 @@ def test_two_outputs_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         outputs.check_distinct([("--out", Path("r.json")), ("--plot", Path("./r.json"))])
     both = drawn(out="a.png", separate=Path("each"))
     assert [path.name for path in both.saved] == ["0000-4.png", "0001-two.png", "a.png"]
+
+
+def test_folders_keep_what_is_in_them_and_a_dash_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "eval.json").write_text("kept")
+    assert outputs.output("--out", ".", "eval.json", outputs.DOCUMENTS) == Path("eval-2.json")
+    with pytest.raises(SanaError, match="--out: - is no file\nstdout is /dev/stdout"):
+        drawn(out="-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json"]
+
+
+def test_grids_that_a_format_has_no_room_for_are_refused_before_they_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draw, "draw", lambda *_: pytest.fail("it was drawn"))
+    many = tuple("4 two" for _ in range(260))
+    for name, option in (("m.webp", "out"), ("m.webp", "trajectory"), ("m.jpg", "out")):
+        prompts = many if name == "m.webp" else many * 4
+        places = {"out": tmp_path / "p.png"} | {option: tmp_path / name}
+        options = SampleOptions(prompts, checkpoint.shipped(), steps=1, device="cpu", **places)  # type: ignore[arg-type]
+        with pytest.raises(SanaError, match=rf"--{option}: .*a grid of .* pixels, where (WEBP|JPEG) has .* at most") as caught:
+            list(sample(options))
+        assert caught.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_jpeg_without_room_for_its_record_says_so(tmp_path: Path) -> None:
+    def grid(count: int, name: str) -> SampleSummary:
+        prompts = tuple("4 two 4 six" for _ in range(count))
+        *_, summary = sample(SampleOptions(prompts, checkpoint.shipped(), steps=1, device="cpu", out=tmp_path / name))
+        assert isinstance(summary, SampleSummary)
+        return summary
+
+    assert grid(150, "some.jpg").notes == (), "without the other tools' words there is room"
+    assert len(draw.read_record(tmp_path / "some.jpg")["images"]) == 150
+    (note,) = grid(720, "many.jpg").notes
+    assert "many.jpg has no room for all its prompts" in note
+    assert grid(180, "many.webp").notes == ()
+    assert len(draw.read_record(tmp_path / "many.webp")["images"]) == 180
+
+
+def test_stdout_is_appended_to_and_nothing_else_is_written_there(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sana_cli", "sample", "4", "--steps", "1", "--out", "/dev/stdout"]
+    common = {"cwd": tmp_path, "env": process_environment(tmp_path), "timeout": 300, "check": False}
+    target = tmp_path / "all.bin"
+    target.write_bytes(b"kept\n")
+    with target.open("ab") as into:
+        done = subprocess.run([*command, "--trajectory", "film.gif"], stdout=into, stderr=subprocess.PIPE, **common)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    kept, _, picture = target.read_bytes().partition(b"\n")
+    assert kept == b"kept"
+    assert picture.startswith(b"\x89PNG")
+    assert picture.endswith(b"IEND\xaeB`\x82")
+    assert b"film.gif" in done.stderr
+    refused = subprocess.run([*command, "--json"], capture_output=True, **common)  # type: ignore[call-overload]
+    assert (refused.returncode, refused.stdout) == (2, b"")
+    judged = [sys.executable, "-m", "sana_cli", "eval", "shipped", "--out", "/dev/stdout"]
+    refused = subprocess.run(judged, capture_output=True, **common)  # type: ignore[call-overload]
+    assert (refused.returncode, refused.stdout) == (2, b"")
+
+
+def test_an_impossible_place_for_results_is_said_before_the_judging(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("kept")
+    with pytest.raises(SanaError, match="writing .*eval.json: Not a directory"):
+        list(evaluate(EvalOptions(checkpoint.shipped(), out=tmp_path / "file.txt" / "eval.json")))

@@ -255,3 +255,40 @@ def test_tools_that_job_systems_wrap_see_no_variables_of_ours() -> None:
         check=True,
     )
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("command", ["--version", "inspect --json", "inspect --schema", "sample 4 --steps 1 --out p.png"])
+def test_closed_streams_do_no_harm(command: str, tmp_path: Path) -> None:
+    """As under some daemons: no stdin, no stdout, no stderr; and no file is taken for one of them."""
+    line = f"exec {sys.executable} -m sana_cli {command} <&- >&- 2>&-"
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=process_environment(tmp_path), timeout=300, check=False)
+    assert done.returncode == 0
+    if "sample" in command:
+        with Image.open(tmp_path / "p.png") as image:
+            image.load()
+
+
+def test_prompts_from_a_closed_stdin_are_none(tmp_path: Path) -> None:
+    line = f"exec {sys.executable} -m sana_cli sample --prompts-file - <&-"
+    done = subprocess.run(
+        ["sh", "-c", line],
+        cwd=tmp_path,
+        env=process_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, "error: nothing to draw" in done.stderr) == (2, True)
+
+
+def test_names_that_no_file_system_takes_are_one_message(sana: Sana) -> None:
+    long = "a" * 300
+    for command in (
+        ("sample", "4", "--out", f"{long}.png"), ("sample", "4", "--checkpoint", long), ("train", "--config", long),
+        ("inspect", long), ("sample", "4", "--separate", long),
+    ):  # fmt: skip
+        done = sana(*command, "--steps", "1") if command[0] == "sample" else sana(*command)
+        assert done.returncode in (1, 2)
+        assert "Traceback" not in done.stderr
+        assert "error: " in done.stderr

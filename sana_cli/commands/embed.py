@@ -30,7 +30,7 @@ from sana_cli.data.images import decode_all
 from sana_cli.device import peak_memory, resolve_device, return_memory
 from sana_cli.distributed import World, world
 from sana_cli.errors import SanaError
-from sana_cli.text import CaptionEncoder, asked_for, check_same_encoder, load_encoder
+from sana_cli.text import CaptionEncoder, asked_for, check_capitals, check_same_encoder, load_encoder
 
 IMAGES_AT_ONCE = 64  # handed to a worker, and put through an autoencoder
 FEW = 256  # images that are not worth starting workers for
@@ -149,6 +149,7 @@ def _check_same(dataset: store.Dataset, source: dict[str, Any], config: Config) 
             if recorded.get(key) != given.get(key):
                 raise SanaError(f"{where} was made with {name}.{key} {recorded.get(key)!r}, not {given.get(key)!r}", way_out)
     check_same_encoder(dataset.index["encoder"], asked_for(config.text), where, way_out)
+    check_capitals(dataset.index["encoder"], dataset.texts(), where, way_out)
 
 
 def _check_room(directory: Path, needed: int) -> None:

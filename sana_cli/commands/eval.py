@@ -124,6 +124,10 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
     outputs.check_distinct([("--out", out), ("--plot", plot)], [("the target", options.target)])
     if plot is not None:
         plots.check_matplotlib()
+    try:
+        unfinished = _unfinished(out)
+    except OSError as error:
+        raise files.storage_error(error, f"writing {out}") from error
     device = resolve_device(options.device)
     folder = options.target if options.target is not None and _is_pictures(options.target) else None
     place = None if folder is not None else checkpoint.find_checkpoint(options.target)
@@ -137,8 +141,8 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
         pipeline = open_pipeline(place)
         if pipeline.fingerprint is None:
             raise SanaError(f"{place} does not say how its captions were encoded; sana eval is for checkpoints of sana's own")
-        recorded = as_of_today(dataset.index["encoder"], dataset.texts())
-        check_same_encoder(recorded, pipeline.fingerprint, str(dataset.directory), "give its own with --data DIR")
+        recorded, drawn_by = (as_of_today(one, dataset.texts()) for one in (dataset.index["encoder"], pipeline.fingerprint))
+        check_same_encoder(recorded, drawn_by, str(dataset.directory), "give its own with --data DIR")
         if pipeline.sample_shape != dataset.image_shape:
             raise SanaError(f"{place} draws {pipeline.sample_shape}, and {dataset.directory} has {dataset.image_shape}")
         source = _drawn(options, place, pipeline, dataset, meaning, _settings(options, pipeline), device)
@@ -150,7 +154,6 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
         else:
             found = step
     assert found is not None, "the last thing that obtain yields"
-    unfinished = _unfinished(out)
     summary = EvalSummary(target, dataset.directory, found.accuracy, len(found.real), (), ())
     for drawn in source:
         if isinstance(drawn, EvalStep):

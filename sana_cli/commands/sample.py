@@ -21,9 +21,10 @@ from sana_cli.config import SampleConfig
 from sana_cli.device import Stage, peak_memory, resolve_device, resolve_precision
 from sana_cli.errors import SanaError
 from sana_cli.pipeline import Pipeline, given_settings, open_pipeline
-from sana_cli.text import CaptionEncoder, check_same_encoder, load_encoder, unseen_words
+from sana_cli.text import CaptionEncoder, as_of_today, check_same_encoder, knew_capitals, load_encoder, unseen_words
 
 MOST_WORDS = 8  # that are named in a note
+MOST_EXAMPLES = 20  # captions on a checkpoint's record
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _load_encoder(pipeline: Pipeline, device: torch.device) -> CaptionEncoder:
         ) from error
     if pipeline.fingerprint is not None:
         check_same_encoder(
-            pipeline.fingerprint,
+            as_of_today(pipeline.fingerprint, pipeline.example_captions),
             encoder.fingerprint,
             str(pipeline.place),
             "--encoder PATH must be the model that the checkpoint was trained with"
@@ -228,6 +229,13 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     cells = draw.grid_cells(rows, options.images_per_prompt, settings.seed)
     flat = [cell for row in cells for cell in row]
     files_to_write = _outputs(options, place, flat)
+    height, width = (side * (info.factor if info else 1) for side in shape[1:])
+    for name, path, formats in (
+        ("--out", files_to_write.grid, outputs.PICTURES),
+        ("--trajectory", files_to_write.trajectory, outputs.FILMS),
+    ):
+        if path is not None:
+            draw.check_grid(name, path, formats, height, width, cells)
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision or pipeline.precision, device)
     stage = Stage(device, options.offload != "none", options.report)
@@ -278,7 +286,9 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
         pixels, *shown = (torch.stack(images) for images in decoded)
     try:
         facts = {"precision": precision} | _decoded_by(info)
-        saved, listing = _write(options, files_to_write, place, settings, cells, pixels, facts)
+        saved, listing, remembers = _write(options, files_to_write, place, settings, cells, pixels, facts)
+        if not remembers:
+            notes += (f"{files_to_write.grid} has no room for all its prompts and does not say how it was made; a .png does",)
         if files_to_write.trajectory is not None:
             draw.save_film([draw.grid(sheet, cells) for sheet in shown], files_to_write.trajectory)
             saved = (*saved, files_to_write.trajectory)
@@ -298,6 +308,9 @@ def _notes(pipeline: Pipeline, encoder: CaptionEncoder, prompts: list[str], nega
             f"{len(cut)} of the prompts are longer than text.max_length, {encoder.text.max_length} tokens, and were cut there: "
             f"{cut[0]!r:.60}"
         )
+    some = len(pipeline.example_captions) >= MOST_EXAMPLES  # there may be more captions than those on record
+    if some and pipeline.fingerprint is not None and knew_capitals(pipeline.fingerprint):
+        notes.append("this checkpoint is of an earlier sana: words that had capitals in its captions have other vectors now")
     unseen = unseen_words([*prompts, *([negative] if negative else [])], pipeline.words)
     if unseen:
         more = f" and {len(unseen) - MOST_WORDS} more" if len(unseen) > MOST_WORDS else ""
@@ -329,14 +342,10 @@ def _outputs(options: SampleOptions, place: Path, cells: Sequence[draw.Cell]) ->
     separate: list[Path] = []
     if options.out is not None:
         grid = outputs.output("--out", options.out, f"{stem}.png", outputs.PICTURES)
-        if outputs.is_folder(options.out):
-            grid = _free_name(grid)
     elif options.separate is None:
-        grid = _free_name(_beside(place)[0] / f"{stem}.png")
+        grid = outputs.free_name(_beside(place)[0] / f"{stem}.png")
     if options.trajectory is not None:
         trajectory = outputs.output("--trajectory", options.trajectory, f"{stem}.gif", outputs.FILMS)
-        if outputs.is_folder(options.trajectory):
-            trajectory = _free_name(trajectory)
     if options.separate is not None:
         if options.separate.exists() and not options.separate.is_dir():
             raise SanaError(
@@ -358,8 +367,8 @@ def _write(
     cells: list[list[draw.Cell]],
     pixels: Tensor,
     facts: dict[str, Any],
-) -> tuple[tuple[Path, ...], tuple[dict[str, Any], ...]]:
-    """The grid, and a file for each image, as they are wanted; returns the files, and what each image is."""
+) -> tuple[tuple[Path, ...], tuple[dict[str, Any], ...], bool]:
+    """The grid, and a file for each image, as they are wanted; gives the files, what each image is, and if all say how made."""
     _, name = _beside(checkpoint_place)
     more: dict[str, Any] = {"weights": options.weights, "size": list(pixels.shape[1:]), **facts}
     if digest := checkpoint.weights_sha256(checkpoint_place, options.weights):
@@ -371,9 +380,10 @@ def _write(
     for cell, image, path, said in zip(flat, pixels, to.separate, listing, strict=False):
         draw.save_picture(draw.to_image(image), path, draw.grid_record([[cell]], settings, name, **more))
         said["file"] = str(path)
+    remembers = True
     if to.grid is not None:
-        draw.save_picture(draw.grid(pixels, cells), to.grid, draw.grid_record(cells, settings, name, **more))
-    return (*to.separate, *([to.grid] if to.grid is not None else [])), tuple(listing)
+        remembers = draw.save_picture(draw.grid(pixels, cells), to.grid, draw.grid_record(cells, settings, name, **more))
+    return (*to.separate, *([to.grid] if to.grid is not None else [])), tuple(listing), remembers
 
 
 def _beside(folder: Path) -> tuple[Path, str]:
@@ -385,12 +395,3 @@ def _beside(folder: Path) -> tuple[Path, str]:
     place = whole.parents[1] if in_run else whole.parent
     name = f"{place.name}/{whole.name}" if in_run else whole.name
     return (place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place), name
-
-
-def _free_name(path: Path) -> Path:
-    """`path`, or with -2, -3, ... where that is taken: no picture is overwritten unless `--out` says so."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return free

@@ -37,7 +37,7 @@ from sana_cli.metrics import Losses
 from sana_cli.model import SanaTransformer, build
 from sana_cli.optim import optimizer_numbers
 from sana_cli.store import Dataset, held_out_dir, is_dataset
-from sana_cli.text import as_of_today, asked_for, check_same_encoder, load_encoder, unseen_words, words_of
+from sana_cli.text import as_of_today, asked_for, check_capitals, check_same_encoder, load_encoder, unseen_words, words_of
 from sana_cli.trainer import NotFiniteError, Place, Step, Trainer
 
 # what may differ between a run and its resumption, beside the data, text, sample and run sections: the dataset is compared
@@ -164,6 +164,11 @@ def _check_dataset(config: Config, dataset: Dataset) -> ModelConfig:
     way_out = "embed it again with: sana embed --overwrite, or point data.dir at another"
     where = str(dataset.directory)
     check_same_encoder(dataset.index["encoder"], asked_for(config.text), where, way_out)
+    check_capitals(dataset.index["encoder"], dataset.texts(), where, way_out)
+    if is_dataset(config.run.dir):
+        raise SanaError(
+            f"run.dir: {config.run.dir} is a dataset", "a run needs a directory of its own: --set run.dir=DIR", exit_code=2
+        )
     channels, height, width = dataset.image_shape
     image, autoencoder = dataset.index["image"], config.data.autoencoder
     recorded, asked = image.get("autoencoder"), None if autoencoder is None else hub.model_name(autoencoder)
@@ -614,7 +619,7 @@ class _Run:
             "made_by": f"sana {__version__}",
             "step": step,
             "parameters": self.plan.parameters,
-            "encoder": index["encoder"],
+            "encoder": as_of_today(index["encoder"], self.dataset.texts()),
             "one_word_captions": index["one_word_captions"],
             "example_captions": [text for text in self.dataset.texts()[: GRID_CAPTIONS + 1] if text],
             **({} if self.words is None else {"words": self.words}),
