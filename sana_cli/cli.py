@@ -128,9 +128,10 @@ def user_errors(quiet: bool = False, distributed: bool = False) -> Iterator[Exit
     Gives a stack for what lasts as long as the command. A `distributed` one may be one of several processes, of which the
     first alone speaks.
     """
+    with handling(end_at_once):  # an exception would leave the console half loaded, and nothing to tell of it with
+        console.begin(quiet)
     with handling(raise_asked):
         try:
-            console.begin(quiet)
             with ExitStack() as work:
                 if distributed:
                     console.speak_as(launch())
