@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -82,13 +82,15 @@ def knew_capitals(fingerprint: Mapping[str, Any]) -> bool:
     return fingerprint.get("tokenizer") == _WITH_CAPITALS
 
 
-def check_capitals(fingerprint: Mapping[str, Any], captions: Iterable[str], where: str, *next_steps: str) -> None:
+def check_capitals(fingerprint: Mapping[str, Any], captions: Callable[[], Iterable[str]], where: str, *next_steps: str) -> None:
     """Refuse captions with capitals that `tiny` encoded when it still told them apart: prompts would have other vectors.
+
+    `captions` gives them, and is asked only where it matters: there may be millions.
 
     Raises:
         SanaError: there is one; names it.
     """
-    if knew_capitals(fingerprint) and (odd := next((text for text in captions if text != text.lower()), None)) is not None:
+    if knew_capitals(fingerprint) and (odd := next((text for text in captions() if text != text.lower()), None)) is not None:
         raise SanaError(
             f"{where} was embedded when capitals made other words, as in {odd!r:.60}; they make none now", *next_steps
         )

@@ -149,7 +149,7 @@ def _check_same(dataset: store.Dataset, source: dict[str, Any], config: Config) 
             if recorded.get(key) != given.get(key):
                 raise SanaError(f"{where} was made with {name}.{key} {recorded.get(key)!r}, not {given.get(key)!r}", way_out)
     check_same_encoder(dataset.index["encoder"], asked_for(config.text), where, way_out)
-    check_capitals(dataset.index["encoder"], dataset.texts(), where, way_out)
+    check_capitals(dataset.index["encoder"], dataset.texts, where, way_out)
 
 
 def _check_room(directory: Path, needed: int) -> None:

@@ -164,7 +164,7 @@ def _check_dataset(config: Config, dataset: Dataset) -> ModelConfig:
     way_out = "embed it again with: sana embed --overwrite, or point data.dir at another"
     where = str(dataset.directory)
     check_same_encoder(dataset.index["encoder"], asked_for(config.text), where, way_out)
-    check_capitals(dataset.index["encoder"], dataset.texts(), where, way_out)
+    check_capitals(dataset.index["encoder"], dataset.texts, where, way_out)
     if is_dataset(config.run.dir):
         raise SanaError(
             f"run.dir: {config.run.dir} is a dataset", "a run needs a directory of its own: --set run.dir=DIR", exit_code=2
@@ -495,6 +495,7 @@ class _Run:
             captions = self._captions_in_order(texts)
             captions = captions[:: max(1, len(captions) // GRID_CAPTIONS)][:GRID_CAPTIONS]
             rows = [tuple(captions[at : at + 10]) for at in range(0, len(captions), 10)]
+        self.encoder_record = dict(as_of_today(self.dataset.index["encoder"], texts))
         words = {word for text in texts for word in words_of(text)}
         self.words = sorted(words) if len(words) <= MOST_WORDS else None
         self.cells = draw.grid_cells(rows, 1, sample.seed)
@@ -506,9 +507,8 @@ class _Run:
         if unknown:
             device = self.trainer.place.device
             encoder = load_encoder(self.config.text, device)
-            recorded = as_of_today(self.dataset.index["encoder"], texts)
             check_same_encoder(
-                recorded, encoder.fingerprint, str(self.dataset.directory), "embed it again: sana embed --overwrite"
+                self.encoder_record, encoder.fingerprint, str(self.dataset.directory), "embed it again: sana embed --overwrite"
             )
             cut = [prompt for prompt in unknown if encoder.is_cut(prompt)]
             if cut:
@@ -619,7 +619,7 @@ class _Run:
             "made_by": f"sana {__version__}",
             "step": step,
             "parameters": self.plan.parameters,
-            "encoder": as_of_today(index["encoder"], self.dataset.texts()),
+            "encoder": self.encoder_record,
             "one_word_captions": index["one_word_captions"],
             "example_captions": [text for text in self.dataset.texts()[: GRID_CAPTIONS + 1] if text],
             **({} if self.words is None else {"words": self.words}),
