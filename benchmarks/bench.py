@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana_cli import openmp
+from sana_cli.runtime import openmp
+from sana_cli.sampling import sampler
+from sana_cli.weights import configs
 
 LONG = 20.0  # seconds
 TURN = 0.5  # seconds that a way is gone for at least, each time its turn comes
@@ -44,7 +46,7 @@ def training(name: str, tokens: int, precision: str) -> Ways:
 
     Ours are as many as a step of the config has, since autocast casts parameters once for all of them, as in `sana train` (`Trainer._weights_cast_once`).
     """
-    from sana_cli.draw import autocast
+    from sana_cli.sampling.sampler import autocast
 
     config, train, ours, theirs = _models(name)
     batch, side = train.batch_size, 32
@@ -84,14 +86,13 @@ def training(name: str, tokens: int, precision: str) -> Ways:
 def _models(name: str) -> tuple[Any, Any, Any, Any]:
     from diffusers import SanaTransformer2DModel
 
-    from sana_cli import formats
-    from sana_cli.config import load_config
+    from sana_cli.config.file import load_config
     from sana_cli.model import build
 
     config, train = load_config(name).model, load_config(name).train
     config = config.model_copy(update={"sample_size": 32, "caption_channels": config.caption_channels or 128})
     ours = build(config, 0)
-    given = formats.diffusers_config(config)
+    given = configs.diffusers_config(config)
     given.pop("prediction_type", None)  # of which diffusers' transformer knows nothing, and says so
     theirs = SanaTransformer2DModel.from_config(given)
     theirs.load_state_dict(ours.state_dict())
@@ -107,8 +108,9 @@ def sampling() -> Ways:
     diffusers' runs both branches at every step, as `SanaPipeline` does, with captions as short as ours, or padded to 300 tokens, as
     it pads them; and once more without the null branch where ours leaves it out.
     """
-    from sana_cli import draw, flow
-    from sana_cli.config import load_config
+    from sana_cli import flow
+    from sana_cli.config.file import load_config
+    from sana_cli.text import pad_states
 
     config, _, ours, theirs = _models("quickstart")
     settings = load_config("quickstart").sample
@@ -116,10 +118,10 @@ def sampling() -> Ways:
     states = [torch.randn(2, 128, generator=torch.Generator().manual_seed(n)) for n in range(20)]
     null = torch.randn(1, 128, generator=torch.Generator().manual_seed(99))
     captions = [states[n % 20] for n in range(count)]
-    both, mask = draw.pad_states([*captions, *[null] * count])
+    both, mask = pad_states([*captions, *[null] * count])
 
     def solve(solver: str, steps: int, velocity: Callable[[Tensor, float], Tensor]) -> Tensor:
-        noise = draw.Noise(range(count), shape)
+        noise = sampler.Noise(range(count), shape)
         *_, last = flow.SOLVERS[solver](velocity, noise(), flow.solver_sigmas(solver, steps, settings.flow_shift), noise)
         return last.x
 
@@ -153,7 +155,7 @@ def sampling() -> Ways:
 
     drawing = (ours, captions, [null] * count, range(count), shape, settings, "fp32")
     return {
-        "ours": lambda: draw.final_images(draw.draw(*drawing)),
+        "ours": lambda: sampler.final_images(sampler.sample_images(*drawing)),
         "diffusers": lambda: same_solver(*short),
         "diffusers, same interval": lambda: same_solver(*short, settings.guidance_interval),
         "diffusers, 300 tokens": lambda: same_solver(*long),
@@ -169,7 +171,7 @@ def embedding() -> Ways:
     import embed  # beside this file
     from transformers import AutoModel, AutoTokenizer
 
-    from sana_cli.config import TextConfig
+    from sana_cli.config.keys import TextConfig
     from sana_cli.text import load_encoder
 
     folder = Path(tempfile.mkdtemp())
@@ -190,9 +192,10 @@ def embedding() -> Ways:
 
 def reading() -> Ways:
     """20 batches of 64: ours, and the lesson's, which opens four memory maps for each sample. 128 images, Gemma 2's width."""
-    from sana_cli.batches import training_batch
-    from sana_cli.config import TrainConfig
-    from sana_cli.store import Dataset, DatasetWriter, Images
+    from sana_cli.config.keys import TrainConfig
+    from sana_cli.dataset.reader import Dataset
+    from sana_cli.dataset.writer import DatasetWriter, Images
+    from sana_cli.training.batches import training_batch
 
     folder, images, width, tokens = Path(tempfile.mkdtemp()), 128, 2304, 13
     names = ["", *(str(n) for n in range(20))]
@@ -348,7 +351,7 @@ def times(done: object) -> int:
 
 def serve(case: str, way: str) -> None:
     """What such a process does: a line of seconds for each line of input, which says for how long, and the peak memory at its end."""
-    from sana_cli.device import peak_memory, resolve_device
+    from sana_cli.runtime.device import peak_memory, resolve_device
 
     if way == "ours":
         resolve_device("cpu")  # as every command does; it has a say in how memory is kept
@@ -421,7 +424,7 @@ def measure(names: list[str], repeats: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure, and print the table."""
-    from sana_cli.device import has_native_bf16
+    from sana_cli.runtime.device import has_native_bf16
     from sana_cli.units import human_bytes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed
-from sana_cli.config import parse_config
-from sana_cli.device import peak_memory
+from sana_cli.config.file import parse_config
+from sana_cli.runtime.device import peak_memory
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
 THINGS = ("cube", "ball", "house", "cat sleeping on a windowsill", "street at night in the rain", "mountain lake at dawn")

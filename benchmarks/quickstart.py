@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sana_cli import checkpoint, plots
+from sana_cli.judging import plots
+from sana_cli.weights import checkpoint
 
 EVERY_STEP = ("--guidance-interval", "0", "1")
 PLAIN = ("--solver", "euler", "--steps", "20", "--flow-shift", "1", *EVERY_STEP)  # as plain as can be

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from sana_cli.openmp import ask_for_short_waits
+from sana_cli.runtime.openmp import ask_for_short_waits
 
 
 def _open_standard_streams() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_cli import files, hub
 from sana_cli.errors import SanaError
+from sana_cli.runtime import files, hub
 
 PIXELS_AT_ONCE = 1024 * 1024  # decoded in one go; the decoder's activations take far more room than its weights
 TILE, STRIDE = 1024, 896  # of images larger than TILED, as for the published 4K models

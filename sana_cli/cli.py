@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
 
 import typer
 
-from sana_cli import __version__, openmp
+from sana_cli import __version__
 from sana_cli.choices import Offload, Precision, Solver, Weights
 from sana_cli.errors import Interrupted, SanaError, one_line
 from sana_cli.interrupts import Asked, Stop, attentive, end_at_once, handling, raise_asked, word_for
-from sana_cli.launch import launch
+from sana_cli.runtime import openmp
+from sana_cli.runtime.launch import launch
 from sana_cli.units import human_bytes, human_time
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from sana_cli.commands.eval import EvalSummary
     from sana_cli.commands.inspect import Report
     from sana_cli.commands.train import TrainPlan, TrainStep
-    from sana_cli.config import Config
+    from sana_cli.config.keys import Config
 else:
 
     def _when_used(name: str) -> Any:
@@ -163,7 +164,7 @@ def _load_torch(work: ExitStack) -> None:
 
 
 def _config(name: str | None, overrides: list[str] | None) -> "Config":
-    from sana_cli.config import DEFAULT_CONFIG, load_config
+    from sana_cli.config.file import DEFAULT_CONFIG, load_config
 
     if name is None:
         console.note(f"no --config given: using {DEFAULT_CONFIG}, the offline default")
@@ -694,7 +695,7 @@ def inspect(
         if target is not None and (schema or env):
             raise SanaError(f"--{'schema' if schema else 'env'} takes no target: drop {target}", exit_code=2)
         if schema:
-            from sana_cli.config import json_schema
+            from sana_cli.config.keys import json_schema
 
             return console.print_json(json_schema())
         _load_torch(work)

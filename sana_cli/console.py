@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sana_cli.errors import SanaError, one_line
-from sana_cli.launch import Launch
+from sana_cli.runtime.launch import Launch
 from sana_cli.units import as_json, human_bytes
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress, at first

@@ -22,8 +22,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sana_cli.config import ModelConfig
-from sana_cli.device import has_native_bf16
+from sana_cli.config.keys import ModelConfig
+from sana_cli.runtime.device import has_native_bf16
 
 TIMESTEP_CHANNELS = 256
 MASKED = -10000.0  # added to the scores of padding; finite, so that a row without any caption token gives no NaN

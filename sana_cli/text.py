@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sana_cli import hub
-from sana_cli.config import TextConfig
+from sana_cli.config.keys import TextConfig
 from sana_cli.errors import SanaError
+from sana_cli.runtime import hub
 
 FINGERPRINT_VERSION = 1
 TINY_DIM = 128  # width of the built-in encoder's states

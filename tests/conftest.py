@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sana_cli import device
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed
-from sana_cli.config import Config, parse_config
+from sana_cli.config.file import parse_config
+from sana_cli.config.keys import Config
+from sana_cli.runtime import device
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # bitwise comparisons need a fixed thread count; and two workers with two threads each, on two cores, are ten times as slow as with one
@@ -62,7 +63,7 @@ import importlib.abc, importlib.util, os, pathlib, socket, sys
 said = os.environ.get("SANA_TESTS_BF16")
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "sana_cli.device":
+        if name != "sana_cli.runtime.device":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -15,15 +15,18 @@ import torch
 from conftest import REPOSITORY, SMALL, embedded, small_config
 from PIL import Image
 
-from sana_cli import checkpoint, draw, files, formats
-from sana_cli.checkpoint import load_transformer
 from sana_cli.commands import sample as sampling
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.commands.train import TrainOptions, train
-from sana_cli.config import Config, ModelConfig, SampleConfig, parse_config
+from sana_cli.config.file import parse_config
+from sana_cli.config.keys import Config, ModelConfig, SampleConfig
 from sana_cli.errors import SanaError
 from sana_cli.model import build
+from sana_cli.runtime import files
+from sana_cli.sampling import pictures, sampler
+from sana_cli.weights import checkpoint, configs
+from sana_cli.weights.checkpoint import load_transformer
 
 
 def perturb(folder: Path) -> None:
@@ -34,10 +37,10 @@ def perturb(folder: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
-    path = folder / "transformer" / formats.WEIGHTS
+    path = folder / "transformer" / configs.WEIGHTS
     files.write_tensors(path, model.state_dict(), {"format": "pt"})
     listing = files.read_sealed_json(folder / "manifest.json")["files"]
-    listing[f"transformer/{formats.WEIGHTS}"] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    listing[f"transformer/{configs.WEIGHTS}"] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
     files.write_sealed_json(folder / "manifest.json", {"files": listing})
 
 
@@ -93,7 +96,7 @@ def test_what_diffusers_saves_loads_here(tmp_path: Path) -> None:
         sample_size=8, patch_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
         cross_attention_head_dim=8, caption_channels=10,
     )  # fmt: skip
-    theirs = diffusers.SanaTransformer2DModel.from_config(formats.diffusers_config(config)).eval()
+    theirs = diffusers.SanaTransformer2DModel.from_config(configs.diffusers_config(config)).eval()
     theirs.save_pretrained(tmp_path / "saved")
     ours = checkpoint.load_transformer(tmp_path / "saved")
     assert ours.config == config
@@ -122,7 +125,7 @@ def test_our_pictures_are_those_of_diffusers(which: str, request: pytest.Fixture
             v = transformer(x.repeat(2, 1, 1, 1), captions.float(), timestep.expand(4), encoder_attention_mask=mask).sample
         v_caption, v_null = v.chunk(2)
         x = scheduler.step(v_null + 2.0 * (v_caption - v_null), timestep, x).prev_sample
-    difference = (draw.to_pixels(x).int() - summary.pixels.int()).abs()
+    difference = (sampler.to_pixels(x).int() - summary.pixels.int()).abs()
     assert int(difference.max()) <= 1
 
 
@@ -130,7 +133,7 @@ def test_what_is_predicted_goes_with_the_weights(foreseeing: Path, tmp_path: Pat
     """In our folder, in its file alone, and after diffusers has saved a pipeline, whose scheduler alone knows of it then."""
     diffusers = pytest.importorskip("diffusers")
     assert json.loads((foreseeing / "transformer" / "config.json").read_text())["prediction_type"] == "sample"
-    for path in (foreseeing, foreseeing / "transformer", foreseeing / "transformer" / formats.WEIGHTS):
+    for path in (foreseeing, foreseeing / "transformer", foreseeing / "transformer" / configs.WEIGHTS):
         assert checkpoint.load_transformer(path).config.prediction_type == "sample"
     diffusers.SanaTransformer2DModel.from_pretrained(foreseeing, subfolder="transformer").save_pretrained(
         tmp_path / "transformer"
@@ -165,7 +168,7 @@ def test_the_readme_draws_our_image_with_diffusers(tmp_path: Path, monkeypatch: 
     exec(code, drawn_there)
     quickstart = {"steps": 8, "guidance_scale": 2.7, "guidance_interval": (0.7, 1.0)}
     summary = drawn(checkpoints / "step-003000", "4", **quickstart, seed=0, precision="fp32", out=tmp_path / "o.png")
-    difference = (draw.to_pixels(drawn_there["x"]).int() - summary.pixels.int()).abs()
+    difference = (sampler.to_pixels(drawn_there["x"]).int() - summary.pixels.int()).abs()
     assert int(difference.max()) <= 1
     assert float(summary.pixels.float().std()) > 10
 
@@ -201,7 +204,7 @@ def test_guidance_is_the_formula(step: Path) -> None:
 
     states = dict(load_encoder(text_config(record["encoder"]), torch.device("cpu")).encode(["seven", ""]))
     assert torch.equal(states[""], null)
-    noise = draw.Noise([9], (1, 16, 16))()[0]
+    noise = sampler.Noise([9], (1, 16, 16))()[0]
     time = torch.tensor([1000.0])
     with torch.no_grad():
         conditional = model(noise[None], states["seven"][None].float(), time)
@@ -209,7 +212,7 @@ def test_guidance_is_the_formula(step: Path) -> None:
 
     def one(**settings: Any) -> torch.Tensor:
         chosen = SampleConfig(steps=1, solver="euler").model_copy(update=settings)
-        return draw.final_images(draw.draw(model, [states["seven"]], [null], [9], (1, 16, 16), chosen, "fp32"))
+        return sampler.final_images(sampler.sample_images(model, [states["seven"]], [null], [9], (1, 16, 16), chosen, "fp32"))
 
     guided = noise - (unconditional + 3.0 * (conditional - unconditional))
     assert torch.allclose(one(guidance_scale=3.0), guided, atol=1e-5)
@@ -233,7 +236,7 @@ device.resolve_device("cpu")
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    draw.final_images(draw.draw(model, [state] * 64, [state[:1]] * 64, range(64), (1, 32, 32), config.sample, "fp32"))
+    sampler.final_images(sampler.sample_images(model, [state] * 64, [state[:1]] * 64, range(64), (1, 32, 32), config.sample, "fp32"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults()
@@ -266,15 +269,15 @@ def test_other_sizes_and_weights(step: Path) -> None:
 
 def test_grids_keep_how_they_were_made(step: Path, tmp_path: Path) -> None:
     summary = drawn(step, "4 two", "six", out=tmp_path / "grid.png", seed=11, trajectory=tmp_path / "appearing.gif")
-    record = draw.read_record(tmp_path / "grid.png")
+    record = pictures.read_record(tmp_path / "grid.png")
     assert record["images"] == [[{"prompt": "4", "seed": 11}, {"prompt": "two", "seed": 12}], [{"prompt": "six", "seed": 13}]]
     assert record["settings"]["solver"] == "dpm++"
     assert record["checkpoint"] == "mine"
     with Image.open(tmp_path / "appearing.gif") as gif:
         assert gif.n_frames == 1 + summary.settings.steps
     with Image.open(tmp_path / "grid.png") as grid:
-        cell = max(1, -(-draw.MIN_CELL // 16)) * 16
-        assert grid.width == 2 * (cell + draw.GRID_GAP) + draw.GRID_GAP
+        cell = max(1, -(-pictures.MIN_CELL // 16)) * 16
+        assert grid.width == 2 * (cell + pictures.GRID_GAP) + pictures.GRID_GAP
     separate = drawn(step, "4 two", separate=tmp_path / "each")
     assert [path.name for path in separate.saved] == ["0000-4.png", "0001-two.png"]
     with Image.open(tmp_path / "each" / "0001-two.png") as image:
@@ -285,7 +288,7 @@ def test_grids_keep_how_they_were_made(step: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain.png"
     Image.new("L", (4, 4)).save(plain)
     with pytest.raises(SanaError, match="does not say how it was made"):
-        draw.read_record(plain)
+        pictures.read_record(plain)
 
 
 def test_odd_prompts_are_drawn(step: Path, tmp_path: Path) -> None:
@@ -296,10 +299,10 @@ def test_odd_prompts_are_drawn(step: Path, tmp_path: Path) -> None:
 
 
 def test_sentences_stand_in_a_square(step: Path) -> None:
-    cells = draw.grid_cells(draw.prompt_rows([f"a red {n}" for n in range(9)], one_word=False), 1, 0)
+    cells = pictures.grid_cells(pictures.prompt_rows([f"a red {n}" for n in range(9)], one_word=False), 1, 0)
     assert [len(row) for row in cells] == [3, 3, 3]
-    assert draw.prompt_rows(["4 two", "six"], one_word=True) == [("4", "two"), ("six",)]
-    repeated = draw.grid_cells([("4", "two")], 2, 5)
+    assert pictures.prompt_rows(["4 two", "six"], one_word=True) == [("4", "two"), ("six",)]
+    repeated = pictures.grid_cells([("4", "two")], 2, 5)
     assert [(cell.prompt, cell.seed) for cell in repeated[0]] == [("4", 5), ("4", 6), ("two", 7), ("two", 8)]
 
 
@@ -382,8 +385,8 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     weights["extra.weight"] = torch.zeros(1)
     del weights["scale_shift_table"]
 
-    files.write_tensors(tmp_path / formats.WEIGHTS, weights)
-    files.write_json(tmp_path / "config.json", formats.diffusers_config(config))
+    files.write_tensors(tmp_path / configs.WEIGHTS, weights)
+    files.write_json(tmp_path / "config.json", configs.diffusers_config(config))
     with pytest.raises(SanaError) as caught:
         checkpoint.load_transformer(tmp_path)
     lines = str(caught.value).splitlines()
@@ -393,7 +396,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         "  unexpected: extra.weight (1,)",
         "  proj_out.bias is (3,), not (64,)",
     ]
-    files.write_json(tmp_path / "config.json", formats.diffusers_config(config) | {"norm_eps": 1e-5})
+    files.write_json(tmp_path / "config.json", configs.diffusers_config(config) | {"norm_eps": 1e-5})
     with pytest.raises(SanaError, match=r"norm_eps = 1e-05 is not supported"):
         checkpoint.load_transformer(tmp_path)
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sana_cli.config import Config, find_config, load_config, packaged_configs, parse_config
+from sana_cli.config.file import find_config, load_config, packaged_configs, parse_config
+from sana_cli.config.keys import Config
 from sana_cli.errors import SanaError
 
 WRONG = """\

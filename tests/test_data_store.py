@@ -13,10 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sana_cli import data, files, store
+from sana_cli import sources as data
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed, plan
-from sana_cli.config import Config
+from sana_cli.config.keys import Config
+from sana_cli.dataset import writer
+from sana_cli.dataset.order import sample_rows
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
+from sana_cli.runtime import files
 
 
 def test_mnist_is_mnist() -> None:
@@ -78,7 +82,7 @@ def test_images_are_fitted() -> None:
 
 
 def test_what_is_stored_comes_back(config: Config) -> None:
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     source = [sample for sample, _ in zip(data.MNIST("train"), range(40), strict=False)]
     rows = np.array([39, 0, 7])
     images = dataset.images(rows)
@@ -119,17 +123,17 @@ def test_any_dataset_comes_back(
         pixels.append(np.random.default_rng(number).integers(0, 256, (len(captions), channels, 2, 3), dtype=np.uint8))
         names = [f"é/{number}-{i}" for i in range(len(captions))]
         nothing = [None] * len(captions)
-        images = store.Images(torch.from_numpy(pixels[-1]), names, captions, nothing, nothing)
+        images = writer.Images(torch.from_numpy(pixels[-1]), names, captions, nothing, nothing)
         windows.append(([fresh] if fresh else [], images))
     for number in reversed(range(windows_count)):  # in any order, by any writer of the same plan
-        writer = store.DatasetWriter(folder, plan)
-        shards = [writer.write_captions(number, at, fresh) for at, fresh in enumerate(windows[number][0])]
-        writer.write(number, shards, windows[number][1], ids, [])
+        into = writer.DatasetWriter(folder, plan)
+        shards = [into.write_captions(number, at, fresh) for at, fresh in enumerate(windows[number][0])]
+        into.write(number, shards, windows[number][1], ids, [])
     image = {"kind": "pixels", "channels": channels, "height": 2, "width": 3}
     encoder = {"encoder": "drawn", "architecture": "none", "weights": "", "dtype": "fp32"}
     facts = {"image": image, "encoder": encoder, "source": {}, "caption_dim": 4}
-    store.DatasetWriter(folder, plan).finish(windows_count, ids, facts)
-    dataset = store.Dataset(folder)
+    writer.DatasetWriter(folder, plan).finish(windows_count, ids, facts)
+    dataset = Dataset(folder)
     assert dataset.labels() is None
     assert dataset.texts() == list(states)
     for text, found in zip(dataset.texts(), dataset.states(range(len(states))), strict=True):
@@ -157,9 +161,9 @@ def test_every_flipped_byte_is_found(config: Config) -> None:
         at = chosen.randrange(len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << chosen.randrange(8))]) + whole[at + 1 :])
         with pytest.raises(SanaError, match=path.name):
-            list(store.Dataset(config.data.dir).verify())
+            list(Dataset(config.data.dir).verify())
         path.write_bytes(whole)
-    assert list(store.Dataset(config.data.dir).verify()) == ["index.json", *(p.name for p in paths if p.name != "index.json")]
+    assert list(Dataset(config.data.dir).verify()) == ["index.json", *(p.name for p in paths if p.name != "index.json")]
 
 
 def test_missing_and_truncated_files_are_named(config: Config) -> None:
@@ -167,13 +171,13 @@ def test_missing_and_truncated_files_are_named(config: Config) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
     with pytest.raises(SanaError, match=f"expected {len(whole):,} bytes, found {len(whole) - 1:,}"):
-        store.Dataset(config.data.dir)
+        Dataset(config.data.dir)
     shard.unlink()
     with pytest.raises(SanaError, match=r"images-00000\.safetensors is missing"):
-        store.Dataset(config.data.dir)
+        Dataset(config.data.dir)
     (config.data.dir / "index.json").unlink()
     with pytest.raises(SanaError, match="no dataset in .*\nmake one with: sana embed"):
-        store.Dataset(config.data.dir)
+        Dataset(config.data.dir)
 
 
 def test_embedding_again_is_a_no_op_or_a_refusal(config: Config) -> None:
@@ -193,7 +197,7 @@ def test_embedding_again_is_a_no_op_or_a_refusal(config: Config) -> None:
     *_, summary = embed(EmbedOptions(changed, limit=40, overwrite=True))
     assert isinstance(summary, EmbedSummary)
     assert not summary.was_there
-    assert store.Dataset(config.data.dir).image_shape == (1, 24, 24)
+    assert Dataset(config.data.dir).image_shape == (1, 24, 24)
     assert sorted(path.name for path in config.data.dir.parent.iterdir()) == ["data"]
 
 
@@ -205,9 +209,9 @@ def test_a_failing_overwrite_keeps_the_old_dataset(config: Config, monkeypatch: 
         patched.setattr(files, "write_sealed_json", full)
         with pytest.raises(SanaError, match="the disk is full"):
             list(embed(EmbedOptions(small_config(config.data.dir.parent, "data.image_size=24"), limit=9, overwrite=True)))
-    assert store.Dataset(config.data.dir).image_shape == (1, 16, 16)
+    assert Dataset(config.data.dir).image_shape == (1, 16, 16)
     list(embed(EmbedOptions(small_config(config.data.dir.parent, "data.image_size=24"), limit=9, overwrite=True)))
-    assert store.Dataset(config.data.dir).image_shape == (1, 24, 24)
+    assert Dataset(config.data.dir).image_shape == (1, 24, 24)
     assert sorted(path.name for path in config.data.dir.parent.iterdir()) == ["data"]
 
 
@@ -228,9 +232,9 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_each_epoch_is_a_permutation_and_batches_run_on() -> None:
-    rows = store.sample_rows(0, 30, 10, seed=3)
+    rows = sample_rows(0, 30, 10, seed=3)
     for epoch in range(3):
         assert sorted(rows[epoch * 10 : (epoch + 1) * 10]) == list(range(10))
     assert rows[:10].tolist() != rows[10:20].tolist()
-    assert store.sample_rows(7, 9, 10, seed=3).tolist() == rows[7:16].tolist()
-    assert store.sample_rows(0, 10, 10, seed=4).tolist() != rows[:10].tolist()
+    assert sample_rows(7, 9, 10, seed=3).tolist() == rows[7:16].tolist()
+    assert sample_rows(0, 10, 10, seed=4).tolist() != rows[:10].tolist()

@@ -19,13 +19,15 @@ import torch.distributed.fsdp  # here, and not again in each of many processes: 
 from conftest import embedded, process_environment, small_config
 from safetensors.torch import load_file, save_file
 
-from sana_cli import checkpoint, formats, store
-from sana_cli.batches import blocks
 from sana_cli.commands.train import TrainOptions, TrainStart, TrainSummary, train
-from sana_cli.config import Config
-from sana_cli.distributed import whole, world
+from sana_cli.config.keys import Config
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
-from sana_cli.trainer import Place, Trainer
+from sana_cli.runtime.distributed import whole, world
+from sana_cli.training.batches import blocks
+from sana_cli.training.trainer import Place, Trainer
+from sana_cli.weights import checkpoint
+from sana_cli.weights.reader import read_weights
 
 
 def in_processes(count: int, work: Callable[[], Any]) -> None:
@@ -56,7 +58,7 @@ def in_processes(count: int, work: Callable[[], Any]) -> None:
 
 
 def trainer(config: Config, images: int, here: Any = None) -> Trainer:
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     model = config.model.model_copy(update={"sample_size": 16, "caption_channels": dataset.index["caption_dim"]})
     place = Place(torch.device("cpu"), "fp32") if here is None else Place(torch.device("cpu"), "fp32", here)
     return Trainer(model, config.train, place, dataset, images)
@@ -235,4 +237,4 @@ def test_torchrun_speaks_with_one_voice_and_saves_when_it_is_stopped(config: Con
     assert folder is not None
     assert skipped == []
     assert checkpoint.step_of(folder) >= 4
-    assert formats.read_weights(folder / "transformer").tensors
+    assert read_weights(folder / "transformer").tensors

@@ -13,10 +13,11 @@ from conftest import REPOSITORY, SMALL, embedded
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from sana_cli import device
 from sana_cli.cli import app
 from sana_cli.commands.train import TrainOptions, train
-from sana_cli.config import Config, parse_config
+from sana_cli.config.file import parse_config
+from sana_cli.config.keys import Config
+from sana_cli.runtime import device
 
 README = (REPOSITORY / "README.md").read_text()
 MISTAKES = REPOSITORY / "docs" / "mistakes.md"

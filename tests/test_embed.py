@@ -22,13 +22,15 @@ import torch
 from conftest import embedded, process_environment, small_config
 from PIL import Image
 
-from sana_cli import data, store
-from sana_cli.batches import pick
+from sana_cli import sources as data
 from sana_cli.commands import embed as embedding
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed, plan
 from sana_cli.commands.inspect import InspectOptions, inspect
-from sana_cli.config import Config
+from sana_cli.config.keys import Config
+from sana_cli.dataset import layout, writer
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
+from sana_cli.training.batches import pick
 
 RGB = ("model.in_channels=3", "data.image_size=16")
 
@@ -49,7 +51,7 @@ def folder_config(tmp_path: Path, source: Path, *more: str) -> Config:
 
 def listed(config: Config) -> list[tuple[str, tuple[str, ...]]]:
     """(sample id, captions) of every image of a dataset."""
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     rows, texts = np.arange(len(dataset)), dataset.texts()
     captions = [tuple(texts[i] for i in ids) for ids in dataset.caption_ids(rows)]
     return list(zip(dataset.sample_ids(rows), captions, strict=True))
@@ -80,7 +82,7 @@ def test_metadata_jsonl(tmp_path: Path) -> None:
     assert listed(config) == [
         ("b.png", ("a red cube",)), ("sub/a.png", ("a blue ball", "a ball")), ("c.png", ("a red cube",))
     ]  # fmt: skip
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     assert dataset.caption_weights(np.array([0, 1])) == [[1.0], [3.0, 1.0]]
     expected = data.fit_image(picture(1), (16, 16), 3)
     assert torch.equal(dataset.images(np.array([1]))[0], torch.from_numpy(expected.copy()).float() / 127.5 - 1)
@@ -125,7 +127,7 @@ def test_class_named_folders(tmp_path: Path) -> None:
         ("dog/more/2.png", ("a photo of a dog.",)),
         ("tabby_cat/1.png", ("a photo of a tabby cat.",)),
     ]
-    labels = store.Dataset(config.data.dir).labels()
+    labels = Dataset(config.data.dir).labels()
     assert labels is not None
     assert labels.tolist() == [0, 0, 1]
 
@@ -147,7 +149,7 @@ def test_idx_files(tmp_path: Path, channels: int) -> None:
     embedded(config)
     assert listed(config)[1] == ("test-000001", ("a shoe",))
     expected = data.fit_image(Image.fromarray(pixels[1]), (16, 16), channels)
-    found = store.Dataset(config.data.dir).images(np.array([1]))[0]
+    found = Dataset(config.data.dir).images(np.array([1]))[0]
     assert torch.equal(found, torch.from_numpy(expected.copy()).float() / 127.5 - 1)
     with pytest.raises(SanaError, match=r"data\.class_names: 2 names, where a label is 2"):
         embedded(small_config(tmp_path / "x", f"data.path={source}", *more, "data.class_names=[a, b]"))
@@ -194,7 +196,7 @@ def test_webdataset(tmp_path: Path) -> None:
     assert listed(config) == [
         ("shard-0.tar/a/0001", ("first",)), ("shard-0.tar/0002", ("second", "2nd")), ("shard-1.tar/x", ("ex",))
     ]  # fmt: skip
-    skipped = {entry["name"]: entry["reason"] for entry in store.Dataset(config.data.dir).skipped()}
+    skipped = {entry["name"]: entry["reason"] for entry in Dataset(config.data.dir).skipped()}
     assert skipped == {
         "shard-0.tar/0003": "no caption",
         "shard-0.tar/../climbs.png": "its name leads out of the source",
@@ -219,7 +221,7 @@ def test_hugging_face_datasets(tmp_path: Path) -> None:
     assert listed(config) == [("train-00000000", ("a",)), ("train-00000002", ("c",))]
     assert summary.first_skipped == ("train-00000001: no caption",)
     expected = data.fit_image(picture(2), (16, 16), 3)
-    found = store.Dataset(config.data.dir).images(np.array([1]))[0]
+    found = Dataset(config.data.dir).images(np.array([1]))[0]
     assert torch.equal(found, torch.from_numpy(expected.copy()).float() / 127.5 - 1)
     assert embedded(config).was_there
     with pytest.raises(SanaError, match=r"data\.caption_field: .* has no column words; it has image, text"):
@@ -331,7 +333,7 @@ def test_bad_entries_are_left_out_and_listed(tmp_path: Path, workers: int) -> No
     *_, summary = embed(EmbedOptions(config))
     assert isinstance(summary, EmbedSummary)
     assert summary.images == 1000
-    skipped = {entry["name"]: entry["reason"] for entry in store.Dataset(config.data.dir).skipped()}
+    skipped = {entry["name"]: entry["reason"] for entry in Dataset(config.data.dir).skipped()}
     for name, reason in reasons.items():
         assert skipped.pop(name).startswith(reason), name  # of two rows for one name, the last
     assert skipped.pop("0000.png") == "named twice; the first is kept"
@@ -390,14 +392,14 @@ def many(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "WINDOW", 64)
-    monkeypatch.setattr(store, "WINDOW_BYTES", 64 * 1024)
+    monkeypatch.setattr(writer, "WINDOW", 64)
+    monkeypatch.setattr(writer, "WINDOW_BYTES", 64 * 1024)
 
 
 def stop_after_a_window(config: Config) -> None:
     """Embed until a window is whole, and leave it at that."""
     steps = embed(EmbedOptions(config))
-    while not any(store.partial_dir(config.data.dir).glob("window-*.json")):
+    while not any(layout.partial_dir(config.data.dir).glob("window-*.json")):
         next(steps)
     steps.close()
 
@@ -417,15 +419,15 @@ def test_interrupted_work_goes_on(tmp_path: Path, many: Path, small_windows: Non
     whole = folder_config(tmp_path / "whole", many)
     list(embed(EmbedOptions(whole)))
     config = folder_config(tmp_path / "cut", many)
-    write, calls = store.DatasetWriter.write, []
+    write, calls = writer.DatasetWriter.write, []
 
-    def failing(self: store.DatasetWriter, window: int, *rest: Any) -> None:
+    def failing(self: writer.DatasetWriter, window: int, *rest: Any) -> None:
         calls.append(window)
         if len(calls) in (3, 5):
             raise OSError(28, "No space left on device")
         write(self, window, *rest)
 
-    monkeypatch.setattr(store.DatasetWriter, "write", failing)
+    monkeypatch.setattr(writer.DatasetWriter, "write", failing)
     for _ in range(2):
         with pytest.raises(SanaError, match="the disk is full"):
             list(embed(EmbedOptions(config)))
@@ -435,7 +437,7 @@ def test_interrupted_work_goes_on(tmp_path: Path, many: Path, small_windows: Non
     assert calls == [0, 1, 2, 2, 3, 3, 4]  # what was whole was not done again
     assert summary.resumed == 3
     assert contents(config.data.dir) == contents(whole.data.dir)
-    assert not store.partial_dir(config.data.dir).exists()
+    assert not layout.partial_dir(config.data.dir).exists()
 
 
 def test_unfinished_work_of_another_plan_is_not_mixed_in(tmp_path: Path, many: Path, small_windows: None) -> None:
@@ -460,7 +462,7 @@ def test_a_changed_source_is_refused(tmp_path: Path, many: Path) -> None:
         list(embed(EmbedOptions(folder_config(tmp_path, many, "data.fit=pad"))))
 
 
-SMALL_WINDOWS = "from sana_cli import store\nstore.WINDOW, store.WINDOW_BYTES = 64, 65536\n"
+SMALL_WINDOWS = "from sana_cli import store\nstore.WINDOW, writer.WINDOW_BYTES = 64, 65536\n"
 LATE = """
 import os, time
 from sana_cli.commands import embed
@@ -488,7 +490,7 @@ def test_killed_work_goes_on(tmp_path: Path, many: Path, small_windows: None) ->
     list(embed(EmbedOptions(whole)))
     config = folder_config(tmp_path / "cut", many)
     (tmp_path / "cut").mkdir(exist_ok=True)
-    start, partial, kills = embed_process(tmp_path / "cut", config), store.partial_dir(config.data.dir), 0
+    start, partial, kills = embed_process(tmp_path / "cut", config), layout.partial_dir(config.data.dir), 0
     for target in (2, 5, 9):
         process = start()
         while process.poll() is None and len(list(partial.glob("*"))) < target:
@@ -618,7 +620,7 @@ def test_a_change_of_content_alone_is_noticed(tmp_path: Path) -> None:
 
 def test_other_peoples_folders_are_never_replaced(tmp_path: Path, many: Path) -> None:
     config = folder_config(tmp_path, many)
-    partial, site = store.partial_dir(config.data.dir), tmp_path / "site"
+    partial, site = layout.partial_dir(config.data.dir), tmp_path / "site"
     for folder, name in ((partial, "thesis.txt"), (site, "home.html")):
         folder.mkdir()
         (folder / name).write_text("mine")
@@ -649,7 +651,7 @@ def test_odd_images_and_rows_are_left_out(tmp_path: Path) -> None:
     config = folder_config(tmp_path, source)
     embedded(config)
     assert [name for name, _ in listed(config)] == ["good.png", "long.png", "1:2.png"]
-    assert len(list(store.Dataset(config.data.dir).skipped())) == 6
+    assert len(list(Dataset(config.data.dir).skipped())) == 6
 
 
 def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
@@ -676,7 +678,7 @@ def test_strict_looks_at_what_was_done_before(tmp_path: Path, many: Path, small_
 def test_what_was_whole_but_not_in_its_place_is_put_there(tmp_path: Path, many: Path) -> None:
     config = folder_config(tmp_path, many)
     list(embed(EmbedOptions(config)))
-    before, partial = contents(config.data.dir), store.partial_dir(config.data.dir)
+    before, partial = contents(config.data.dir), layout.partial_dir(config.data.dir)
     config.data.dir.rename(partial)
     aside = partial.with_name(partial.name + ".replaced")
     aside.mkdir()
@@ -697,7 +699,7 @@ def test_a_link_as_the_dataset_directory(tmp_path: Path, many: Path) -> None:
     for _ in range(2):
         list(embed(EmbedOptions(config, overwrite=True)))
         assert config.data.dir.is_symlink()
-        assert store.is_dataset(tmp_path / "disk")
+        assert layout.is_dataset(tmp_path / "disk")
 
 
 def test_interrupting_is_prompt(tmp_path: Path, many: Path) -> None:

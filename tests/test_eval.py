@@ -14,15 +14,15 @@ import torch
 from conftest import child, embedded, small_config
 from PIL import Image
 
-from sana_cli import judge
 from sana_cli.commands import eval as evaluating
 from sana_cli.commands.eval import EvalOptions, EvalSummary, evaluate, record
 from sana_cli.commands.sample import SampleOptions, sample
 from sana_cli.commands.train import TrainOptions, train
-from sana_cli.config import Config
+from sana_cli.config.keys import Config
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
-from sana_cli.judge import Judge, Moments, frechet_distance, scatter, wilson
-from sana_cli.store import Dataset
+from sana_cli.judging import judge
+from sana_cli.judging.judge import Judge, Moments, frechet_distance, scatter, wilson
 
 
 def test_frechet_distance_of_gaussians() -> None:
@@ -115,7 +115,7 @@ def test_a_judge_reads_what_it_was_not_trained_on(judged: tuple[Config, Judge], 
 
 
 def judge_word(digit: int) -> str:
-    from sana_cli.data import DIGIT_WORDS
+    from sana_cli.sources import DIGIT_WORDS
 
     return DIGIT_WORDS[digit]
 

@@ -15,15 +15,18 @@ from conftest import embedded, small_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sana_cli import checkpoint, formats
-from sana_cli import draw as drawing
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, sample
 from sana_cli.commands.train import TrainOptions, train
-from sana_cli.config import ModelConfig, SampleConfig
+from sana_cli.config.keys import ModelConfig, SampleConfig
 from sana_cli.errors import SanaError
 from sana_cli.model import build
-from sana_cli.pipeline import DC_AE, OFFICIAL_INSTRUCTION, open_pipeline
+from sana_cli.runtime import files
+from sana_cli.sampling import sampler
+from sana_cli.sampling.pipeline import DC_AE, OFFICIAL_INSTRUCTION, open_pipeline
+from sana_cli.weights import checkpoint, configs
+from sana_cli.weights.reader import identify, read_weights
+from sana_cli.weights.stored import check_tensors
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -116,10 +119,10 @@ def test_published_models_are_recognised(name: str, with_extras: bool, tmp_path:
     state = hollow(official(model.state_dict(), config.guidance_embeds)) | (extras(name) if with_extras else {})
     path = tmp_path / "called-anything.bin"
     torch.save({"epoch": 1, "state_dict": state}, path)
-    found = formats.read_weights(path)
-    formats.check_tensors(found.tensors, model, path, "the published model")
+    found = read_weights(path)
+    check_tensors(found.tensors, model, path, "the published model")
     assert found.model == config
-    assert (found.origin, formats.family(found.model)) == ("official", name)
+    assert (found.origin, configs.family(found.model)) == ("official", name)
     report = inspect(InspectOptions(str(path)))
     assert report.facts["family"] == name
     assert report.facts["parameters"] == PUBLISHED[name][-1]
@@ -136,7 +139,7 @@ def test_each_extra_may_be_there_or_not(kept: tuple[str, ...]) -> None:
     config = published("Sana 0.6B")
     state = official(build(config, seed=None).state_dict(), sprint=False)
     state |= {name: tensor for name, tensor in extras("Sana 0.6B").items() if name in kept}
-    found = formats.identify(state, Path("x.pth"))
+    found = identify(state, Path("x.pth"))
     assert found.model == config
     assert set(found.left_out) == set(kept)
 
@@ -166,7 +169,7 @@ def test_other_positions_are_refused() -> None:
     state = hollow(official(build(published("Sana 1.6B"), seed=None).state_dict(), sprint=False))
     state["pos_embed"] = torch.randn(1, 16, 2240)
     with pytest.raises(SanaError, match="pos_embed is neither zeros nor sine-cosine positions"):
-        formats.identify(state, Path("x.pth"))
+        identify(state, Path("x.pth"))
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def same(ours: Any, theirs: Any, guidance: bool = False, time_scale: float = 1.0
 def reference(config: ModelConfig) -> Any:
     """diffusers' model with random weights in which everything shows."""
     torch.manual_seed(0)
-    model = diffusers.SanaTransformer2DModel.from_config(formats.diffusers_config(config)).eval()
+    model = diffusers.SanaTransformer2DModel.from_config(configs.diffusers_config(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -216,7 +219,7 @@ def test_official_files_give_diffusers_numbers(name: str, tmp_path: Path) -> Non
         converted = convert_sana_transformer_to_diffusers(
             {key: tensor for key, tensor in state.items() if not key.startswith("logvar")}
         )
-        found = formats.identify(state, tmp_path / "a.pth").tensors
+        found = identify(state, tmp_path / "a.pth").tensors
         assert found.keys() == converted.keys()
         assert all(torch.equal(found[key], converted[key]) for key in converted)
 
@@ -277,13 +280,13 @@ def test_the_lesson_is_sampled_with_its_own_null_caption(tmp_path: Path, monkeyp
 
     assert pipeline.null_follows_prompt
     asked: list[list[int]] = []
-    original = drawing.draw
+    original = sampler.sample_images
 
     def watched(model: Any, captions: Any, nulls: Any, *rest: Any) -> Any:
         asked.append([len(null) - len(caption) for caption, null in zip(captions, nulls, strict=True)])
         return original(model, captions, nulls, *rest)
 
-    monkeypatch.setattr(drawing, "draw", watched)
+    monkeypatch.setattr(sampler, "sample_images", watched)
 
     def draw(**options: Any) -> Tensor:
         *_, last = sample(SampleOptions(("4 two",), path, encoder="tiny", device="cpu", out=tmp_path / "o.png", **options))
@@ -360,10 +363,10 @@ def test_our_own_file_speaks_for_itself(tmp_path: Path) -> None:
     list(train(TrainOptions(config)))
     step = tmp_path / "run" / "checkpoints" / "step-000004"
     alone = tmp_path / "alone.safetensors"
-    shutil.copy(step / "transformer" / formats.WEIGHTS, alone)
+    shutil.copy(step / "transformer" / configs.WEIGHTS, alone)
     whole = checkpoint.load_transformer(step)
     assert checkpoint.load_transformer(alone).config == whole.config
-    metadata = formats.files.read_metadata(alone)
+    metadata = files.read_metadata(alone)
     assert metadata["step"] == "4"
     assert re.fullmatch(r"sana \d+\.\d+.*", metadata["made_by"])
     assert re.fullmatch(r"[0-9a-f]{64}", metadata["config_sha256"])
@@ -428,7 +431,7 @@ def test_only_plain_numbers_are_weights(tmp_path: Path) -> None:
 
 def test_odd_shapes_keys_and_configs_are_messages(tmp_path: Path) -> None:
     whole = dict(reference(PIXELS).state_dict())
-    config = formats.diffusers_config(PIXELS)
+    config = configs.diffusers_config(PIXELS)
     for name in ("patch_embed.proj.weight", "transformer_blocks.0.ff.conv_point.weight", "caption_projection.linear_1.weight"):
         for shape in ((), (3,), (0, 2, 2, 2), (2, 2, 2, 2, 2)):
             torch.save(whole | {name: torch.zeros(shape)}, tmp_path / "x.pth")
@@ -447,7 +450,7 @@ def test_odd_shapes_keys_and_configs_are_messages(tmp_path: Path) -> None:
     torch.save(whole | stray, tmp_path / "x.pth")
     with pytest.raises(SanaError):
         checkpoint.load_transformer(tmp_path / "x.pth")
-    save_file(whole, tmp_path / formats.WEIGHTS)
+    save_file(whole, tmp_path / configs.WEIGHTS)
     for change in (
         {"num_layers": 10**9}, {"mlp_ratio": 1e-9}, {"mlp_ratio": 1e308}, {"patch_size": 10**12}, {"num_layers": "two"},
         {"sample_size": 4, "interpolation_scale": 1.0}, {"num_attention_heads": 65536, "attention_head_dim": 65536},
@@ -465,7 +468,7 @@ def test_odd_shapes_keys_and_configs_are_messages(tmp_path: Path) -> None:
 def test_names_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file is known by its content, a folder by what it holds, and `.` is a folder like any other."""
     reference(PIXELS).save_pretrained(tmp_path / "transformer")
-    shutil.copy(tmp_path / "transformer" / formats.WEIGHTS, tmp_path / "transformer" / "blob")
+    shutil.copy(tmp_path / "transformer" / configs.WEIGHTS, tmp_path / "transformer" / "blob")
     torch.save({"state_dict": {f"_orig_mod.module.{k}": t for k, t in reference(PIXELS).state_dict().items()}}, tmp_path / "p")
     shutil.copy(tmp_path / "transformer" / "config.json", tmp_path / "config.json")
     for target in ("transformer/blob", "p"):
@@ -540,21 +543,21 @@ def test_what_is_no_sana_is_said(tmp_path: Path) -> None:
 )
 def test_other_schedulers_are_refused(content: dict[str, Any], message: str) -> None:
     with pytest.raises(SanaError, match=message):
-        formats.solver_of(content, Path("scheduler_config.json"))
+        configs.solver_of(content, Path("scheduler_config.json"))
 
 
 @pytest.mark.parametrize("solver", ["dpm++", "euler", "heun", "scm"])
 def test_scheduler_configs_go_out_and_come_back(solver: str, tmp_path: Path) -> None:
     """Through diffusers, which fills in every default."""
     chosen = SampleConfig.model_validate({"solver": solver, "flow_shift": 1.0 if solver == "scm" else 2.5})
-    content = formats.scheduler_config(chosen)
+    content = configs.scheduler_config(chosen)
     scheduler = getattr(diffusers, content["_class_name"]).from_config(content)
     scheduler.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "scheduler_config.json").read_text())
-    assert formats.solver_of(written, tmp_path) == {"solver": solver, "flow_shift": chosen.flow_shift}
-    foresees = formats.scheduler_config(chosen, "sample")
+    assert configs.solver_of(written, tmp_path) == {"solver": solver, "flow_shift": chosen.flow_shift}
+    foresees = configs.scheduler_config(chosen, "sample")
     assert (foresees["_class_name"], foresees["prediction_type"]) == ("DPMSolverMultistepScheduler", "sample")
-    assert formats.solver_of(foresees, tmp_path) == {"solver": "dpm++", "flow_shift": chosen.flow_shift}
+    assert configs.solver_of(foresees, tmp_path) == {"solver": "dpm++", "flow_shift": chosen.flow_shift}
 
 
 # --- training from them -----------------------------------------------------------------------------------------------

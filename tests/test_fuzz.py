@@ -21,15 +21,20 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import PngImagePlugin
 
-from sana_cli import checkpoint, console, draw, files, formats, store
+from sana_cli import console
 from sana_cli.commands.embed import EmbedOptions, embed
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.commands.train import TrainOptions, train
-from sana_cli.config import Config, parse_config
-from sana_cli.device import peak_memory
+from sana_cli.config.file import parse_config
+from sana_cli.config.keys import Config
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.model import build
+from sana_cli.runtime import files
+from sana_cli.runtime.device import peak_memory
+from sana_cli.sampling import pictures
+from sana_cli.weights import checkpoint, configs
 
 CONFIGS, FILES_OF_A_KIND = 2000, 100  # of five kinds
 MOST_GROWTH = 300 * 2**20  # bytes that a kind's hundred files may add to the memory of the process
@@ -195,7 +200,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     *_, summary = train(TrainOptions(config))
     theirs = folder / "theirs"
     model = config.model.model_copy(update={"sample_size": 16, "caption_channels": 8})
-    SanaTransformer2DModel.from_config(formats.diffusers_config(model)).save_pretrained(theirs)
+    SanaTransformer2DModel.from_config(configs.diffusers_config(model)).save_pretrained(theirs)
     torch.save(build(model).state_dict(), folder / "weights.pth")
     return {
         "dataset": config.data.dir,
@@ -210,7 +215,7 @@ def use_dataset(place: Path) -> None:
     for verify in (True, False):
         with contextlib.suppress(SanaError):
             inspect(InspectOptions(str(place), verify))
-    dataset = store.Dataset(place)
+    dataset = Dataset(place)
     rows = np.arange(min(len(dataset), 100))
     dataset.images(rows), dataset.caption_ids(rows), dataset.caption_weights(rows), dataset.sample_ids(rows), dataset.labels()
     dataset.states(range(len(dataset.texts())))
@@ -262,10 +267,10 @@ def test_files_are_used_or_refused(kind: str, made: dict[str, Path], tmp_path: P
             write = files.write_json if content.pop("sha256", None) is None else files.write_sealed_json
             write(path, rearranged(content, data.draw))
         elif kind == "picture" and data.draw(st.booleans()):  # a whole picture with a strange record
-            record = rearranged(draw.read_record(path), data.draw)
+            record = rearranged(pictures.read_record(path), data.draw)
             info = PngImagePlugin.PngInfo()
-            info.add_itxt(draw.PNG_KEY, json.dumps(record))
-            draw.to_image(torch.zeros(1, 8, 8, dtype=torch.uint8)).save(path, pnginfo=info)
+            info.add_itxt(pictures.PNG_KEY, json.dumps(record))
+            pictures.to_image(torch.zeros(1, 8, 8, dtype=torch.uint8)).save(path, pnginfo=info)
         else:
             path.write_bytes(damaged(path.read_bytes(), data.draw))
         if kind == "checkpoint" and path.name != checkpoint.MANIFEST and data.draw(st.booleans()):
@@ -318,7 +323,7 @@ def test_any_caption_and_prompt(text: str, made: dict[str, Path], tmp_path: Path
     if "[red]" in text:
         assert "[red]markup[/red]" in told
     (tmp_path / "images").mkdir()
-    draw.to_image(torch.zeros(1, 16, 16, dtype=torch.uint8)).save(tmp_path / "images" / "a.png")
+    pictures.to_image(torch.zeros(1, 16, 16, dtype=torch.uint8)).save(tmp_path / "images" / "a.png")
     row = json.dumps({"file_name": "a.png", "text": text})
     (tmp_path / "images" / "metadata.jsonl").write_text(row)
     source = (f"data.path={tmp_path / 'images'}", "data.source=folder", f"data.dir={tmp_path / 'set'}")
@@ -329,4 +334,4 @@ def test_any_caption_and_prompt(text: str, made: dict[str, Path], tmp_path: Path
         except SanaError as error:
             assert "no entry can be used" in str(error)  # with the reason why
         else:
-            assert len(store.Dataset(tmp_path / "set")) == 1
+            assert len(Dataset(tmp_path / "set")) == 1

@@ -17,10 +17,11 @@ import pytest
 from conftest import embedded, small_config
 from PIL import Image, ImageCms, TiffImagePlugin, features
 
-from sana_cli import data, store
-from sana_cli.config import DataConfig
-from sana_cli.data import IdxFiles, colour, containers, images
+from sana_cli import sources as data
+from sana_cli.config.keys import DataConfig
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
+from sana_cli.sources import IdxFiles, colour, containers, images
 
 # --- files, written here bit by bit, so that what Pillow reads is compared with something else than what Pillow writes -----
 
@@ -903,7 +904,7 @@ def test_emnist_is_embedded_with_its_held_out_split(tmp_path: Path) -> None:
     config = small_config(tmp_path, "data.source=idx", f"data.path={folder}", "data.held_out_split=test")
     summary = embedded(config)
     assert summary.held_out is not None
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     texts = dataset.texts()
     assert [{texts[i] for i in ids} for ids in dataset.caption_ids(np.arange(2))] == [{"A", "a"}, {"B", "b"}]
     assert embedded(config).was_there

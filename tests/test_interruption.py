@@ -16,10 +16,13 @@ import torch
 from conftest import child, process_environment, small_config
 from safetensors.torch import load_file
 
-from sana_cli import checkpoint, cli, files, flow, trainer
+from sana_cli import cli, flow
 from sana_cli.commands.embed import EmbedOptions, embed
 from sana_cli.commands.train import TrainOptions, TrainSummary, train
-from sana_cli.config import Config
+from sana_cli.config.keys import Config
+from sana_cli.runtime import files
+from sana_cli.training import trainer
+from sana_cli.weights import checkpoint
 
 KILLS = 50
 WAIT = 10.0  # seconds that a stop may take
@@ -169,7 +172,7 @@ def test_a_second_signal_leaves_at_once(config: Config, monkeypatch: pytest.Monk
         while True:
             time.sleep(0.01)
 
-    monkeypatch.setattr("sana_cli.trainer.batch_loss", stuck)
+    monkeypatch.setattr("sana_cli.training.trainer.batch_loss", stuck)
     process = child(lambda: sana_train(config))
     while not mark.exists():
         assert process.is_alive()

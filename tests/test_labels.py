@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from sana_cli import draw, labels
+from sana_cli.sampling import labels, pictures
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def test_wrapping_keeps_every_word_in_lines_that_fit() -> None:
 
 
 def test_a_long_prompt_is_whole_in_the_grid_and_hides_no_image() -> None:
-    rows = [[draw.Cell("4", 0), draw.Cell("a long prompt " * 6, 1)], [draw.Cell("two", 2), draw.Cell("x", 3)]]
+    rows = [[pictures.Cell("4", 0), pictures.Cell("a long prompt " * 6, 1)], [pictures.Cell("two", 2), pictures.Cell("x", 3)]]
     pixels = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 1, 32, 32) * 60 + 7
-    sheet = np.asarray(draw.grid(pixels, rows).convert("L"))
+    sheet = np.asarray(pictures.grid(pixels, rows).convert("L"))
     for number in range(4):
         assert (sheet == 60 * number + 7).sum() >= 64 * 64, "each image is there in full"
-    short = np.asarray(draw.grid(pixels, [[draw.Cell("4", 0), draw.Cell("6", 1)], rows[1]]).convert("L"))
+    short = np.asarray(pictures.grid(pixels, [[pictures.Cell("4", 0), pictures.Cell("6", 1)], rows[1]]).convert("L"))
     assert sheet.shape[0] > short.shape[0]

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sana_cli.checkpoint import parameter_count
-from sana_cli.config import ModelConfig, load_config
-from sana_cli.formats import diffusers_config
+from sana_cli.config.file import load_config
+from sana_cli.config.keys import ModelConfig
 from sana_cli.model import GatedSiLU, SanaTransformer, build, positions, sinusoid
+from sana_cli.weights.checkpoint import parameter_count
+from sana_cli.weights.configs import diffusers_config
 
 
 def perturbed(config: ModelConfig, seed: int = 0) -> SanaTransformer:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, SMALL, process_environment
 
-from sana_cli import openmp
+from sana_cli.runtime import openmp
 
 TELL = "import json, os, sys; print(json.dumps({n: os.environ.get(n) for n in sys.argv[1].split(',')}))"
 NAMES = ",".join(openmp.USERS)

@@ -23,12 +23,14 @@ from safetensors.torch import save, save_file
 from test_formats import PIXELS, Payload, official, reference
 from torch import Tensor
 
-from sana_cli import checkpoint, formats, pickles
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, sample
-from sana_cli.config import ModelConfig
+from sana_cli.config.keys import ModelConfig
 from sana_cli.errors import SanaError
 from sana_cli.model import build
+from sana_cli.weights import checkpoint, configs, pickles
+from sana_cli.weights.reader import read_weights
+from sana_cli.weights.stored import Weights
 
 # of a published width, which its tensors tell, and as small as that can be
 CONFIG = ModelConfig(
@@ -87,7 +89,7 @@ def trainer_file(path: Path, old: bool = False, **more: Any) -> Path:
     return path
 
 
-def value(weights: formats.Weights) -> float:
+def value(weights: Weights) -> float:
     """The number that a set was filled with."""
     numbers = {float(tensor.flatten()[0]) for tensor in weights.tensors.values()}
     assert len(numbers) == 1
@@ -124,7 +126,7 @@ def test_nvlabs_training_checkpoints_are_read(old: bool, numpy_core: bytes, tmp_
                 into.writestr(name, source.read(name).replace(b"cnumpy._core", b"c" + numpy_core))
         path = (tmp_path / "other").rename(path)
     assert b"c" + numpy_core + b".multiarray\n_reconstruct" in path.read_bytes()
-    found = formats.read_weights(path)
+    found = read_weights(path)
     assert found.model.model_copy(update={"sample_size": 8}) == CONFIG
     assert (found.origin, value(found), found.choice) == ("official", 1.0, None)
     report = inspect(InspectOptions(str(path)))
@@ -140,16 +142,16 @@ def test_the_average_is_taken_and_the_raw_weights_are_offered(old: bool, tmp_pat
     path = trainer_file(tmp_path / "x.pth", old, state_dict_ema=AVERAGE)
     assert inspect(InspectOptions(str(path))).facts["weights"] == "averaged (state_dict_ema); raw (state_dict) with --weights raw"
     for which, number in (("ema", 2.0), ("raw", 1.0)):
-        assert value(formats.read_weights(path, which)) == number
+        assert value(read_weights(path, which)) == number
         assert float(checkpoint.load_transformer(path, which).proj_out.bias.detach()[0]) == number
-    assert value(formats.read_weights(path)) == 2.0
+    assert value(read_weights(path)) == 2.0
 
 
 @pytest.mark.parametrize("nothing", [None, {}, []])
 def test_an_average_that_is_not_there_is_said(nothing: Any, tmp_path: Path) -> None:
     path = trainer_file(tmp_path / "x.pth", state_dict_ema=nothing)
     assert inspect(InspectOptions(str(path))).facts["weights"] == "raw (state_dict); state_dict_ema is empty"
-    assert [value(formats.read_weights(path, which)) for which in ("ema", "raw")] == [1.0, 1.0]
+    assert [value(read_weights(path, which)) for which in ("ema", "raw")] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_an_average_that_is_not_there_is_said(nothing: Any, tmp_path: Path) -> N
 )
 def test_an_average_without_names_is_said(ema: Any, named: str, tmp_path: Path) -> None:
     torch.save({"model": RAW, "ema": ema}, tmp_path / "x.pth")
-    found = formats.read_weights(tmp_path / "x.pth")
+    found = read_weights(tmp_path / "x.pth")
     assert value(found) == 1.0
     assert found.choice == f"raw (model); {named} is not read: its tensors are not named as a SANA's"
 
@@ -205,20 +207,20 @@ BOTH: dict[str, tuple[Any, str, str]] = {  # content, what the average and the r
 def test_trainers_that_keep_both(trainer: str, tmp_path: Path) -> None:
     content, averaged, raw = BOTH[trainer]
     torch.save(content, tmp_path / "x.pth")
-    found = formats.read_weights(tmp_path / "x.pth")
+    found = read_weights(tmp_path / "x.pth")
     assert value(found) == 2.0
     assert found.choice == f"averaged ({averaged}); raw ({raw}) with --weights raw"
-    assert value(formats.read_weights(tmp_path / "x.pth", "raw")) == 1.0
+    assert value(read_weights(tmp_path / "x.pth", "raw")) == 1.0
 
 
 def test_other_averages_are_none_of_weights(tmp_path: Path) -> None:
     path = trainer_file(tmp_path / "x.pth", ema_decay=0.9999, average_loss={"train": 0.1}, loss_averages=[0.1], schema={"a": 1})
-    assert formats.read_weights(path).choice is None
+    assert read_weights(path).choice is None
 
 
 def test_a_safetensors_file_may_hold_both(tmp_path: Path) -> None:
     small = reference(PIXELS).state_dict()
-    (tmp_path / "config.json").write_text(json.dumps(formats.diffusers_config(PIXELS)))
+    (tmp_path / "config.json").write_text(json.dumps(configs.diffusers_config(PIXELS)))
     save_file(prefixed("model.", small) | prefixed("ema.", {n: t + 1 for n, t in small.items()}), tmp_path / "x.safetensors")
     for which, added in (("ema", 1), ("raw", 0)):
         assert torch.equal(
@@ -245,7 +247,7 @@ ALONE: dict[str, Any] = {
 @pytest.mark.parametrize("trainer", ALONE)
 def test_trainers_that_keep_one(trainer: str, tmp_path: Path) -> None:
     torch.save(ALONE[trainer], tmp_path / "x.pth")
-    found = formats.read_weights(tmp_path / "x.pth")
+    found = read_weights(tmp_path / "x.pth")
     assert (value(found), found.choice) == (1.0, None)
     assert checkpoint.load_transformer(tmp_path / "x.pth").proj_out.weight.is_leaf
     with pytest.raises(SanaError, match=r"x\.pth has no raw weights beside averaged ones\nleave out --weights raw"):
@@ -254,10 +256,10 @@ def test_trainers_that_keep_one(trainer: str, tmp_path: Path) -> None:
 
 def test_an_average_alone_is_read_and_not_called_raw(tmp_path: Path) -> None:
     torch.save({"ema": AVERAGE}, tmp_path / "x.pth")
-    found = formats.read_weights(tmp_path / "x.pth")
+    found = read_weights(tmp_path / "x.pth")
     assert (value(found), found.choice) == (2.0, "averaged (ema)")
     with pytest.raises(SanaError, match="has no raw weights"):
-        formats.read_weights(tmp_path / "x.pth", "raw")
+        read_weights(tmp_path / "x.pth", "raw")
     reference(PIXELS).save_pretrained(tmp_path / "folder")
     with pytest.raises(SanaError, match=r"has no raw weights \(training/raw\.safetensors\)\nleave out --weights raw"):
         checkpoint.load_transformer(tmp_path / "folder", "raw")
@@ -267,7 +269,7 @@ def test_what_cannot_be_told_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save({"model": RAW, "ema_0.99": AVERAGE, "ema_0.9999": filled(3)}, path)
     refused(path, "holds several SANAs", "ema_0.99, ema_0.9999", "save the one that you want alone")
-    assert value(formats.read_weights(path, "raw")) == 1.0
+    assert value(read_weights(path, "raw")) == 1.0
     for content, named in (
         (prefixed("exp_avg.", RAW) | prefixed("exp_avg_sq.", RAW), "exp_avg, exp_avg_sq"),  # an optimizer's state by name
         ({"teacher": RAW}, "teacher"),
@@ -276,7 +278,7 @@ def test_what_cannot_be_told_is_named(tmp_path: Path) -> None:
         refused(path, f"holds a SANA's tensors under {named} only", "save them alone")
     torch.save({"rng_state": random_states(), "epoch": 1}, path)
     with pytest.raises(SanaError, match="holds no SANA: .*; it has rng_state, epoch"):
-        formats.read_weights(path)
+        read_weights(path)
     torch.save({"module": {name: torch.zeros(0) for name in RAW}, "ds_version": "1"}, path)
     refused(path, "all its tensors are empty", "zero_to_fp32.py")
 
@@ -284,7 +286,7 @@ def test_what_cannot_be_told_is_named(tmp_path: Path) -> None:
 def test_sampling_draws_with_the_weights_that_are_asked_for(tmp_path: Path) -> None:
     raw = {name: tensor.clone() for name, tensor in reference(PIXELS).state_dict().items()}
     average = {name: 0.5 * tensor for name, tensor in raw.items()}
-    (tmp_path / "config.json").write_text(json.dumps(formats.diffusers_config(PIXELS)))
+    (tmp_path / "config.json").write_text(json.dumps(configs.diffusers_config(PIXELS)))
     for name, content in (("both", {"model": raw, "ema": average, "args": argparse.Namespace()}), ("a", average), ("r", raw)):
         torch.save(content, tmp_path / f"{name}.pth")
 
@@ -314,7 +316,7 @@ def test_settings_paths_and_times_beside_weights_are_passed_over(tmp_path: Path)
     ]  # fmt: skip
     for old in (False, True):
         torch.save({"state_dict": RAW, "args": beside}, tmp_path / "x.pth", _use_new_zipfile_serialization=not old)
-        assert value(formats.read_weights(tmp_path / "x.pth")) == 1.0
+        assert value(read_weights(tmp_path / "x.pth")) == 1.0
 
 
 def pickled(path: Path, name: str) -> Path:
@@ -348,13 +350,13 @@ def test_each_stand_in_stands_in(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_all_other_names_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(SanaError, match=rf"is refused: .* holds {name.removeprefix('builtins.')}.*none of it was run"):
-        formats.read_weights(pickled(tmp_path / "x.pth", name))
+        read_weights(pickled(tmp_path / "x.pth", name))
 
 
 def test_a_pickle_called_safetensors_is_a_pickle(tmp_path: Path) -> None:
     """PyTorch goes by the name of a path."""
     path = trainer_file(tmp_path / "x.safetensors", state_dict_ema=AVERAGE)
-    assert value(formats.read_weights(path)) == 2.0
+    assert value(read_weights(path)) == 2.0
     refused(trainer_file(path, more=Payload(tmp_path / "it-ran")), "is refused: beside weights it holds posix.system")
     assert not (tmp_path / "it-ran").exists()
 
@@ -385,7 +387,7 @@ class Ordered:
 def test_attributes_that_a_file_sets_are_not_used(tmp_path: Path) -> None:
     torch.save(Ordered({"state_dict": Ordered(RAW), "epoch": 1}), tmp_path / "x.pth")
     assert torch.load(tmp_path / "x.pth", weights_only=True).items == "not a method"
-    assert value(formats.read_weights(tmp_path / "x.pth")) == 1.0
+    assert value(read_weights(tmp_path / "x.pth")) == 1.0
 
 
 def test_a_dictionary_that_holds_itself_ends(tmp_path: Path) -> None:
@@ -393,7 +395,7 @@ def test_a_dictionary_that_holds_itself_ends(tmp_path: Path) -> None:
     inner["self"] = inner
     torch.save({"model": {str(i): inner for i in range(300)}, "all": [inner] * 300}, tmp_path / "x.pth")
     with pytest.raises(SanaError, match="holds no SANA"):
-        formats.read_weights(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 # --- all-in-one files -------------------------------------------------------------------------------------------------
@@ -403,13 +405,13 @@ def test_the_sana_of_an_all_in_one_file_is_read(tmp_path: Path) -> None:
     rest = {"vae.decoder.a": torch.zeros(1), "text_encoders.gemma.a": torch.zeros(1), "text_encoders.gemma.b": torch.zeros(1)}
     rest["text_encoders.gemma.c"] = torch.zeros(1).to(torch.float8_e4m3fn)
     small = reference(PIXELS).state_dict()
-    (tmp_path / "config.json").write_text(json.dumps(formats.diffusers_config(PIXELS)))
+    (tmp_path / "config.json").write_text(json.dumps(configs.diffusers_config(PIXELS)))
     save_file(prefixed("model.diffusion_model.", small) | rest, tmp_path / "x.safetensors")
     assert torch.equal(checkpoint.load_transformer(tmp_path / "x.safetensors").proj_out.bias, small["proj_out.bias"])
     facts = inspect(InspectOptions(str(tmp_path / "x.safetensors"))).facts
     assert facts["all-in-one"] == "left out: text_encoders (3 tensors), vae (1 tensor)"
     torch.save({"transformer": RAW, "vae": {"a": torch.zeros(1)}, "text_encoder": {"b": torch.zeros(1)}}, tmp_path / "x.pth")
-    found = formats.read_weights(tmp_path / "x.pth")
+    found = read_weights(tmp_path / "x.pth")
     assert (value(found), found.other_parts) == (1.0, ("vae (1 tensor)", "text_encoder (1 tensor)"))
 
 
@@ -477,7 +479,7 @@ def test_another_vision_model_is_no_sana(tmp_path: Path) -> None:
     path = tmp_path / "vit.safetensors"
     path.write_bytes(image_of("patch_embed.proj.weight", 768, 3, 16, 16, others=("blocks.0.attn.qkv.weight",)))
     with pytest.raises(SanaError, match=r"holds no SANA: its tensors are called blocks\.0"):
-        formats.read_weights(path)
+        read_weights(path)
 
 
 # --- adapters and quantised weights -----------------------------------------------------------------------------------
@@ -726,7 +728,7 @@ def saved(place: Path, **options: Any) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["config.json", formats.WEIGHTS, f"{formats.WEIGHTS}.index.json", "diffusion_pytorch_model-00002-of-00009.safetensors"],
+    ["config.json", configs.WEIGHTS, f"{configs.WEIGHTS}.index.json", "diffusion_pytorch_model-00002-of-00009.safetensors"],
 )
 def test_a_pointer_inside_a_folder_is_named(name: str, tmp_path: Path) -> None:
     saved(tmp_path, **({"max_shard_size": "20KB"} if "0000" in name or "index" in name else {}))
@@ -738,11 +740,11 @@ def test_a_pointer_inside_a_folder_is_named(name: str, tmp_path: Path) -> None:
 def test_other_things_in_a_transformers_folder(tmp_path: Path) -> None:
     whole = saved(tmp_path / "x")
     config = json.loads((whole / "transformer" / "config.json").read_text())
-    (whole / "transformer" / formats.WEIGHTS).rename(tmp_path / "kept")
+    (whole / "transformer" / configs.WEIGHTS).rename(tmp_path / "kept")
     (whole / "transformer" / "sana.gguf").write_bytes(b"GGUF" + bytes(20))
-    refused(whole, f"has no {formats.WEIGHTS}", "sana.gguf is GGUF")
+    refused(whole, f"has no {configs.WEIGHTS}", "sana.gguf is GGUF")
     (whole / "transformer" / "sana.gguf").unlink()
-    shutil.copy(tmp_path / "kept", whole / "transformer" / formats.WEIGHTS)
+    shutil.copy(tmp_path / "kept", whole / "transformer" / configs.WEIGHTS)
     for change, message in (
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantised"),
         ({"_class_name": "PixArtTransformer2DModel"}, "is a PixArtTransformer2DModel, not a SanaTransformer2DModel"),

@@ -13,10 +13,12 @@ import torch
 from conftest import process_environment
 from PIL import Image
 
-from sana_cli import checkpoint, draw, files, outputs
 from sana_cli.commands.eval import EvalOptions, evaluate
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.errors import SanaError
+from sana_cli.runtime import files, outputs
+from sana_cli.sampling import pictures, sampler
+from sana_cli.weights import checkpoint
 
 
 def drawn(**options: object) -> SampleSummary:
@@ -64,7 +66,7 @@ def test_stdout_takes_a_picture(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (tmp_path / "got.png").write_bytes(done.stdout)
-    assert draw.read_record(tmp_path / "got.png")["images"] == [[{"prompt": "4", "seed": 0}]]
+    assert pictures.read_record(tmp_path / "got.png")["images"] == [[{"prompt": "4", "seed": 0}]]
     assert done.stdout.endswith(b"IEND\xaeB`\x82"), "nothing follows the picture"
 
 
@@ -142,7 +144,7 @@ def test_a_suffix_says_the_format_and_every_format_remembers(name: str, kind: st
     summary = drawn(out=tmp_path / name, seed=3)
     with Image.open(tmp_path / name) as image:
         assert image.format == kind
-    record = draw.read_record(tmp_path / name)
+    record = pictures.read_record(tmp_path / name)
     assert record["images"] == [[{"prompt": "4", "seed": 3}, {"prompt": "two", "seed": 4}]]
     assert summary.saved == (tmp_path / name,)
 
@@ -221,7 +223,7 @@ def test_folders_keep_what_is_in_them_and_a_dash_is_no_file(tmp_path: Path, monk
 def test_grids_that_a_format_has_no_room_for_are_refused_before_they_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draw, "draw", lambda *_: pytest.fail("it was drawn"))
+    monkeypatch.setattr(sampler, "sample_images", lambda *_: pytest.fail("it was drawn"))
     many = tuple("4 two" for _ in range(260))
     for name, option in (("m.webp", "out"), ("m.webp", "trajectory"), ("m.jpg", "out")):
         prompts = many if name == "m.webp" else many * 4
@@ -241,11 +243,11 @@ def test_a_jpeg_without_room_for_its_record_says_so(tmp_path: Path) -> None:
         return summary
 
     assert grid(150, "some.jpg").notes == (), "without the other tools' words there is room"
-    assert len(draw.read_record(tmp_path / "some.jpg")["images"]) == 150
+    assert len(pictures.read_record(tmp_path / "some.jpg")["images"]) == 150
     (note,) = grid(720, "many.jpg").notes
     assert "many.jpg has no room for all its prompts" in note
     assert grid(180, "many.webp").notes == ()
-    assert len(draw.read_record(tmp_path / "many.webp")["images"]) == 180
+    assert len(pictures.read_record(tmp_path / "many.webp")["images"]) == 180
 
 
 def test_stdout_is_appended_to_and_nothing_else_is_written_there(tmp_path: Path) -> None:

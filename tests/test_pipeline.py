@@ -14,11 +14,11 @@ import torch
 from conftest import embedded, small_config
 from safetensors.torch import load_file, save_file
 
-from sana_cli import checkpoint
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.commands.train import TrainOptions, train
 from sana_cli.errors import SanaError
+from sana_cli.weights import checkpoint
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -200,7 +200,7 @@ def test_a_file_inside_a_pipeline_has_the_pipeline_around_it(pipelines: dict[str
 def test_a_transformer_alone_is_given_the_rest(pipelines: dict[str, Path], gemma: Path, tmp_path: Path) -> None:
     alone = tmp_path / "transformer-alone"
     shutil.copytree(pipelines["dpm++"] / "transformer", alone)
-    from sana_cli.pipeline import DIFFUSERS_INSTRUCTION
+    from sana_cli.sampling.pipeline import DIFFUSERS_INSTRUCTION
 
     with pytest.raises(
         SanaError, match="draws latents of 8 channels, and which autoencoder they are of is not on record\n.*--auto"
@@ -327,7 +327,7 @@ def test_training_on_latents_from_published_weights(pipelines: dict[str, Path], 
     """The way of sana-0.6b and sana-1.6b in miniature: embed through an autoencoder, start from weights, sample images."""
     from PIL import Image
 
-    from sana_cli.store import Dataset
+    from sana_cli.dataset.reader import Dataset
 
     source = pipelines["dpm++"]
     config = small_config(
@@ -341,7 +341,7 @@ def test_training_on_latents_from_published_weights(pipelines: dict[str, Path], 
     assert dataset.image_shape == (8, 4, 2)
     assert dataset.index["image"]["autoencoder"] == "vae"
     vae = diffusers.AutoencoderDC.from_pretrained(source / "vae").eval()
-    from sana_cli.data import decode_image, fit_image, open_source
+    from sana_cli.sources import decode_image, fit_image, open_source
 
     pixels = np.stack([fit_image(decode_image(s.image), (32, 16), 3) for s in itertools.islice(open_source(config.data), 6)])
     with torch.no_grad():

@@ -16,12 +16,12 @@ import pytest
 from conftest import embedded, small_config
 from PIL import Image
 
-from sana_cli import store
-from sana_cli.config import DataConfig
-from sana_cli.data import Entry, Skipped, Source, open_source, webdataset
-from sana_cli.data.splits import split_of
-from sana_cli.data.walk import fold, is_hidden
+from sana_cli.config.keys import DataConfig
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
+from sana_cli.sources import Entry, Skipped, Source, open_source, webdataset
+from sana_cli.sources.splits import split_of
+from sana_cli.sources.walk import fold, is_hidden
 
 RGB = ("model.in_channels=3", "data.image_size=16")
 
@@ -426,7 +426,7 @@ def test_strays_are_in_the_dataset_and_change_it_not(tmp_path: Path) -> None:
     source = write(tmp_path / "source", {**images("cat/1.png"), "cat/2.heic": "x"})
     config = small_config(tmp_path, "data.source=folder", f"data.path={source}", "data.workers=0", *RGB)
     assert embedded(config).first_skipped == ("cat/2.heic: pictures of .heic are not read: convert it to PNG or JPEG",)
-    assert [entry["name"] for entry in store.Dataset(config.data.dir).skipped()] == ["cat/2.heic"]
+    assert [entry["name"] for entry in Dataset(config.data.dir).skipped()] == ["cat/2.heic"]
     write(source, {"later.zip": "x"})
     assert embedded(config).was_there
     write(source, images("cat/3.png"))
@@ -851,7 +851,7 @@ def test_classes_of_a_dataset_are_captions(tmp_path: Path) -> None:
     more = ("data.caption_field=label", "data.image_field=picture", "data.caption_template=a {}.", "data.workers=0")
     config = small_config(tmp_path, "data.source=datasets", f"data.path={saved}", *more, *RGB)
     embedded(config)
-    labels = store.Dataset(config.data.dir).labels()
+    labels = Dataset(config.data.dir).labels()
     assert labels is not None
     assert labels.tolist() == [1, 0]
 

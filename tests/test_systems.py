@@ -14,11 +14,12 @@ import pytest
 from conftest import SMALL, process_environment, small_config
 from PIL import Image
 
-from sana_cli import checkpoint, store
 from sana_cli.commands import embed as embedding
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
-from sana_cli.launch import Launch, read_launch
+from sana_cli.runtime.launch import Launch, read_launch
+from sana_cli.weights import checkpoint
 
 Sana = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -53,7 +54,7 @@ def test_without_semaphores_one_process_decodes(lacking: Exception, tmp_path: Pa
     assert "one process" in summary.notes[0]
     assert "data.workers=0" in summary.notes[0]
     assert not expected.notes
-    one, other = (store.Dataset(config.data.dir).index["images"] for config in (plain, crippled))
+    one, other = (Dataset(config.data.dir).index["images"] for config in (plain, crippled))
     assert one == other, "the same bytes"
 
 

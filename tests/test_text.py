@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sana_cli import text
-from sana_cli.config import TextConfig
+from sana_cli.config.keys import TextConfig
 from sana_cli.errors import SanaError
 
 CPU = torch.device("cpu")

@@ -12,11 +12,16 @@ from conftest import embedded, small_config
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sana_cli import batches, checkpoint, draw, files, flow, formats, optim, store, trainer
+from sana_cli import flow
 from sana_cli.commands.train import TrainOptions, TrainStart, TrainStep, TrainSummary, train
-from sana_cli.config import Config, TrainConfig
-from sana_cli.data import DIGIT_WORDS
+from sana_cli.config.keys import Config, TrainConfig
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import Interrupted, SanaError
+from sana_cli.runtime import files
+from sana_cli.sampling import pictures, sampler
+from sana_cli.sources import DIGIT_WORDS
+from sana_cli.training import batches, optim, trainer
+from sana_cli.weights import checkpoint, configs
 
 
 def run(config: Config, **options: Any) -> TrainSummary:
@@ -43,7 +48,7 @@ def assert_same(one: Path, two: Path) -> None:
 
 
 def test_loss_is_the_velocitys_squared_error(config: Config) -> None:
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     batch = batches.training_batch(dataset, config.train, 0, 8)
 
     class Oracle(torch.nn.Module):
@@ -58,7 +63,7 @@ def test_loss_is_the_velocitys_squared_error(config: Config) -> None:
 
 def test_a_foreseen_samples_loss_is_the_velocitys_down_to_the_floor(config: Config) -> None:
     """A guess that is off everywhere: its velocity, as a solver is told it, against noise - data."""
-    batch = batches.training_batch(store.Dataset(config.data.dir), config.train, 0, 32)
+    batch = batches.training_batch(Dataset(config.data.dir), config.train, 0, 32)
     foresees = config.model.model_copy(update={"prediction_type": "sample"})
     off = torch.linspace(-1, 2, 16 * 16).view(1, 16, 16)
 
@@ -76,7 +81,7 @@ def test_a_foreseen_samples_loss_is_the_velocitys_down_to_the_floor(config: Conf
 
 
 def test_draws_depend_on_the_seed_and_the_samples_place_alone(config: Config) -> None:
-    dataset, settings = store.Dataset(config.data.dir), config.train
+    dataset, settings = Dataset(config.data.dir), config.train
     whole = batches.training_batch(dataset, settings, 10, 6)
     part = batches.training_batch(dataset, settings, 13, 3)
     assert torch.equal(whole.noise[3:], part.noise)
@@ -87,7 +92,7 @@ def test_draws_depend_on_the_seed_and_the_samples_place_alone(config: Config) ->
 
 
 def test_draws_are_what_the_config_says(config: Config) -> None:
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     settings = config.train.model_copy(update={"caption_dropout": 0.25, "flow_shift": 3.0, "logit_mean": 0.0})
     batch = batches.training_batch(dataset, settings, 0, 4000)
     assert float(batch.noise.mean()) == pytest.approx(0, abs=0.01)
@@ -199,7 +204,7 @@ def test_a_run_resumed_at_any_step_is_bitwise_one_never_stopped(config: Config, 
 def test_autocast_casts_a_parameter_once_a_step(config: Config, monkeypatch: pytest.MonkeyPatch, recomputed: bool) -> None:
     """However many micro-batches it has; and the gradient is theirs, each on its own, added up in float32."""
     monkeypatch.setattr("sana_cli.model.has_native_bf16", lambda _: True)
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     settings = config.train.model_copy(update={"accumulate": 3, "activation_checkpointing": recomputed})
     made = config.model.model_copy(update={"sample_size": 16, "caption_channels": dataset.index["caption_dim"]})
     one, other = (trainer.Trainer(made, settings, trainer.Place(torch.device("cpu"), "bf16"), dataset, 12) for _ in range(2))
@@ -306,8 +311,8 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_move(
     config = again(config, "train.save_every=4", "train.schedule=constant")
     with pytest.raises(SanaError) as caught:
         run(config)
-    batch = batches.training_batch(store.Dataset(config.data.dir), config.train, 12, 4)
-    ids = store.Dataset(config.data.dir).sample_ids(batch.rows)
+    batch = batches.training_batch(Dataset(config.data.dir), config.train, 12, 4)
+    ids = Dataset(config.data.dir).sample_ids(batch.rows)
     sigma = [f"{value:.3f}" for value in batch.sigma.tolist()]
     told = f"sigma {sigma[1]} to {sigma[1]}, samples {ids[1]}" if what == "loss" else f"samples {', '.join(ids)}"
     first, second, third, fourth = str(caught.value).splitlines()
@@ -336,7 +341,7 @@ def test_no_checkpoint_with_numbers_that_are_not_finite(config: Config, monkeypa
 
 def test_a_full_disk_leaves_the_last_checkpoint(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run(again(config, "train.steps=2", "train.keep=1"))
-    from sana_cli import files
+    from sana_cli.runtime import files
 
     honest = files.write_tensors
 
@@ -405,7 +410,7 @@ def test_init_from_starts_with_the_weights_of_another_run(config: Config) -> Non
     )
     *_, summary = train(TrainOptions(second))
     assert isinstance(summary, TrainSummary)
-    old = load_file(first.checkpoint / "transformer" / formats.WEIGHTS)
+    old = load_file(first.checkpoint / "transformer" / configs.WEIGHTS)
     new = load_file(summary.checkpoint / "training" / "raw.safetensors")
     assert all(torch.allclose(old[name], new[name], atol=1e-9) for name in old)
     with pytest.raises(SanaError, match=r"is not the model of this config:\nmodel\.num_layers: it has 1, not 2"):
@@ -417,7 +422,7 @@ def test_steps_report_and_grids_are_drawn(config: Config) -> None:
     assert [step.step for step in steps] == [0, 1, 2, 3, 4]
     assert [step.sampled is not None for step in steps] == [True, False, False, False, True]
     assert [step.saved is not None for step in steps] == [False, False, True, False, True]
-    record = draw.read_record(config.run.dir / "samples" / "step-000004.png")
+    record = pictures.read_record(config.run.dir / "samples" / "step-000004.png")
     assert record["images"] == [[{"prompt": "4", "seed": 0}, {"prompt": "two", "seed": 1}]]
     assert sorted(path.name for path in config.run.dir.iterdir()) == [
         "checkpoints", "config.yaml", "metrics.jsonl", "report.html", "samples",
@@ -440,7 +445,7 @@ def test_a_small_model_learns_what_the_prompts_mean(tmp_path: Path) -> None:
     )  # fmt: skip
     embedded(config, limit=400)
     summary = run(config)
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     labels = dataset.labels()
     assert labels is not None
     means = torch.stack([dataset.images(np.flatnonzero(labels.numpy() == digit)).mean(0) for digit in range(10)])
@@ -449,8 +454,8 @@ def test_a_small_model_learns_what_the_prompts_mean(tmp_path: Path) -> None:
     right = 0
     prompts = [(0, "0"), (0, "zero"), (1, "1"), (1, "one")] * 8
     states = [dataset.states([texts.index(word)])[0] for _, word in prompts]
-    images = draw.final_images(
-        draw.draw(
+    images = sampler.final_images(
+        sampler.sample_images(
             model,
             states,
             [null] * 32,
@@ -473,7 +478,7 @@ def test_a_failing_sampling_step_warns_and_training_goes_on(config: Config, monk
 
     plain = again(config, f"run.dir={config.run.dir}-plain")
     *_, undisturbed = train(TrainOptions(plain))
-    monkeypatch.setattr("sana_cli.draw.draw", fails)
+    monkeypatch.setattr("sana_cli.sampling.sampler.sample_images", fails)
     *steps, summary = train(TrainOptions(config))
     assert isinstance(summary, TrainSummary)
     assert (summary.steps, summary.grid) == (4, None)
@@ -507,7 +512,7 @@ def test_given_weights_draw_no_random_model_first(config: Config, tmp_path: Path
     again = small_config(tmp_path, f"train.init_from={first.checkpoint}", f"run.dir={tmp_path / 'again'}", "train.lr=1e-12")
     done = list(train(TrainOptions(again)))[-1]
     found = files.read_tensors(done.checkpoint / checkpoint.RAW_WEIGHTS)
-    given = files.read_tensors(first.checkpoint / "transformer" / formats.WEIGHTS)
+    given = files.read_tensors(first.checkpoint / "transformer" / configs.WEIGHTS)
     assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given), "they are the weights that were given"
     with pytest.raises(AssertionError, match="a random model was drawn"):
         list(train(TrainOptions(small_config(tmp_path, f"run.dir={tmp_path / 'new'}"))))

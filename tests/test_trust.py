@@ -20,13 +20,17 @@ import torch
 from conftest import REPOSITORY, SMALL, process_environment, small_config
 from PIL import Image
 
-from sana_cli import checkpoint, draw, files, store
 from sana_cli.commands.embed import EmbedOptions, embed
 from sana_cli.commands.sample import SampleOptions, sample
 from sana_cli.commands.train import TrainOptions, train
-from sana_cli.config import Config
+from sana_cli.config.keys import Config
+from sana_cli.dataset import layout
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer
+from sana_cli.runtime import files
+from sana_cli.sampling import pictures
+from sana_cli.weights import checkpoint
 
 Sana = Callable[..., subprocess.CompletedProcess[str]]
 SOURCES = sorted((REPOSITORY / "sana_cli").rglob("*.py"))
@@ -75,11 +79,11 @@ def test_the_network_is_reached_by_the_hub_alone() -> None:
 
 @pytest.mark.parametrize("name", ["../out.safetensors", "/etc/passwd", "a/../../b", "a\\b", "C:x", "a\0b", "", ".", "a//b"])
 def test_no_list_of_files_leads_out_of_its_folder(name: str, config: Config, tmp_path: Path) -> None:
-    index = files.read_sealed_json(config.data.dir / store.INDEX)
+    index = files.read_sealed_json(config.data.dir / layout.INDEX)
     index["images"][0]["file"] = name
-    files.write_sealed_json(config.data.dir / store.INDEX, {key: value for key, value in index.items() if key != "sha256"})
+    files.write_sealed_json(config.data.dir / layout.INDEX, {key: value for key, value in index.items() if key != "sha256"})
     with pytest.raises(SanaError, match=r"images\.0\.file: must be the name of a file in"):
-        store.Dataset(config.data.dir)
+        Dataset(config.data.dir)
     folder = tmp_path / "step-000001"
     folder.mkdir()
     files.write_sealed_json(folder / checkpoint.MANIFEST, {"files": {name: {"bytes": 1, "sha256": ""}}})
@@ -240,7 +244,7 @@ def test_two_processes_do_not_write_one_run_or_dataset(config: Config, sana: San
         next(iter(embed(again)))
     for _ in embedding:
         pass
-    assert len(store.Dataset(tmp_path / "other")) == 20
+    assert len(Dataset(tmp_path / "other")) == 20
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
@@ -349,11 +353,11 @@ def test_pictures_speak_other_tools_language(config: Config, tmp_path: Path) -> 
     text = Image.open(tmp_path / "o.png").text["parameters"]
     assert text.splitlines()[:2] == ["4", "two"]
     assert "Steps: 2, Sampler: dpm++, CFG scale: 2.5, Seed: 0, Model: run/step-000004" in text
-    assert draw.read_record(tmp_path / "o.png")["settings"]["steps"] == 2
+    assert pictures.read_record(tmp_path / "o.png")["settings"]["steps"] == 2
     weights = summary.checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert f"Model hash: {digest[:10]}" in text
-    assert draw.read_record(tmp_path / "o.png")["weights_sha256"] == digest
+    assert pictures.read_record(tmp_path / "o.png")["weights_sha256"] == digest
     raw = hashlib.sha256((summary.checkpoint / "training" / "raw.safetensors").read_bytes()).hexdigest()
     assert checkpoint.weights_sha256(summary.checkpoint, "raw") == raw != digest
     assert checkpoint.weights_sha256(weights.parent) is None

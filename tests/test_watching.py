@@ -18,11 +18,15 @@ import torch
 from conftest import embedded, process_environment, small_config
 from PIL import Image
 
-from sana_cli import batches, checkpoint, console, estimate, metrics, report, store, trainer
+from sana_cli import console
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed
 from sana_cli.commands.train import TrainOptions, TrainStart, TrainStep, TrainSummary, plan, train
-from sana_cli.config import Config, ModelConfig, TrainConfig
+from sana_cli.config.keys import Config, ModelConfig, TrainConfig
+from sana_cli.dataset import layout
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
+from sana_cli.training import batches, estimate, metrics, report, trainer
+from sana_cli.weights import checkpoint
 
 HELD_OUT = ("data.held_out_split=test", "train.held_out_every=2", "train.held_out_images=9")
 
@@ -61,7 +65,7 @@ def test_the_lines_say_what_the_steps_were(watched: Config) -> None:
     steps = [step for step in train(TrainOptions(watched)) if isinstance(step, TrainStep)]
     found = lines(watched)
     assert [line["loss"] for line in found] == [step.loss for step in steps[1:]]
-    dataset = store.Dataset(watched.data.dir)
+    dataset = Dataset(watched.data.dir)
     for line in found:
         sigma = batches.training_batch(dataset, watched.train, 4 * (line["step"] - 1), 4).sigma
         counts = np.histogram(sigma.numpy(), bins=10, range=(0, 1))[0].tolist()
@@ -78,7 +82,7 @@ def test_held_out_loss_is_that_of_the_averaged_weights_on_fixed_draws(watched: C
     """Computed here image by image, with the weights that were saved."""
     summary = run(watched)
     model = checkpoint.load_transformer(summary.checkpoint)
-    held_out = store.Dataset(store.held_out_dir(watched.data.dir, "test"))
+    held_out = Dataset(layout.held_out_dir(watched.data.dir, "test"))
     losses = []
     for image in range(9):
         batch = batches.held_out_batch(held_out, watched.train, image, 1, 9)
@@ -89,7 +93,7 @@ def test_held_out_loss_is_that_of_the_averaged_weights_on_fixed_draws(watched: C
 
 
 def test_held_out_noise_levels_are_the_quantiles_of_the_training_density(watched: Config) -> None:
-    held_out = store.Dataset(store.held_out_dir(watched.data.dir, "test"))
+    held_out = Dataset(layout.held_out_dir(watched.data.dir, "test"))
     settings = watched.train.model_copy(update={"logit_mean": 0.5, "logit_std": 0.7, "flow_shift": 2.0})
     count = 400
     sigma = np.sort(batches.held_out_batch(held_out, settings, 0, count, count).sigma.numpy())
@@ -110,7 +114,7 @@ def test_embed_makes_the_held_out_split_a_dataset_of_its_own(config: Config) -> 
     assert isinstance(summary, EmbedSummary)
     assert summary.held_out is not None
     assert (summary.was_there, summary.held_out.was_there) == (True, False)
-    dataset = store.Dataset(Path(f"{config.data.dir}-test"))
+    dataset = Dataset(Path(f"{config.data.dir}-test"))
     assert (len(dataset), dataset.index["source"]["split"]) == (40, "test")
     assert list(dataset.verify())
     with pytest.raises(SanaError, match=r"data\.held_out_split: train is what is trained on"):
@@ -126,7 +130,7 @@ def test_a_held_out_split_that_is_missing_or_of_another_kind(watched: Config, co
     path = Path(f"{watched.data.dir}-test") / "index.json"
     index = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
     index["encoder"]["max_length"] = 7
-    from sana_cli import files
+    from sana_cli.runtime import files
 
     files.write_sealed_json(path, index)
     with pytest.raises(SanaError, match=r"data\.held_out_split: .*data-test has encoder max_length 7, and .*data has 300"):
@@ -316,7 +320,7 @@ def test_compiled_blocks_give_the_same_run(config: Config) -> None:
 
 
 def test_batches_come_in_order_whether_foreseen_or_not(config: Config) -> None:
-    dataset = store.Dataset(config.data.dir)
+    dataset = Dataset(config.data.dir)
     made: list[tuple[int, int]] = []
 
     def make(first: int, count: int) -> batches.Batch:

@@ -22,14 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sana_cli import files, hub, store
 from sana_cli.autoencoder import Autoencoder, read_info
-from sana_cli.config import Config
-from sana_cli.data import Entry, Skipped, Source, open_source
-from sana_cli.data.images import decode_all
-from sana_cli.device import peak_memory, resolve_device, return_memory
-from sana_cli.distributed import World, world
+from sana_cli.config.keys import Config
+from sana_cli.dataset import layout, writer
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
+from sana_cli.runtime import files, hub
+from sana_cli.runtime.device import peak_memory, resolve_device, return_memory
+from sana_cli.runtime.distributed import World, world
+from sana_cli.sources import Entry, Skipped, Source, open_source
+from sana_cli.sources.images import decode_all
 from sana_cli.text import CaptionEncoder, asked_for, check_capitals, check_same_encoder, load_encoder
 
 IMAGES_AT_ONCE = 64  # handed to a worker, and put through an autoencoder
@@ -127,13 +129,13 @@ def plan(options: EmbedOptions) -> EmbedPlan:
     image = _image(options.config)
     return EmbedPlan(
         directory=options.directory,
-        exists=store.is_dataset(options.directory),
+        exists=layout.is_dataset(options.directory),
         source=fingerprint,
         encoder=asked_for(options.config.text),
         images=count,
         image_shape=(image["channels"], image["height"], image["width"]),
         image_bytes=None if count is None else count * _sample_bytes(image),
-        lesson_bytes=None if count is None else count * store.LESSON_BYTES_PER_IMAGE,
+        lesson_bytes=None if count is None else count * layout.LESSON_BYTES_PER_IMAGE,
     )
 
 
@@ -141,7 +143,7 @@ def _sample_bytes(image: dict[str, Any]) -> int:
     return image["channels"] * image["height"] * image["width"] * (1 if image["kind"] == "pixels" else 2)
 
 
-def _check_same(dataset: store.Dataset, source: dict[str, Any], config: Config) -> None:
+def _check_same(dataset: Dataset, source: dict[str, Any], config: Config) -> None:
     where, way_out = str(dataset.directory), "make it anew with --overwrite, or another beside it with --set data.dir=DIR"
     for name, recorded, given in (("source", dataset.index["source"], source), ("image", dataset.index["image"], _image(config))):
         extra = [key for key in recorded if key not in given and key != "autoencoder_fingerprint"]  # known once it is loaded
@@ -278,7 +280,7 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
     if split is not None:
         data = options.config.data.model_copy(update={"split": split, "held_out_split": None})
         aside = replace(
-            options, config=options.config.model_copy(update={"data": data}), out=store.held_out_dir(options.directory, split)
+            options, config=options.config.model_copy(update={"data": data}), out=layout.held_out_dir(options.directory, split)
         )
         try:
             open_source(data)  # before the work, not after it
@@ -308,24 +310,24 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
         source, count, fingerprint = _source(options)
     except OSError as error:
         raise files.storage_error(error, f"reading {config.data.path}") from error
-    device, partial = resolve_device(config.run.device), store.partial_dir(directory)
+    device, partial = resolve_device(config.run.device), layout.partial_dir(directory)
     with here.together():  # before the first of these processes takes the lock
         if here.first:
             files.check_unlocked(directory)
-    store.check_only_ours(partial)
-    if store.is_dataset(partial) and not (partial / store.PLAN).exists() and not directory.exists():
+    layout.check_only_ours(partial)
+    if layout.is_dataset(partial) and not (partial / layout.PLAN).exists() and not directory.exists():
         with contextlib.suppress(SanaError):  # whole, but stopped before it was in its place
-            _check_same(store.Dataset(partial), fingerprint, config)
+            _check_same(Dataset(partial), fingerprint, config)
             files.put_in_place(partial, directory)
-    if store.is_dataset(directory) and not options.overwrite:
-        dataset = store.Dataset(directory)
+    if layout.is_dataset(directory) and not options.overwrite:
+        dataset = Dataset(directory)
         _check_same(dataset, fingerprint, config)
         for entry in dataset.skipped() if options.strict else ():
             raise _strict_error(entry["name"], entry["reason"])
         if here.first:
             yield _summary(dataset, start, peak_memory(device), was_there=True)
         return
-    store.check_only_ours(directory)
+    layout.check_only_ours(directory)
     image = _image(config)
     _check_room(directory, 0 if count is None or partial.exists() else count * _sample_bytes(image))
     autoencoder = _load_autoencoder(config, device)
@@ -333,7 +335,7 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
     if autoencoder is not None:
         image["autoencoder_fingerprint"] = autoencoder.fingerprint
     pixels = int(np.prod(config.data.size)) * (3 if autoencoder is not None else config.model.in_channels)
-    size = max(IMAGES_AT_ONCE, min(store.WINDOW, store.WINDOW_BYTES // pixels))
+    size = max(IMAGES_AT_ONCE, min(writer.WINDOW, writer.WINDOW_BYTES // pixels))
     made = {"source": fingerprint, "image": image, "encoder": encoder.fingerprint, "window": size}
     facts = {"image": image, "caption_dim": encoder.dim, "encoder": encoder.fingerprint, "source": fingerprint}
     entries = source if count is None else itertools.islice(iter(source), count)
@@ -343,8 +345,8 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
         with here.together():
             if here.first:  # takes up what an earlier embed of the same plan left, or makes room; the others find it so
                 held.enter_context(files.locked(directory))
-                store.DatasetWriter(partial, made)
-        work = _Work(encoder, autoencoder, store.DatasetWriter(partial, made), options.strict)
+                writer.DatasetWriter(partial, made)
+        work = _Work(encoder, autoencoder, writer.DatasetWriter(partial, made), options.strict)
         for _ in work.windows(reader, here):
             if here.first:
                 yield EmbedStep(reader.taken, count, len(work.caption_ids), config.data.split)
@@ -354,7 +356,7 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
                 raise SanaError(f"{options.config.data.source}: no entry can be used", *work.reasons())
             work.writer.finish(reader.windows, work.caption_ids, facts)
             files.put_in_place(partial, directory)
-            done = _summary(store.Dataset(directory), start, peak_memory(device), was_there=False, resumed=work.resumed)
+            done = _summary(Dataset(directory), start, peak_memory(device), was_there=False, resumed=work.resumed)
             yield replace(done, notes=reader.notes)
         here.wait()
     except OSError as error:
@@ -372,7 +374,7 @@ class _Work:
     """Captions and images of each window, encoded and written."""
 
     def __init__(
-        self, encoder: CaptionEncoder, autoencoder: Autoencoder | None, writer: store.DatasetWriter, strict: bool
+        self, encoder: CaptionEncoder, autoencoder: Autoencoder | None, writer: writer.DatasetWriter, strict: bool
     ) -> None:
         self.encoder, self.autoencoder, self.writer, self.strict = encoder, autoencoder, writer, strict
         self.caption_ids: dict[str, int] = {"": 0}  # the null caption leads
@@ -442,7 +444,7 @@ class _Work:
         tokens = self.encoder.tokenize(captions)
         self._cut = sum(self.encoder.is_cut(caption, tokens=found) for caption, found in tokens.items())
         run: list[str] = []
-        budget = room = store.WINDOW_BYTES // (2 * self.encoder.dim)  # tokens of a shard
+        budget = room = writer.WINDOW_BYTES // (2 * self.encoder.dim)  # tokens of a shard
         for caption in captions:
             length = len(tokens[caption][0])
             if run and length > room:
@@ -457,14 +459,14 @@ class _Work:
         states = dict(self.encoder.encode_tokens({caption: tokens[caption] for caption in captions}))
         return {caption: states[caption] for caption in captions}
 
-    def _images(self, window: _Window) -> store.Images:
+    def _images(self, window: _Window) -> writer.Images:
         entries, parts = window.entries, []
         for begin in range(0, len(entries), IMAGES_AT_ONCE):
             pixels = torch.from_numpy(np.stack(window.pixels[begin : begin + IMAGES_AT_ONCE]))
             parts.append(pixels if self.autoencoder is None else self.autoencoder.encode(pixels.float() / 127.5 - 1))
             if self.autoencoder is not None and not parts[-1].isfinite().all():
                 raise SanaError(f"the autoencoder gave latents that are not finite, from {entries[begin].id} on")
-        return store.Images(
+        return writer.Images(
             pixels=torch.cat(parts) if parts else torch.empty(0),
             sample_ids=[entry.id for entry in entries],
             captions=[entry.captions for entry in entries],
@@ -497,7 +499,7 @@ def _load_autoencoder(config: Config, device: torch.device) -> Autoencoder | Non
     return Autoencoder(source, device)
 
 
-def _summary(dataset: store.Dataset, start: float, memory: int, was_there: bool, resumed: int = 0) -> EmbedSummary:
+def _summary(dataset: Dataset, start: float, memory: int, was_there: bool, resumed: int = 0) -> EmbedSummary:
     counts = dataset.index["counts"]
     skipped = itertools.islice(dataset.skipped(), FIRST_SKIPPED)
     return EmbedSummary(
@@ -510,7 +512,7 @@ def _summary(dataset: store.Dataset, start: float, memory: int, was_there: bool,
         skipped=counts.get("skipped", 0),
         first_skipped=tuple(f"{entry['name']}: {entry['reason']}" for entry in skipped),
         bytes=dataset.bytes,
-        lesson_bytes=counts["images"] * store.LESSON_BYTES_PER_IMAGE,
+        lesson_bytes=counts["images"] * layout.LESSON_BYTES_PER_IMAGE,
         seconds=time.perf_counter() - start,
         peak_memory=memory,
         cut=counts.get("cut", 0),

@@ -14,16 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sana_cli import __version__, checkpoint, draw, files, judge, outputs, plots
+from sana_cli import __version__
 from sana_cli.choices import Precision, Solver, Weights
-from sana_cli.config import DEFAULT_CONFIG, SampleConfig, load_config
-from sana_cli.data import BadImage, decode_image, fit_image
-from sana_cli.device import resolve_device, resolve_precision
+from sana_cli.config.file import DEFAULT_CONFIG, load_config
+from sana_cli.config.keys import SampleConfig
+from sana_cli.dataset.layout import held_out_dir, is_dataset
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
-from sana_cli.judge import Judge, JudgeStep, Verdict
-from sana_cli.pipeline import Pipeline, given_settings, open_pipeline
-from sana_cli.store import Dataset, held_out_dir, is_dataset
+from sana_cli.judging import judge, plots
+from sana_cli.judging.judge import Judge, JudgeStep, Verdict
+from sana_cli.runtime import files, outputs
+from sana_cli.runtime.device import resolve_device, resolve_precision
+from sana_cli.sampling import pictures, sampler
+from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
+from sana_cli.sources import BadImage, decode_image, fit_image
 from sana_cli.text import as_of_today, check_same_encoder
+from sana_cli.weights import checkpoint
 
 SWEEP_STEPS = (4, 6, 8, 12, 20)
 SWEEP_GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -222,11 +228,11 @@ def _drawn(
         start, pixels = time.perf_counter(), {}
         given = [states[caption] for caption in captions]
         try:
-            for step in draw.draw(model, given, [null] * len(given), seeds, shape, setting, precision):
+            for step in sampler.sample_images(model, given, [null] * len(given), seeds, shape, setting, precision):
                 if step.done % setting.steps == 0:
-                    pixels[step.first] = draw.to_pixels(step.images)
+                    pixels[step.first] = sampler.to_pixels(step.images)
                 yield EvalStep("draw", before + step.done * setting.steps // step.total, every)
-        except draw.NoRoomError as error:
+        except sampler.NoRoomError as error:
             raise SanaError(str(error), "judge it on another device: --device cpu") from error
         before += setting.steps
         yield setting, time.perf_counter() - start, torch.cat([pixels[first] for first in sorted(pixels)]), captions
@@ -275,7 +281,7 @@ def _pictures(folder: Path, dataset: Dataset, meaning: Mapping[str, int]) -> Ite
 
 def _prompt(path: Path, folder: Path) -> str | None:
     try:
-        prompts = [image["prompt"] for row in draw.read_record(path)["images"] for image in row]
+        prompts = [image["prompt"] for row in pictures.read_record(path)["images"] for image in row]
         return prompts[0] if len(prompts) == 1 else None
     except (SanaError, KeyError, TypeError):
         return path.parent.name if path.parent != folder else None

@@ -14,15 +14,22 @@ from typing import Any
 
 import torch
 
-from sana_cli import __version__, checkpoint, draw, formats, outputs, store, strangers
-from sana_cli.config import Config, ModelConfig, find_config, load_config, packaged_configs
-from sana_cli.device import devices, free_memory, resolve_device, resolve_precision
+from sana_cli import __version__
+from sana_cli.config.file import find_config, load_config, packaged_configs
+from sana_cli.config.keys import Config, ModelConfig
+from sana_cli.dataset import layout
+from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError, one_line
 from sana_cli.model import build, module_rows
-from sana_cli.openmp import USERS
-from sana_cli.pipeline import INDEX, Pipeline, open_pipeline
+from sana_cli.runtime import outputs
+from sana_cli.runtime.device import devices, free_memory, resolve_device, resolve_precision
+from sana_cli.runtime.openmp import USERS
+from sana_cli.sampling import pictures
+from sana_cli.sampling.pipeline import INDEX, Pipeline, open_pipeline
 from sana_cli.text import TINY_DIM, text_config
 from sana_cli.units import human_bytes
+from sana_cli.weights import checkpoint, configs, strangers
+from sana_cli.weights.reader import read_weights
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def inspect(options: InspectOptions) -> Report:
     if options.target == checkpoint.SHIPPED and not path.exists():
         return _checkpoint(checkpoint.shipped(), options.verify)
     if path.is_dir():
-        if store.is_dataset(path) or store.partial_dir(path).is_dir():
+        if layout.is_dataset(path) or layout.partial_dir(path).is_dir():
             return _dataset(path, options.verify)
         if (path / "checkpoints").is_dir() or (path / checkpoint.RECORD).is_file():
             return _checkpoint(path, options.verify)
@@ -136,7 +143,7 @@ def _model_facts(model: ModelConfig) -> dict[str, Any]:
     positions = f"sine-cosine, scale {model.interpolation_scale:g}" if model.interpolation_scale is not None else "none (NoPE)"
     facts = {
         "parameters": checkpoint.parameter_count(build(model, seed=None).parameters()),
-        "family": formats.family(model),
+        "family": configs.family(model),
         "layers": model.num_layers,
         "width": f"{model.inner_dim} ({model.num_attention_heads} heads of {model.attention_head_dim})",
         "cross-attention": f"{model.num_cross_attention_heads} heads of {model.cross_attention_head_dim}",
@@ -156,8 +163,8 @@ def _resolved(config: Config) -> tuple[ModelConfig, str]:
     size = model.sample_size or max(config.data.sample_sides)
     if model.caption_channels is not None:
         return model.model_copy(update={"sample_size": size}), "config"
-    if store.is_dataset(config.data.dir):
-        dim, origin = store.Dataset(config.data.dir).index["caption_dim"], str(config.data.dir)
+    if layout.is_dataset(config.data.dir):
+        dim, origin = Dataset(config.data.dir).index["caption_dim"], str(config.data.dir)
     elif config.text.encoder == "tiny":
         dim, origin = TINY_DIM, "the tiny encoder"
     else:
@@ -195,7 +202,7 @@ def _config(path: Path) -> Report:
         "sample": f"{model.in_channels} x {height} x {width}, {(height // model.patch_size) * (width // model.patch_size)} tokens",
         "caption channels from": origin,
         "encoder": config.text.encoder,
-        "dataset": str(config.data.dir) + ("" if store.is_dataset(config.data.dir) else " (not embedded yet)"),
+        "dataset": str(config.data.dir) + ("" if layout.is_dataset(config.data.dir) else " (not embedded yet)"),
         "training": f"{train.steps:,} steps of {batch} ({train.batch_size} x {train.accumulate} accumulated), lr {train.lr:g}",
         "sampling": config.sample.in_words,
     }
@@ -258,7 +265,7 @@ ORIGINS = {"diffusers": "diffusers", "official": "NVlabs/Sana", "lesson": "the l
 
 def _transformer(path: Path) -> Report:
     """A diffusers pipeline, a transformer folder, or a file of weights."""
-    weights = formats.read_weights(checkpoint.transformer_path(path))
+    weights = read_weights(checkpoint.transformer_path(path))
     pipeline = open_pipeline(path, weights=weights)
     empty = build(weights.model, seed=None)
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values())
@@ -309,19 +316,19 @@ def _surroundings(path: Path, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _dataset(path: Path, verify: bool) -> Report:
-    dataset = store.Dataset(path)
+    dataset = Dataset(path)
     index = dataset.index
     counts, image, encoder = index["counts"], index["image"], index["encoder"]
     facts = {
         "images": counts["images"],
         "captions": counts["captions"],
         "tokens": counts["tokens"],
-        **({"left out": f"{counts['skipped']:,}, listed in {store.SKIPPED}"} if counts.get("skipped") else {}),
+        **({"left out": f"{counts['skipped']:,}, listed in {layout.SKIPPED}"} if counts.get("skipped") else {}),
         **({"cut": f"{counts['cut']:,} captions, at text.max_length"} if counts.get("cut") else {}),
         "image": f"{image['kind']}, {image['channels']} x {image['height']} x {image['width']}",
         "caption states": f"{index['caption_dim']} wide, bf16",
         "bytes": dataset.bytes,
-        "in the lesson's layout": human_bytes(counts["images"] * store.LESSON_BYTES_PER_IMAGE),
+        "in the lesson's layout": human_bytes(counts["images"] * layout.LESSON_BYTES_PER_IMAGE),
         "encoder": f"{encoder['encoder']} ({encoder['architecture']}, {encoder['dtype']}, {encoder['weights'][:12]})",
         "source": " ".join(f"{key}={str(value)[:12]}" for key, value in index["source"].items()),
         "examples": [text for text in dataset.texts()[:21] if text],
@@ -336,7 +343,7 @@ def _dataset(path: Path, verify: bool) -> Report:
 def _picture(path: Path) -> Report:
     if not path.is_file():
         raise SanaError(f"{path} does not exist")
-    record = draw.read_record(path)
+    record = pictures.read_record(path)
     images = [image for row in record["images"] for image in row]
     facts = {key: value for key, value in record.items() if key not in ("images", "settings")} | record["settings"]
     rows = tuple((image["prompt"], image["seed"]) for image in images)

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_cli import __version__, checkpoint, draw, files, hub, outputs, textfile
+from sana_cli import __version__
 from sana_cli.autoencoder import Autoencoder, AutoencoderInfo, read_info
 from sana_cli.choices import Offload, Precision, Solver, Weights
-from sana_cli.config import SampleConfig
-from sana_cli.device import Stage, peak_memory, resolve_device, resolve_precision
+from sana_cli.config.keys import SampleConfig
 from sana_cli.errors import SanaError
-from sana_cli.pipeline import Pipeline, given_settings, open_pipeline
+from sana_cli.runtime import files, hub, outputs, textfile
+from sana_cli.runtime.device import Stage, peak_memory, resolve_device, resolve_precision
+from sana_cli.sampling import pictures, sampler
+from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
 from sana_cli.text import CaptionEncoder, as_of_today, check_same_encoder, knew_capitals, load_encoder, unseen_words
+from sana_cli.weights import checkpoint
 
 MOST_WORDS = 8  # that are named in a note
 MOST_EXAMPLES = 20  # captions on a checkpoint's record
@@ -225,8 +228,8 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     settings, prompts = _settings(options, pipeline), _prompts(options, pipeline)
     info = _autoencoder(pipeline)
     shape = _shape(options, pipeline, info.factor if info else 1)
-    rows = draw.prompt_rows(prompts, pipeline.one_word_captions)
-    cells = draw.grid_cells(rows, options.images_per_prompt, settings.seed)
+    rows = pictures.prompt_rows(prompts, pipeline.one_word_captions)
+    cells = pictures.grid_cells(rows, options.images_per_prompt, settings.seed)
     flat = [cell for row in cells for cell in row]
     files_to_write = _outputs(options, place, flat)
     height, width = (side * (info.factor if info else 1) for side in shape[1:])
@@ -235,7 +238,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
         ("--trajectory", files_to_write.trajectory, outputs.FILMS),
     ):
         if path is not None:
-            draw.check_grid(name, path, formats, height, width, cells)
+            pictures.check_grid(name, path, formats, height, width, cells)
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision or pipeline.precision, device)
     stage = Stage(device, options.offload != "none", options.report)
@@ -249,10 +252,10 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
 
     # ours were trained in float32 under autocast; others are held as they are stored, where that is how they run
     dtype = torch.float32 if pipeline.kind == "checkpoint" or precision == "fp32" else None
-    last: dict[int, draw.DrawStep] = {}
+    last: dict[int, sampler.SampledStep] = {}
     frames: dict[int, dict[int, Tensor]] = {}  # by solver step, by first image of the batch
     with stage.hold("transformer", lambda: checkpoint.load_transformer(place, options.weights, device, dtype)) as model:
-        drawn = draw.draw(model, captions, nulls, [cell.seed for cell in flat], shape, settings, precision)
+        drawn = sampler.sample_images(model, captions, nulls, [cell.seed for cell in flat], shape, settings, precision)
         del model
         try:
             for step in drawn:
@@ -260,19 +263,19 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
                 if files_to_write.trajectory is not None:
                     frames.setdefault((step.done - 1) % settings.steps, {})[step.first] = step.images.cpu()
                 yield SampleStep("draw", step.done, step.total)
-        except draw.NoRoomError as error:
+        except sampler.NoRoomError as error:
             raise SanaError(str(error), "draw smaller ones (--height, --width), or elsewhere (--device cpu)") from error
         del drawn
-    samples = draw.final_images(last.values())
+    samples = sampler.final_images(last.values())
     last.clear()
     if not samples.isfinite().all():
         raise SanaError(f"the images of {place} are not finite", "try --solver euler, or a smaller --guidance-scale")
     sheets = [samples]
     if files_to_write.trajectory is not None:
-        sheets += [draw.Noise([cell.seed for cell in flat], shape)()]
+        sheets += [sampler.Noise([cell.seed for cell in flat], shape)()]
         sheets += [torch.cat([by[first] for first in sorted(by)]) for by in frames.values()]
     if info is None:
-        pixels, *shown = (draw.to_pixels(sheet) for sheet in sheets)
+        pixels, *shown = (sampler.to_pixels(sheet) for sheet in sheets)
     else:
         decoder_dtype = None if precision == "bf16" else torch.float32
         yield SampleStep("decode", 0, len(sheets) * len(flat))
@@ -280,7 +283,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
             decoded: list[list[Tensor]] = [[] for _ in sheets]
             for into, sheet in zip(decoded, sheets, strict=True):
                 for some in decoder.decode(sheet):
-                    into.extend(draw.to_pixels(some))
+                    into.extend(sampler.to_pixels(some))
                     yield SampleStep("decode", sum(map(len, decoded)), len(sheets) * len(flat))
             del decoder
         pixels, *shown = (torch.stack(images) for images in decoded)
@@ -290,7 +293,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
         if not remembers:
             notes += (f"{files_to_write.grid} has no room for all its prompts and does not say how it was made; a .png does",)
         if files_to_write.trajectory is not None:
-            draw.save_film([draw.grid(sheet, cells) for sheet in shown], files_to_write.trajectory)
+            pictures.save_film([pictures.grid(sheet, cells) for sheet in shown], files_to_write.trajectory)
             saved = (*saved, files_to_write.trajectory)
     except OSError as error:
         raise files.storage_error(error, "writing the pictures (--out says where)") from error
@@ -331,7 +334,7 @@ class _Outputs:
     trajectory: Path | None
 
 
-def _outputs(options: SampleOptions, place: Path, cells: Sequence[draw.Cell]) -> _Outputs:
+def _outputs(options: SampleOptions, place: Path, cells: Sequence[pictures.Cell]) -> _Outputs:
     """Where pictures go.
 
     Raises:
@@ -364,7 +367,7 @@ def _write(
     to: _Outputs,
     checkpoint_place: Path,
     settings: SampleConfig,
-    cells: list[list[draw.Cell]],
+    cells: list[list[pictures.Cell]],
     pixels: Tensor,
     facts: dict[str, Any],
 ) -> tuple[tuple[Path, ...], tuple[dict[str, Any], ...], bool]:
@@ -378,11 +381,13 @@ def _write(
     flat = [cell for row in cells for cell in row]
     listing = [{"prompt": cell.prompt, "seed": cell.seed} for cell in flat]
     for cell, image, path, said in zip(flat, pixels, to.separate, listing, strict=False):
-        draw.save_picture(draw.to_image(image), path, draw.grid_record([[cell]], settings, name, **more))
+        pictures.save_picture(pictures.to_image(image), path, pictures.grid_record([[cell]], settings, name, **more))
         said["file"] = str(path)
     remembers = True
     if to.grid is not None:
-        remembers = draw.save_picture(draw.grid(pixels, cells), to.grid, draw.grid_record(cells, settings, name, **more))
+        remembers = pictures.save_picture(
+            pictures.grid(pixels, cells), to.grid, pictures.grid_record(cells, settings, name, **more)
+        )
     return (*to.separate, *([to.grid] if to.grid is not None else [])), tuple(listing), remembers
 
 

@@ -19,10 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sana_cli import __version__, checkpoint, draw, files, formats, hub, metrics, report
+from sana_cli import __version__
 from sana_cli.autoencoder import Autoencoder
-from sana_cli.config import WARMUP_STEPS, Config, ModelConfig, differences
-from sana_cli.device import (
+from sana_cli.config.keys import WARMUP_STEPS, Config, ModelConfig, differences
+from sana_cli.dataset.layout import held_out_dir, is_dataset
+from sana_cli.dataset.reader import Dataset
+from sana_cli.errors import Interrupted, SanaError
+from sana_cli.model import SanaTransformer, build
+from sana_cli.runtime import files, hub
+from sana_cli.runtime.device import (
     has_native_bf16,
     is_out_of_memory,
     peak_memory,
@@ -30,15 +35,16 @@ from sana_cli.device import (
     resolve_device,
     resolve_precision,
 )
-from sana_cli.distributed import World, world
-from sana_cli.errors import Interrupted, SanaError
-from sana_cli.launch import launch
-from sana_cli.metrics import Losses
-from sana_cli.model import SanaTransformer, build
-from sana_cli.optim import optimizer_numbers
-from sana_cli.store import Dataset, held_out_dir, is_dataset
+from sana_cli.runtime.distributed import World, world
+from sana_cli.runtime.launch import launch
+from sana_cli.sampling import pictures, sampler
 from sana_cli.text import as_of_today, asked_for, check_capitals, check_same_encoder, load_encoder, unseen_words, words_of
-from sana_cli.trainer import NotFiniteError, Place, Step, Trainer
+from sana_cli.training import metrics, report
+from sana_cli.training.metrics import Losses
+from sana_cli.training.optim import optimizer_numbers
+from sana_cli.training.trainer import NotFiniteError, Place, Step, Trainer
+from sana_cli.weights import checkpoint, configs
+from sana_cli.weights.stored import check_tensors
 
 # what may differ between a run and its resumption, beside the data, text, sample and run sections: the dataset is compared
 # by its hash, and the images of a step by their number, however they are cut into micro-batches
@@ -266,7 +272,7 @@ def _plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_memor
 
 
 def _memory_plan(config: Config, dataset: Dataset, model: ModelConfig, precision: str, device: torch.device) -> MemoryPlan:
-    from sana_cli.estimate import training_memory  # it is slow to import, and training has no use for it
+    from sana_cli.training.estimate import training_memory
 
     read = min(1.0, config.train.steps * config.train.batch_size * config.train.accumulate / len(dataset))
     found = training_memory(
@@ -422,10 +428,10 @@ class _Run:
             if saved is not None:
                 meta = build(self.plan.model, seed=None)
                 weights = files.read_tensors(saved.folder / checkpoint.RAW_WEIGHTS)
-                average = files.read_tensors(saved.folder / "transformer" / formats.WEIGHTS)
+                average = files.read_tensors(saved.folder / "transformer" / configs.WEIGHTS)
                 optimizer = files.read_tensors(saved.folder / checkpoint.OPTIMIZER)
-                for name, tensors in ((checkpoint.RAW_WEIGHTS, weights), (Path("transformer") / formats.WEIGHTS, average)):
-                    formats.check_tensors(tensors, meta, saved.folder / name, "this config")
+                for name, tensors in ((checkpoint.RAW_WEIGHTS, weights), (Path("transformer") / configs.WEIGHTS, average)):
+                    check_tensors(tensors, meta, saved.folder / name, "this config")
             elif self.config.train.init_from is not None:
                 weights = self._foreign_weights(self.config.train.init_from)
         place = Place(torch.device(self.plan.device), self.plan.precision, self.here)
@@ -490,7 +496,7 @@ class _Run:
         texts = {text: caption_id for caption_id, text in enumerate(self.dataset.texts())}
         sample, one_word = self.config.sample, bool(self.dataset.index["one_word_captions"])
         if sample.prompts is not None:
-            rows = draw.prompt_rows(sample.prompts, one_word)
+            rows = pictures.prompt_rows(sample.prompts, one_word)
         else:
             captions = self._captions_in_order(texts)
             captions = captions[:: max(1, len(captions) // GRID_CAPTIONS)][:GRID_CAPTIONS]
@@ -498,7 +504,7 @@ class _Run:
         self.encoder_record = dict(as_of_today(self.dataset.index["encoder"], texts))
         words = {word for text in texts for word in words_of(text)}
         self.words = sorted(words) if len(words) <= MOST_WORDS else None
-        self.cells = draw.grid_cells(rows, 1, sample.seed)
+        self.cells = pictures.grid_cells(rows, 1, sample.seed)
         prompts = [cell.prompt for row in self.cells for cell in row]
         states = {prompt: self.dataset.states([texts[prompt]])[0] for prompt in prompts if prompt in texts}
         unknown = [prompt for prompt in prompts if prompt not in texts]
@@ -577,17 +583,17 @@ class _Run:
         settings, shape, place = self.config.sample, self.dataset.image_shape, self.trainer.place
         nulls = [self.null_caption] * len(self.states)
         drawn = []
-        for step in draw.draw(model, self.states, nulls, seeds, shape, settings, place.precision):
+        for step in sampler.sample_images(model, self.states, nulls, seeds, shape, settings, place.precision):
             drawn.append(step)
             if self.stop():
                 return None
-        images = draw.final_images(drawn)
+        images = sampler.final_images(drawn)
         if self.config.data.autoencoder is not None:  # loaded for the picture alone, and freed
             images = torch.cat(list(Autoencoder(self.config.data.autoencoder, place.device).decode(images)))
             release_memory(place.device)
         path = self.grid_path
-        record = draw.grid_record(self.cells, settings, f"{self.dir.name}/{path.stem}")
-        draw.save_picture(draw.grid(draw.to_pixels(images), self.cells), path, record)
+        record = pictures.grid_record(self.cells, settings, f"{self.dir.name}/{path.stem}")
+        pictures.save_picture(pictures.grid(sampler.to_pixels(images), self.cells), path, record)
         return path
 
     def try_report(self) -> str | None:

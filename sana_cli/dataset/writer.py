@@ -1,0 +1,172 @@
+"""Writes a dataset, window by window."""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sana_cli.dataset.layout import FORMAT_VERSION, INDEX, PLAN, SKIPPED, check_only_ours, pack_texts
+from sana_cli.errors import SanaError
+from sana_cli.runtime import files
+from sana_cli.units import as_json
+
+WINDOW = 4096  # entries of the source in a shard, at most
+WINDOW_BYTES = 128 * 2**20  # of pixels, and of caption states, in a shard, at most
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a window, (n, C, H, W) uint8, or bf16 if they are latents, and what belongs to each."""
+
+    pixels: Tensor
+    sample_ids: Sequence[str]
+    captions: Sequence[Sequence[str]]
+    weights: Sequence[Sequence[float] | None]
+    labels: Sequence[int | None]
+
+
+class DatasetWriter:
+    """Writes a dataset window by window into `folder`, where it can be taken up again after the last whole window.
+
+    A window is a fixed run of the source's entries. Its record, `window-00000.json`, is written after its shards: where
+    there is none, the window is not there. `finish` turns the records into the index. Windows may be written in any order,
+    by several processes, into the same bytes.
+    """
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
+        """Go on in `folder`, or begin in it anew if what lies there was made by another plan."""
+        self.folder = folder
+        if not self._same_plan(plan):
+            check_only_ours(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            files.write_sealed_json(folder / PLAN, plan)
+
+    def _same_plan(self, plan: Mapping[str, Any]) -> bool:
+        try:
+            return {k: v for k, v in files.read_sealed_json(self.folder / PLAN).items() if k != "sha256"} == dict(plan)
+        except (SanaError, OSError):
+            return False
+
+    def _record(self, window: int) -> Path:
+        return self.folder / f"window-{window:05d}.json"
+
+    def done(self, window: int, hashes: bool = False) -> dict[str, Any] | None:
+        """A window's record, if it and its shards are whole: by size, and with `hashes` byte for byte."""
+        if not self._record(window).is_file():
+            return None
+        try:
+            record = files.read_sealed_json(self._record(window))
+            if "cut" not in record:  # of an earlier version
+                return None
+            for shard in (*record["captions"], *record["images"]):
+                files.check_size(self.folder / shard["file"], shard["bytes"])
+                if hashes:
+                    files.check_hash(self.folder / shard["file"], shard["sha256"])
+        except SanaError:
+            return None
+        return record
+
+    def write_captions(self, window: int, number: int, states: Mapping[str, Tensor]) -> dict[str, Any]:
+        """One shard of the captions that a window is the first to bring, with their states (tokens, D); gives its record."""
+        text, text_offsets = pack_texts(list(states))
+        offsets = torch.tensor([0, *accumulate(map(len, states.values()))], dtype=torch.int64)
+        tensors = {"states": torch.cat(list(states.values())), "offsets": offsets, "text": text, "text_offsets": text_offsets}
+        shard = self._write(f"captions-{window:05d}" + (f"-{number}" if number else ""), len(states), tensors)
+        return shard | {"tokens": int(offsets[-1])}
+
+    def write(
+        self,
+        window: int,
+        captions: Sequence[Mapping[str, Any]],
+        images: Images,
+        caption_ids: Mapping[str, int],
+        skipped: Sequence[Mapping[str, str]],
+        cut: int = 0,
+    ) -> None:
+        """A window's images, and its record: its caption shards, as `write_captions` gave them, are written already.
+
+        `cut` is how many of its captions were longer than the encoder takes.
+        """
+        record: dict[str, Any] = {"captions": list(captions), "images": [], "skipped": list(skipped), "cut": cut}
+        if images.sample_ids:
+            record["images"].append(
+                self._write(f"images-{window:05d}", len(images.sample_ids), _pack_images(images, caption_ids))
+            )
+        files.write_sealed_json(self._record(window), record)
+
+    def _write(self, name: str, count: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        path = self.folder / f"{name}.safetensors"
+        files.write_tensors(path, tensors)
+        return {"file": path.name, "count": count, "bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+
+    def finish(self, windows: int, captions: Iterable[str], facts: Mapping[str, Any]) -> None:
+        """Write the index: after it, and not before, this is a dataset.
+
+        Args:
+            windows: how many there are; all are written.
+            captions: all distinct ones, the null caption first.
+            facts: what else the index says: image, encoder, source, caption_dim.
+        """
+        records = [self.done(window) for window in range(windows)]
+        if not (self.folder / INDEX).is_file():
+            whole = [record for record in records if record is not None]
+            assert len(whole) == windows, "a window is missing"
+            skipped = [entry for record in whole for entry in record["skipped"]]
+            if skipped:
+                lines = "".join(as_json(entry) + "\n" for entry in skipped)
+                files.write_text(self.folder / SKIPPED, lines)
+            image_shards = [shard for record in whole for shard in record["images"]]
+            texts = list(captions)
+            index = {
+                "format_version": FORMAT_VERSION,
+                "counts": {
+                    "images": sum(shard["count"] for shard in image_shards),
+                    "captions": len(texts),
+                    "tokens": sum(shard["tokens"] for record in whole for shard in record["captions"]),
+                    "skipped": len(skipped),
+                    "cut": sum(record["cut"] for record in whole),
+                },
+                **facts,
+                "one_word_captions": all(len(caption.split()) == 1 for caption in texts if caption),
+                "null_caption": texts.index(""),
+                "skipped_sha256": files.sha256_file(self.folder / SKIPPED) if skipped else None,
+                "captions": [
+                    {key: shard[key] for key in shard if key != "tokens"} for record in whole for shard in record["captions"]
+                ],
+                "images": image_shards,
+            }
+            files.write_sealed_json(self.folder / INDEX, index)
+        index = files.read_sealed_json(self.folder / INDEX)
+        keep = {INDEX, SKIPPED, *(shard["file"] for shard in (*index["captions"], *index["images"]))}
+        for path in self.folder.iterdir():  # records, and what killed processes left half written
+            if path.name not in {*keep, PLAN}:
+                path.unlink()
+        (self.folder / PLAN).unlink(missing_ok=True)
+
+
+def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Tensor]:
+    most = max(map(len, images.captions))
+    rows = [[caption_ids[caption] for caption in row] + [-1] * (most - len(row)) for row in images.captions]
+    joined, offsets = pack_texts(images.sample_ids)
+    tensors = {
+        "images" if images.pixels.dtype == torch.uint8 else "latents": images.pixels,
+        "caption_ids": torch.tensor(rows, dtype=torch.int32),
+        "sample_ids": joined,
+        "sample_id_offsets": offsets,
+    }
+    if any(weights is not None for weights in images.weights):
+        padded = [
+            [*(weights or [1.0] * len(row)), *[0.0] * (most - len(row))]
+            for row, weights in zip(images.captions, images.weights, strict=True)
+        ]
+        tensors["caption_weights"] = torch.tensor(padded, dtype=torch.float32)
+    if all(label is not None for label in images.labels):
+        most_label = max(label for label in images.labels if label is not None)
+        tensors["labels"] = torch.tensor(images.labels, dtype=torch.int16 if most_label < 2**15 else torch.int32)
+    return tensors

@@ -1,0 +1,103 @@
+"""Plots of what `sana eval` found, by matplotlib (the `plot` extra), which is imported only here. It computes nothing."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sana_cli.errors import SanaError
+from sana_cli.runtime import files, outputs
+
+WIDTH, HEIGHT = 4.0, 3.2  # inches, of a panel
+
+
+def check_matplotlib() -> None:
+    """Refuse, before long work begins, a plot that could not be drawn.
+
+    Raises:
+        SanaError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SanaError("--plot needs matplotlib", "install it with: pip install 'sana-cli[plot]', or leave --plot out")
+
+
+def evaluation(record: Mapping[str, Any], path: Path) -> None:
+    """What `commands.eval.record` gives, as a picture: curves over the guidance scale, or bars for one setting alone."""
+    results = record["results"]
+    if len(results) > 1:
+        _sweep(results, path, str(record["target"]))
+    else:
+        _captions(results[0], path, str(record["target"]))
+
+
+def _sweep(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Accuracy, Fréchet distance and diversity over the guidance scale, a curve for each solver and number of steps."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        settings = result["settings"]
+        lines.setdefault(f"{settings['solver']}, {settings['steps']} steps", []).append(result)
+    figure, panels = _panels(3)
+    for name, points in lines.items():
+        scales = [point["settings"]["guidance_scale"] for point in points]
+        shares = [point["accuracy"] for point in points]
+        low = [100 * (share["accuracy"] - share["low"]) for share in shares]
+        high = [100 * (share["high"] - share["accuracy"]) for share in shares]
+        panels[0].errorbar(scales, [100 * share["accuracy"] for share in shares], [low, high], marker="o", capsize=2, label=name)
+        distances = [point["frechet_distance"] for point in points]
+        panels[1].errorbar(scales, distances, [point["frechet_distance_spread"] for point in points], marker="o", capsize=2)
+        panels[2].plot(scales, [point["diversity"] for point in points], marker="o")
+    panels[1].axhline(results[0]["real_frechet_distance"], color="grey", linestyle="--", label="real images")
+    panels[2].axhline(1, color="grey", linestyle="--", label="real images")
+    for panel, label in zip(panels, ("read as prompted, %", "Fréchet distance", "diversity within a caption"), strict=True):
+        panel.set(xlabel="guidance scale", ylabel=label)
+        panel.legend(fontsize="small")
+    panels[1].set_ylim(bottom=0)
+    panels[2].set_ylim(bottom=0)
+    _save(figure, path, title)
+
+
+def _captions(result: Mapping[str, Any], path: Path, title: str) -> None:
+    """Accuracy of each caption with its confidence interval."""
+    shares = result["captions"]
+    figure, (panel,) = _panels(1, width=max(WIDTH, 0.4 * len(shares)))
+    heights = [100 * share["accuracy"] for share in shares]
+    below = [100 * (share["accuracy"] - share["low"]) for share in shares]
+    above = [100 * (share["high"] - share["accuracy"]) for share in shares]
+    panel.errorbar(range(len(shares)), heights, [below, above], fmt="o", capsize=3)
+    panel.set_xticks(range(len(shares)), [share["name"][:20] for share in shares], rotation=60, ha="right")
+    panel.set(ylabel="read as prompted, %")
+    _save(figure, path, title)
+
+
+def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], real_distance: float, path: Path) -> None:
+    """Accuracy and Fréchet distance over training time, a curve for each run of points `seconds`, `accuracy`, `distance`, ..."""
+    figure, panels = _panels(2)
+    for name, points in runs.items():
+        seconds = [point["seconds"] for point in points]
+        error = [[100 * (p["accuracy"] - p["low"]) for p in points], [100 * (p["high"] - p["accuracy"]) for p in points]]
+        panels[0].errorbar(seconds, [100 * point["accuracy"] for point in points], error, marker="o", capsize=2, label=name)
+        panels[1].plot(seconds, [point["distance"] for point in points], marker="o", label=name)
+    panels[1].axhline(real_distance, color="grey", linestyle="--", label="real test images")
+    for panel, label in zip(panels, ("read as prompted, %", "Fréchet distance"), strict=True):
+        panel.set(xlabel="seconds since sana embed began", ylabel=label)
+        panel.legend(fontsize="small")
+    panels[0].set_ylim(80, 100.2)
+    panels[1].set_yscale("log")
+    _save(figure, path, "")
+
+
+def _panels(count: int, width: float = WIDTH) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+
+    figure = Figure(figsize=(width * count, HEIGHT), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    return figure, panels
+
+
+def _save(figure: Any, path: Path, title: str) -> None:
+    if title:
+        figure.suptitle(title, fontsize="small")
+    with files.whole_file(path) as partial:
+        figure.savefig(partial, dpi=130, format=outputs.format_of("--plot", path, outputs.PLOTS))

@@ -1,0 +1,164 @@
+"""Hugging Face datasets, by id or local path, with the `datasets` extra. Images are taken as they are stored, undecoded.
+
+Captions are texts, lists of texts, or classes (`ClassLabel`), whose names go into `data.caption_template`.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sana_cli.config.keys import DataConfig
+from sana_cli.errors import SanaError
+from sana_cli.runtime.files import is_lfs_pointer
+from sana_cli.sources.entry import BadImage, Entry, Skipped, captions_of
+from sana_cli.sources.images import MAX_FILE_BYTES
+
+TABLES = (".parquet", ".arrow", ".json", ".jsonl", ".csv")  # files that hold a dataset's rows
+
+
+class HuggingFace:
+    """The rows of a dataset's split."""
+
+    def __init__(self, data: DataConfig) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise SanaError(
+                "data.source: datasets needs the library of that name, which is not installed",
+                "install it with: pip install 'sana-cli[datasets]'",
+            ) from error
+        self.data, path = data, data.path
+        assert path is not None
+        self.rows = _load(path, data.split)
+        for key, field, kind in (
+            ("data.image_field", data.image_field, datasets.Image),
+            ("data.caption_field", data.caption_field, datasets.ClassLabel),
+        ):
+            if field not in self.rows.column_names:
+                _check_pointers(path)
+                fit = [name for name, feature in self.rows.features.items() if isinstance(_inner(feature), kind)]
+                columns = ", ".join(self.rows.column_names)
+                hint = [f"use {' or '.join(fit)}, for example --set {key}={fit[0]}"] if fit else []
+                raise SanaError(f"{key}: {path} has no column {field}; it has {columns}", *hint, exit_code=2)
+        if isinstance(self.rows.features[data.image_field], datasets.Image):
+            self.rows = self.rows.cast_column(data.image_field, datasets.Image(decode=False))
+        feature = self.rows.features[data.caption_field]
+        is_class = isinstance(_inner(feature), datasets.ClassLabel)
+        self.classes: list[str] | None = _inner(feature).names if is_class else None
+        self.roots = [path.resolve(), Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()]
+
+    def count(self) -> int | None:
+        """Rows of the split."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Entry | Skipped]:
+        for index, row in enumerate(self.rows):
+            name = f"{self.data.split}-{index:08d}"
+            try:
+                value, label = row[self.data.caption_field], None
+                if self.classes is not None:
+                    value, label = self._of_classes(value, self.classes)
+                captions, weights = captions_of(value, row.get("caption_weights"))
+                yield Entry(name, _bytes(row[self.data.image_field], self.roots), captions, label, weights)
+            except BadImage as error:
+                yield Skipped(name, str(error))
+
+    def _of_classes(self, value: Any, names: Sequence[str]) -> tuple[Any, int | None]:
+        """The captions of a class, or of several, and the class's number where it is one. Those without a name have none."""
+        captions = [
+            self.data.caption_template.replace("{}", names[number].replace("_", " "))
+            if isinstance(number, int) and 0 <= number < len(names)
+            else ""
+            for number in (value if isinstance(value, list) else [value])
+        ]
+        if isinstance(value, list):
+            return captions, None
+        if not captions[0]:
+            raise BadImage(f"no caption: its class is {value}, which has no name")
+        return captions, value
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The library's own fingerprint of the table, and which columns are used; how classes become captions."""
+        columns = json.dumps([self.data.image_field, self.data.caption_field])
+        rows = {"source": "datasets", "split": self.data.split, "rows": len(self.rows), "columns": columns}
+        if self.classes is not None:
+            rows["captions"] = json.dumps([self.data.caption_template, *self.classes])
+        checksums = getattr(self.rows.info, "download_checksums", None)
+        return rows | {"fingerprint": json.dumps(sorted(checksums)) if checksums else self.rows._fingerprint}
+
+
+def _load(path: Path, split: str) -> Any:
+    """A dataset's split: saved by the library on the disk, or whatever else the library loads.
+
+    Raises:
+        SanaError: there is none, or no such split.
+    """
+    import datasets
+
+    try:
+        if (path / "dataset_info.json").is_file():  # what save_to_disk wrote
+            loaded = datasets.load_from_disk(str(path))
+            there = [] if loaded.split is None else [part.partition("[")[0] for part in str(loaded.split).split("+")]
+            known = split == "train" or split in there  # a folder without splits is all of train
+        elif (path / "dataset_dict.json").is_file():
+            parts = datasets.load_from_disk(str(path))
+            there, known = list(parts), split in parts
+            loaded = parts.get(split)
+        else:
+            loaded, there, known = datasets.load_dataset(str(path), split=split), [split], True
+    except Exception as error:  # the library's, the hub's and the network's
+        _check_pointers(path)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.startswith("Unknown split"):
+            raise SanaError(f"data.split: {path}: {reason}", exit_code=2) from error
+        raise SanaError(f"data.path: {path} is no dataset that can be loaded: {reason}", f"its split is {split}") from error
+    if not known:
+        has = f"it has {', '.join(there)}; choose one with --set data.split=NAME" if there else "it was saved without splits"
+        raise SanaError(f"data.split: {path} has no split {split}", has, exit_code=2)
+    return loaded
+
+
+def _inner(feature: Any) -> Any:
+    """What a column holds, be it one of them or a list of them in each row."""
+    if isinstance(feature, list) and feature:
+        return feature[0]
+    return getattr(feature, "feature", feature)
+
+
+def _check_pointers(path: Path) -> None:
+    """Refuse a folder, or a file, that Git LFS has not fetched.
+
+    Raises:
+        SanaError: it names the file.
+    """
+    try:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix in TABLES and file.is_file():
+                with file.open("rb") as opened:
+                    if is_lfs_pointer(opened.read(64)):
+                        raise SanaError(f"data.path: {file} is a Git LFS pointer, not the file", "fetch it with: git lfs pull")
+    except OSError:
+        return
+
+
+def _bytes(value: Any, roots: Sequence[Path]) -> bytes:
+    """An image cell's encoded bytes: as stored, from the file it names, or of a picture, losslessly encoded again."""
+    if isinstance(value, dict):
+        if isinstance(value.get("bytes"), bytes):
+            return value["bytes"]
+        try:
+            path = Path(value["path"]).resolve()
+            if not any(path.is_relative_to(root) for root in roots):
+                raise BadImage("its file lies outside the dataset")
+            if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+                raise BadImage("no file, or one too large")
+            return path.read_bytes()
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise BadImage("no such file") from error
+    if hasattr(value, "save"):
+        buffer = io.BytesIO()
+        value.save(buffer, format="PNG")
+        return buffer.getvalue()
+    raise BadImage("no image")

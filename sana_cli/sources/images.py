@@ -1,0 +1,174 @@
+"""From a file's bytes to pixels that fit: bounded, upright, in sRGB, in the channels asked for. It runs in worker processes.
+
+What of a file the decoders see is a matter of `containers.py`, brightness and transparency of `depth.py`, colours of `colour.py`.
+Shapes: H W height and width in pixels, C channels.
+"""
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from sana_cli.errors import SanaError
+from sana_cli.runtime.files import is_lfs_pointer
+from sana_cli.sources import colour, containers, depth
+from sana_cli.sources.entry import BadImage
+
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+UNREAD = {  # pictures of other kinds: not read, but not passed over in silence either
+    ".arw", ".cr2", ".cr3", ".cur", ".dcm", ".dds", ".dib", ".djvu", ".dng", ".emf", ".eps", ".exr", ".fits",
+    ".hdr", ".heic", ".heics", ".heif", ".heifs", ".hif", ".icns", ".ico", ".j2c", ".j2k", ".jp2", ".jpc",
+    ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".kra", ".nef", ".orf", ".pam", ".pcx", ".pdf", ".pfm", ".psb",
+    ".psd", ".qoi", ".raf", ".rw2", ".sgi", ".svg", ".svgz", ".tga", ".wbmp", ".wmf", ".xbm", ".xcf", ".xpm",
+}  # fmt: skip
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 512 * 2**20
+
+
+def unread_reason(name: str) -> str | None:
+    """Why a picture of that name is not read; None where it is, or is no picture."""
+    suffix = Path(name).suffix.lower()
+    return f"pictures of {suffix} are not read: convert it to PNG or JPEG" if suffix in UNREAD else None
+
+
+def decode_image(image: bytes | Path | np.ndarray) -> Image.Image:
+    """The picture in a file or its bytes: whole, the right way up, RGB or grey in sRGB, transparency over white.
+
+    Of several frames, the first. Black and white go by the kind of image, never by its values: white is 255, 65535, or 1.0.
+
+    Raises:
+        BadImage: it is none, is cut short, is larger than `MAX_PIXELS` or `MAX_FILE_BYTES`, or its values make no picture.
+        OSError: the file cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        if size == 0:
+            raise BadImage("an empty file")
+        if size > MAX_FILE_BYTES:
+            raise BadImage(f"a file of {size:,} bytes; the most is {MAX_FILE_BYTES:,}")
+        file.seek(0)
+        beginning = file.read(512)
+        if is_lfs_pointer(beginning):
+            raise BadImage("a Git LFS pointer, not the image: run git lfs pull")
+        try:
+            with warnings.catch_warnings(action="ignore"):  # remarks on odd files
+                return _decode(*containers.bare(file, beginning, size))
+        except BadImage:
+            raise
+        except UnidentifiedImageError as error:
+            raise BadImage(containers.what_it_is(beginning)) from error
+        except Image.DecompressionBombError as error:
+            raise BadImage(f"more than {MAX_PIXELS:,} pixels") from error
+        except MemoryError as error:
+            raise BadImage("too large for memory") from error
+        except Exception as error:  # decoders raise whatever they stumble over
+            raise BadImage(f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def _decode(file: BinaryIO, remarks: Mapping[str, Any]) -> Image.Image:
+    """Eight bits, L or RGB. `remarks` go by Pillow's names: the colour profile, and what may tell the orientation."""
+    with Image.open(file, formats=depth.FORMATS) as opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise BadImage(f"{width:,} x {height:,} pixels; the most is {MAX_PIXELS:,} in all")
+        opened.info.update(remarks)
+        opened.tile = tiles = depth.mend_tiles(opened)
+        opened.load()
+        profile = opened.info.get("icc_profile")
+        numbers = depth.numbers_of(opened)
+        if numbers is not None:
+            image = depth.from_numbers(numbers, opened.info.get("transparency"), profile)
+        else:
+            if tiles and opened.mode in ("RGB", "RGBA", "CMYK"):
+                depth.refuse_faint_colours(opened, tiles[0], file)
+            image = colour.in_srgb(depth.with_alpha(opened, tiles, file), profile)
+        turn = _TURNS.get(_orientation(opened))
+    if image.mode in ("LA", "RGBA"):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    plain = image.copy() if image is opened else image  # no longer the file's
+    plain = plain if turn is None else plain.transpose(turn)
+    plain.info = {}
+    return plain
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(opened: Image.Image) -> Any:
+    """What the camera's record says, from 1 to 8; 1 where it cannot be read. Of a TIFF, Pillow has seen to it already."""
+    try:
+        value = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        hash(value)
+    except Exception:  # whatever a broken record makes of its reader: the image is taken as it stands
+        return 1
+    return value
+
+
+# --- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str = "crop") -> np.ndarray:
+    """Resize (bicubic, antialiased) and convert: (C, H, W) uint8.
+
+    "crop" covers `size` and cuts the centre out; "pad" fits the whole image in, on white.
+    """
+    height, width = size
+    if channels not in (1, 3):
+        raise SanaError(f"model.in_channels: images have 1 or 3 channels, not {channels}", exit_code=2)
+    image = image.convert("L" if channels == 1 else "RGB")
+    ratios = height / image.height, width / image.width
+    if fit == "crop":  # the box that will be seen is resized, and nothing else, however long the image is
+        scale = max(ratios)
+        inner = min(image.width, width / scale), min(image.height, height / scale)
+        left, top = (image.width - inner[0]) / 2, (image.height - inner[1]) / 2
+        if image.size != (width, height):
+            box = (left, top, left + inner[0], top + inner[1])
+            image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    else:
+        scale = min(ratios)
+        inside = min(width, max(1, round(image.width * scale))), min(height, max(1, round(image.height * scale)))
+        if inside != image.size:
+            image = image.resize(inside, Image.Resampling.BICUBIC)
+        if inside != (width, height):
+            sheet = Image.new(image.mode, (width, height), "white")
+            sheet.paste(image, ((width - inside[0]) // 2, (height - inside[1]) // 2))
+            image = sheet
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def decode_all(
+    images: Sequence[bytes | Path | np.ndarray], size: tuple[int, int], channels: int, fit: str
+) -> list[np.ndarray | str]:
+    """Each image as (C, H, W) uint8, or the reason why it cannot be used."""
+    found: list[np.ndarray | str] = []
+    for image in images:
+        try:
+            found.append(np.ascontiguousarray(fit_image(decode_image(image), size, channels, fit)))
+        except BadImage as error:
+            found.append(str(error))
+        except SanaError:
+            raise
+        except OSError as error:
+            found.append(f"cannot be read: {error.strerror or error}")
+        except (Exception, MemoryError) as error:  # whatever an odd image makes of the library
+            found.append(f"cannot be used: {type(error).__name__}")
+    return found

@@ -1,0 +1,1 @@
+"""How weights move: objective, batches, optimizer, and what a run records of itself."""

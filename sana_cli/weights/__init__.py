@@ -1,0 +1,1 @@
+"""Everyone's transformer files, read into one form; and our own checkpoints."""

@@ -1,0 +1,125 @@
+"""A transformer's weights as they were found, and whether they fit a model."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sana_cli.config.keys import ModelConfig
+from sana_cli.errors import SanaError, listed
+from sana_cli.model import SanaTransformer
+from sana_cli.weights import pickles, strangers
+from sana_cli.weights.configs import validated
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """A transformer's weights, wherever they came from."""
+
+    origin: str  # diffusers, official or lesson
+    path: Path
+    model: ModelConfig
+    tensors: Mapping[str, Tensor]  # by diffusers' names; memory-mapped where the file allows
+    compared_to: str  # what says which tensors there must be
+    left_out: tuple[str, ...] = ()  # tensors of the file that are no part of the transformer
+    null_caption: Tensor | None = None  # (tokens, D), where the file has its own
+    choice: str | None = None  # which of the file's sets of weights this is, where it speaks of several
+    other_parts: tuple[str, ...] = ()  # of a file that holds whole models beside the transformer: each with its tensors' number
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The precisions that the tensors are stored in."""
+        return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}))
+
+
+_SELF_HEAD_DIM = 32  # of every published model
+_CROSS_HEADS = {1152: 16, 2240: 20}
+
+
+def infer(tensors: Mapping[str, Tensor], path: Path, **known: Any) -> ModelConfig:
+    """The config that names and shapes imply, in diffusers' naming. `known` is what they do not tell."""
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in tensors:
+            raise SanaError(f"{path} does not look like a whole SANA:", f"  missing: {name}")
+        found = tuple(tensors[name].shape)
+        if len(found) != dimensions or 0 in found:
+            raise SanaError(f"{path}: {name} is {found}, where {dimensions} dimensions are expected")
+        return found
+
+    def has(part: str) -> bool:
+        return any(part in name for name in tensors)
+
+    patch = shape("patch_embed.proj.weight", 4)  # (width, channels, patch, patch)
+    width = patch[0]
+    if "num_attention_heads" not in known:
+        heads = _CROSS_HEADS.get(width)
+        if heads is None:
+            raise SanaError(
+                f"{path}: how many attention heads its width of {width} is split into cannot be told from shapes",
+                f"known are the published widths {' and '.join(map(str, _CROSS_HEADS))}; for others, put diffusers' config.json beside it",
+            )
+        known |= {"num_attention_heads": width // _SELF_HEAD_DIM, "attention_head_dim": _SELF_HEAD_DIM}
+        known |= {"num_cross_attention_heads": heads, "cross_attention_head_dim": width // heads}
+    hidden = shape("transformer_blocks.0.ff.conv_point.weight", 4)[1]
+    ratio = 2.5 if int(2.5 * width) == hidden else hidden / width
+    known = {"sample_size": 32} | known
+    blocks = {int(number[1]) for name in tensors if (number := re.match(r"transformer_blocks\.(\d{1,6})\.", name))}
+    return validated(
+        {
+            "in_channels": patch[1],
+            "patch_size": patch[2],
+            "num_layers": len(blocks),
+            "caption_channels": shape("caption_projection.linear_1.weight", 2)[1],
+            "mlp_ratio": ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf),
+            "attention_bias": has("attn1.to_q.bias"),
+            "qk_norm": "rms_norm_across_heads" if has("attn1.norm_q.") else None,
+            "guidance_embeds": has("time_embed.guidance_embedder."),
+            **known,
+        },
+        path,
+    )
+
+
+def check_tensors(found: Mapping[str, Tensor], model: SanaTransformer, where: Path, compared_to: str) -> None:
+    """Refuse weights that are not exactly the model's.
+
+    Raises:
+        SanaError: listing what is missing, unexpected or of another shape.
+    """
+    problems = list(_misfits(found, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}))
+    if problems:
+        raise SanaError(f"{where} does not fit {compared_to}:", *listed(problems))
+
+
+def _misfits(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    yield from (f"missing: {name} {shape}" for name, shape in expected.items() if name not in found)
+    yield from (f"unexpected: {name} {tuple(tensor.shape)}" for name, tensor in found.items() if name not in expected)
+    for name, shape in expected.items():
+        if name in found and tuple(found[name].shape) != shape:
+            yield f"{name} is {tuple(found[name].shape)}, not {shape}"
+
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def plain_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of a dictionary, found to be dense arrays of floating-point numbers; other values are passed over."""
+    tensors = {str(name): tensor.detach() for name, tensor in pickles.items(content) if isinstance(tensor, Tensor)}
+    strangers.refuse_packed(tensors, path)
+    for name, tensor in tensors.items():
+        dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+        if not dense or tensor.dtype not in _FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            quantised = re.match(r"float8|float4|q?u?int\d", kind)
+            raise SanaError(
+                f"{path}: {name} is a tensor of {kind}{'' if dense else ', not dense'}; "
+                "weights are float32, bfloat16, float16 or float64",
+                *([f"it is quantised, which is not read; {strangers.PLAIN_COPY}"] if quantised else []),
+            )
+    return tensors
