@@ -6,7 +6,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 TORCH = "$$(grep '^torch==' constraints.txt)"
 PYTEST := pytest -m "not quality" -n 2 --dist worksteal
 
-.PHONY: demo test quality bench package lowest newest audit pictures fix clean help
+.PHONY: demo test quality bench docs package lowest newest audit pictures fix clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -28,6 +28,9 @@ quality: .venv/dev  ## train the quickstart in full and let its judge read the s
 
 bench: .venv/dev  ## every stage against what a user would run instead, as ratios; a quarter of an hour
 	$(BIN)/python benchmarks/bench.py
+
+docs: .venv/dev  ## write docs/configs.md and docs/cli.md from the code
+	$(BIN)/python docs/generate.py
 
 package: .venv/dev  ## build the wheel, install it in a fresh environment, and run the commands from there
 	rm -rf dist && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

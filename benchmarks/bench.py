@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_cli.config.keys import Config, ObjectiveConfig
+from sana_cli.model import SanaTransformer
 from sana_cli.runtime import openmp
 from sana_cli.sampling import sampler
 from sana_cli.weights import configs
@@ -46,13 +48,13 @@ def training(name: str, tokens: int, precision: str) -> Ways:
 
     Ours are as many as a step of the config has, since autocast casts parameters once for all of them, as in `sana train` (`Trainer._weights_cast_once`).
     """
-    from sana_cli.sampling.sampler import autocast
+    from sana_cli.runtime.device import autocast
 
-    config, train, ours, theirs = _models(name)
-    batch, side = train.batch_size, 32
+    config, ours, theirs = _models(name)
+    train, batch, side = config.train, config.train.batch_size, 32
     generator = torch.Generator().manual_seed(0)
     x, target = (torch.randn(batch, 1, side, side, generator=generator) for _ in range(2))
-    distinct = torch.randn(21, tokens, config.caption_channels, generator=generator)
+    distinct = torch.randn(21, tokens, ours.config.caption_channels, generator=generator)
     which = torch.randint(21, (batch,), generator=generator)
     kinds, index = which.unique(return_inverse=True)
     timestep = torch.rand(batch, generator=generator) * 1000
@@ -73,7 +75,12 @@ def training(name: str, tokens: int, precision: str) -> Ways:
     def step() -> int:
         with torch.autocast("cpu", enabled=False):
             for _ in range(train.accumulate):
-                learn(ours, lambda: ours(x, distinct[kinds], timestep, encoder_attention_mask=mask[kinds], caption_index=index))
+                learn(
+                    ours,
+                    lambda: ours(
+                        x, distinct[kinds], timestep, encoder_attention_mask=mask[kinds], caption_index=index
+                    ),
+                )
         return train.accumulate
 
     return {
@@ -83,20 +90,19 @@ def training(name: str, tokens: int, precision: str) -> Ways:
     }
 
 
-def _models(name: str) -> tuple[Any, Any, Any, Any]:
+def _models(name: str) -> tuple[Config, SanaTransformer, Any]:
+    """A config, its transformer, and diffusers' with the same weights."""
     from diffusers import SanaTransformer2DModel
 
     from sana_cli.config.file import load_config
     from sana_cli.model import build
 
-    config, train = load_config(name).model, load_config(name).train
-    config = config.model_copy(update={"sample_size": 32, "caption_channels": config.caption_channels or 128})
-    ours = build(config, 0)
-    given = configs.diffusers_config(config)
-    given.pop("prediction_type", None)  # of which diffusers' transformer knows nothing, and says so
-    theirs = SanaTransformer2DModel.from_config(given)
+    config = load_config(name)
+    architecture = config.model.resolved(32, 128)
+    ours = build(architecture, 0)
+    theirs = SanaTransformer2DModel.from_config(configs.diffusers_config(architecture))
     theirs.load_state_dict(ours.state_dict())
-    return config, train, ours, theirs
+    return config, ours, theirs
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -109,11 +115,10 @@ def sampling() -> Ways:
     it pads them; and once more without the null branch where ours leaves it out.
     """
     from sana_cli import flow
-    from sana_cli.config.file import load_config
     from sana_cli.text import pad_states
 
-    config, _, ours, theirs = _models("quickstart")
-    settings = load_config("quickstart").sample
+    config, ours, theirs = _models("quickstart")
+    settings, predicted = config.sample, config.objective.prediction_type
     count, shape = 64, (1, 32, 32)
     states = [torch.randn(2, 128, generator=torch.Generator().manual_seed(n)) for n in range(20)]
     null = torch.randn(1, 128, generator=torch.Generator().manual_seed(99))
@@ -122,7 +127,9 @@ def sampling() -> Ways:
 
     def solve(solver: str, steps: int, velocity: Callable[[Tensor, float], Tensor]) -> Tensor:
         noise = sampler.Noise(range(count), shape)
-        *_, last = flow.SOLVERS[solver](velocity, noise(), flow.solver_sigmas(solver, steps, settings.flow_shift), noise)
+        *_, last = flow.SOLVERS[solver](
+            velocity, noise(), flow.solver_sigmas(solver, steps, settings.flow_shift), noise
+        )
         return last.x
 
     def padded(tokens: int) -> tuple[Tensor, Tensor]:
@@ -136,8 +143,8 @@ def sampling() -> Ways:
             rows = 2 * count if guided else count
             timestep = torch.full((rows,), flow.model_timestep(settings.solver, sigma))
             both_x = x.repeat(2, 1, 1, 1) if guided else x
-            foreseen = theirs(both_x, given[:rows], timestep, encoder_attention_mask=given_mask[:rows]).sample
-            v = flow.velocity_of(foreseen, both_x, sigma, config.prediction_type)
+            output = theirs(both_x, given[:rows], timestep, encoder_attention_mask=given_mask[:rows]).sample
+            v = flow.velocity_of(output, both_x, sigma, predicted)
             return flow.guide(v[:count], v[count:], settings.guidance_scale) if guided else v
 
         return solve(settings.solver, settings.steps, velocity)
@@ -148,14 +155,16 @@ def sampling() -> Ways:
     def lesson() -> Tensor:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             timestep = torch.full((count,), 1000 * sigma)
-            foreseen = theirs(x, long[0][:count], timestep, encoder_attention_mask=long[1][:count]).sample
-            return flow.velocity_of(foreseen, x, sigma, config.prediction_type)
+            output = theirs(x, long[0][:count], timestep, encoder_attention_mask=long[1][:count]).sample
+            return flow.velocity_of(output, x, sigma, predicted)
 
         return solve("euler", LESSON_STEPS, velocity)
 
-    drawing = (ours, captions, [null] * count, range(count), shape, settings, "fp32")
+    recipe = sampler.Recipe(settings, shape, predicted, "fp32")
     return {
-        "ours": lambda: sampler.final_images(sampler.sample_images(*drawing)),
+        "ours": lambda: sampler.final_images(
+            sampler.sample_images(ours, captions, [null] * count, range(count), recipe)
+        ),
         "diffusers": lambda: same_solver(*short),
         "diffusers, same interval": lambda: same_solver(*short, settings.guidance_interval),
         "diffusers, 300 tokens": lambda: same_solver(*long),
@@ -176,15 +185,22 @@ def embedding() -> Ways:
 
     folder = Path(tempfile.mkdtemp())
     embed.make(folder, 48, 256, 4)
-    captions = [json.loads(line)["text"] for line in (folder / "images" / "metadata.jsonl").read_text().splitlines()]
+    captions = [
+        json.loads(line)["text"] for line in (folder / "images" / "metadata.jsonl").read_text().splitlines()
+    ]
     encoder = load_encoder(TextConfig(encoder=str(folder / "gemma")), torch.device("cpu"))
-    tokenizer, model = AutoTokenizer.from_pretrained(folder / "gemma"), AutoModel.from_pretrained(folder / "gemma").eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder / "gemma"),
+        AutoModel.from_pretrained(folder / "gemma").eval(),
+    )
     tokenizer.padding_side = "right"
 
     @torch.no_grad()
     def lesson() -> None:
         for caption in captions:
-            tokens = tokenizer(caption, padding="max_length", max_length=LESSON_TOKENS, truncation=True, return_tensors="pt")
+            tokens = tokenizer(
+                caption, padding="max_length", max_length=LESSON_TOKENS, truncation=True, return_tensors="pt"
+            )
             model(**tokens)
 
     return {"ours": lambda: list(encoder.encode(captions)), "lesson": lesson}
@@ -192,10 +208,11 @@ def embedding() -> Ways:
 
 def reading() -> Ways:
     """20 batches of 64: ours, and the lesson's, which opens four memory maps for each sample. 128 images, Gemma 2's width."""
-    from sana_cli.config.keys import TrainConfig
     from sana_cli.dataset.reader import Dataset
+    from sana_cli.dataset.trainset import SingleDataset
     from sana_cli.dataset.writer import DatasetWriter, Images
     from sana_cli.training.batches import training_batch
+    from sana_cli.training.objective import RectifiedFlow
 
     folder, images, width, tokens = Path(tempfile.mkdtemp()), 128, 2304, 13
     names = ["", *(str(n) for n in range(20))]
@@ -209,11 +226,21 @@ def reading() -> Ways:
     image = {"kind": "pixels", "channels": 1, "height": 32, "width": 32}
     encoder = {"encoder": "drawn", "architecture": "none", "weights": "", "dtype": "fp32"}
     writer.finish(1, names, {"image": image, "caption_dim": width, "encoder": encoder, "source": {}})
-    dataset, train = Dataset(folder / "ours"), TrainConfig()
+    train_set, objective = (
+        SingleDataset(Dataset(folder / "ours"), 0),
+        RectifiedFlow(ObjectiveConfig(), 1.0, "fp32"),
+    )
 
-    shapes = {"images": (1, 32, 32), "labels": (), "states": (LESSON_TOKENS, width), "masks": (LESSON_TOKENS,)}
+    shapes = {
+        "images": (1, 32, 32),
+        "labels": (),
+        "states": (LESSON_TOKENS, width),
+        "masks": (LESSON_TOKENS,),
+    }
     for name, shape in shapes.items():
-        array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(images, *shape))
+        array = np.lib.format.open_memmap(
+            folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(images, *shape)
+        )
         array[:] = 1.0
         array.flush()
     order = np.random.default_rng(0)
@@ -221,11 +248,18 @@ def reading() -> Ways:
     def lesson() -> None:
         for _ in range(20):
             rows = order.integers(0, images, 64)
-            samples = [[np.array(np.load(folder / f"{name}.npy", mmap_mode="r")[row]) for name in shapes] for row in rows]
+            samples = [
+                [np.array(np.load(folder / f"{name}.npy", mmap_mode="r")[row]) for name in shapes]
+                for row in rows
+            ]
             for column in zip(*samples, strict=True):
                 torch.from_numpy(np.stack(column))
 
-    return {"ours": lambda: [training_batch(dataset, train, 64 * n, 64) for n in range(20)], "lesson": lesson}
+    def ours_way() -> None:
+        for n in range(20):
+            training_batch(train_set, objective, 0, 64 * n + np.arange(64))
+
+    return {"ours": ours_way, "lesson": lesson}
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------
@@ -290,13 +324,31 @@ def start_up() -> Ways:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 STEP = ("ours", "diffusers", "lesson")
-WAITING = tuple(f"{who}{where}" for where in ("", ", two at once", ", beside two loops") for who in ("ours", "unasked"))
+WAITING = tuple(
+    f"{who}{where}" for where in ("", ", two at once", ", beside two loops") for who in ("ours", "unasked")
+)
 DRAWING = ("ours", "diffusers", "diffusers, same interval", "diffusers, 300 tokens", "lesson")
 CASES: dict[str, tuple[str, tuple[str, ...], Callable[[], Ways]]] = {
-    "train-sana": ("(a) micro-batch of sana.yaml, 16 images, 13 caption tokens", STEP, lambda: training("sana", 13, "fp32")),
-    "train-sana-bf16": ("(a) the same under bf16 autocast, as its config says", STEP, lambda: training("sana", 13, "bf16")),
-    "train-quickstart": ("(b) quickstart's step, 32 images, 2 caption tokens", STEP, lambda: training("quickstart", 2, "fp32")),
-    "train-quickstart-bf16": ("(b) the same under bf16 autocast", STEP, lambda: training("quickstart", 2, "bf16")),
+    "train-sana": (
+        "(a) micro-batch of sana.yaml, 16 images, 13 caption tokens",
+        STEP,
+        lambda: training("sana", 13, "fp32"),
+    ),
+    "train-sana-bf16": (
+        "(a) the same under bf16 autocast, as its config says",
+        STEP,
+        lambda: training("sana", 13, "bf16"),
+    ),
+    "train-quickstart": (
+        "(b) quickstart's step, 32 images, 2 caption tokens",
+        STEP,
+        lambda: training("quickstart", 2, "fp32"),
+    ),
+    "train-quickstart-bf16": (
+        "(b) the same under bf16 autocast",
+        STEP,
+        lambda: training("quickstart", 2, "bf16"),
+    ),
     "sample": ("(c) 64 images by the quickstart's defaults", DRAWING, sampling),
     "embed": ("(d) 48 distinct captions, Gemma 2 of 4 layers of 256", ("ours", "lesson"), embedding),
     "read": ("(e) 20 batches of 64 images", ("ours", "lesson"), reading),
@@ -316,7 +368,9 @@ class Runner:
         environment = {name: value for name, value in os.environ.items() if name not in openmp.USERS}
         if way.startswith("ours"):
             openmp.ask_for_short_waits(environment)
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def seconds(self) -> float:
         """Take a turn; how long the way takes."""
@@ -341,7 +395,7 @@ class Runner:
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline() or sys.exit(f"{self.process.args} ended")
+        return self.process.stdout.readline() or sys.exit(f"{self.process.args!r} ended")
 
 
 def times(done: object) -> int:
@@ -418,8 +472,18 @@ def measure(names: list[str], repeats: int) -> Iterator[dict[str, Any]]:
             if len(found) < len(ours):
                 ratios = [found[0] / statistics.median(ours)]
             memory = None if name == "help" else memories[way]
-            row = {"case": name, "title": title, "way": way, "seconds": statistics.median(found), "runs": len(found)}
-            yield row | {"ratio": statistics.median(ratios), "memory": memory} | (reached if way == "ours" else {})
+            row = {
+                "case": name,
+                "title": title,
+                "way": way,
+                "seconds": statistics.median(found),
+                "runs": len(found),
+            }
+            yield (
+                row
+                | {"ratio": statistics.median(ratios), "memory": memory}
+                | (reached if way == "ours" else {})
+            )
 
 
 def main() -> None:
@@ -427,7 +491,9 @@ def main() -> None:
     from sana_cli.runtime.device import has_native_bf16
     from sana_cli.units import human_bytes
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default=",".join(CASES), help="cases, with commas between them")
     parser.add_argument("--json", type=Path, help="also keep the rows here")
@@ -440,7 +506,10 @@ def main() -> None:
     cpu = torch.device("cpu")
     names = options.only.split(",")
     native = "native" if has_native_bf16(cpu) else "emulated"
-    threads, versions = torch.get_num_threads(), f"torch {torch.__version__}, Python {platform.python_version()}"
+    threads, versions = (
+        torch.get_num_threads(),
+        f"torch {torch.__version__}, Python {platform.python_version()}",
+    )
     print(
         f"{versions}, {threads} threads, {platform.machine()}, bf16 {native}; {os.cpu_count()} cores; medians of {options.repeats} rounds"
     )
@@ -451,7 +520,13 @@ def main() -> None:
             print(f"\n{row['title']}")
             last = row["title"]
         memory = "" if row["memory"] is None else human_bytes(row["memory"])
-        ratio = "" if row["way"] == "ours" else f"{row['ratio']:.2f} x" if row["ratio"] > 1 else f"1/{1 / row['ratio']:.2f} x"
+        ratio = (
+            ""
+            if row["way"] == "ours"
+            else f"{row['ratio']:.2f} x"
+            if row["ratio"] > 1
+            else f"1/{1 / row['ratio']:.2f} x"
+        )
         once = "  (one run)" if row["runs"] == 1 else ""
         print(f"  {row['way']:<24}{row['seconds']:>8.3f} s {ratio:>10} {memory:>10}{once}", flush=True)
         if "operations_per_second" in row:

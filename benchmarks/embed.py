@@ -26,7 +26,14 @@ from sana_cli.config.file import parse_config
 from sana_cli.runtime.device import peak_memory
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
-THINGS = ("cube", "ball", "house", "cat sleeping on a windowsill", "street at night in the rain", "mountain lake at dawn")
+THINGS = (
+    "cube",
+    "ball",
+    "house",
+    "cat sleeping on a windowsill",
+    "street at night in the rain",
+    "mountain lake at dawn",
+)
 
 
 def make(folder: Path, images: int, width: int, layers: int) -> None:
@@ -36,13 +43,22 @@ def make(folder: Path, images: int, width: int, layers: int) -> None:
     from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(["<pad>", "<eos>", "<bos>", *letters])}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={word: i for i, word in enumerate(["<pad>", "<eos>", "<bos>", *letters])}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
     fast.save_pretrained(folder / "gemma")
     torch.manual_seed(0)
-    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "head_dim": 32}
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "head_dim": 32,
+    }
     heads = {"num_attention_heads": width // 32, "num_key_value_heads": max(1, width // 64)}
     Gemma2Model(Gemma2Config(vocab_size=len(fast), **shape, **heads)).save_pretrained(folder / "gemma")
     rng, lines = np.random.default_rng(0), []
@@ -57,8 +73,15 @@ def make(folder: Path, images: int, width: int, layers: int) -> None:
 
 def ours(folder: Path) -> dict[str, float]:
     """`sana embed` on that folder."""
-    overrides = ("data.source=folder", f"data.path={folder / 'images'}", f"data.dir={folder / 'ours'}", "data.image_size=64")
-    config = parse_config("", "benchmark", (*overrides, f"text.encoder={folder / 'gemma'}", "model.in_channels=3"))
+    overrides = (
+        "data.source=folder",
+        f"data.path={folder / 'images'}",
+        f"data.dir={folder / 'ours'}",
+        "data.image_size=64",
+    )
+    config = parse_config(
+        "", "benchmark", (*overrides, f"text.encoder={folder / 'gemma'}", "model.in_channels=3")
+    )
     *_, summary = embed(EmbedOptions(config, overwrite=True))
     assert isinstance(summary, EmbedSummary)
     return {"seconds": summary.seconds, "bytes": summary.bytes, "memory": summary.peak_memory}
@@ -70,7 +93,10 @@ def lesson(folder: Path) -> dict[str, float]:
     from transformers import AutoModel, AutoTokenizer
 
     start = time.perf_counter()
-    tokenizer, model = AutoTokenizer.from_pretrained(folder / "gemma"), AutoModel.from_pretrained(folder / "gemma").eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder / "gemma"),
+        AutoModel.from_pretrained(folder / "gemma").eval(),
+    )
     tokenizer.padding_side = "right"
     rows = [json.loads(line) for line in (folder / "images" / "metadata.jsonl").read_text().splitlines()]
     out = folder / "lesson"
@@ -78,9 +104,13 @@ def lesson(folder: Path) -> dict[str, float]:
     shape = (len(rows), 300, model.config.hidden_size)
     states = np.lib.format.open_memmap(out / "states.npy", mode="w+", dtype=np.float32, shape=shape)
     masks = np.lib.format.open_memmap(out / "masks.npy", mode="w+", dtype=np.int64, shape=shape[:2])
-    images = np.lib.format.open_memmap(out / "images.npy", mode="w+", dtype=np.float32, shape=(len(rows), 3, 64, 64))
+    images = np.lib.format.open_memmap(
+        out / "images.npy", mode="w+", dtype=np.float32, shape=(len(rows), 3, 64, 64)
+    )
     for index, row in enumerate(rows):
-        tokens = tokenizer(row["text"], padding="max_length", max_length=300, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            row["text"], padding="max_length", max_length=300, truncation=True, return_tensors="pt"
+        )
         with torch.no_grad():
             states[index] = model(**tokens).last_hidden_state[0].numpy()
         masks[index] = tokens["attention_mask"][0].numpy()
@@ -116,14 +146,20 @@ def main() -> None:
         for way, runs in results.items()
     }
     threads = os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    print(f"{options.images} images, as many captions; Gemma 2 of {options.layers} layers of {options.width}, float32")
-    print(f"torch {torch.__version__}, {threads} threads, {platform.machine()}, medians of {options.repeats}, start-up included")
+    print(
+        f"{options.images} images, as many captions; Gemma 2 of {options.layers} layers of {options.width}, float32"
+    )
+    print(
+        f"torch {torch.__version__}, {threads} threads, {platform.machine()}, medians of {options.repeats}, start-up included"
+    )
     print(f"{'':22}{'lesson':>14}{'sana embed':>14}{'ratio':>9}")
     for key, unit in (("seconds", "s"), ("bytes", "B"), ("memory", "B")):
         old, new = middle["lesson"][key], middle["ours"][key]
         print(f"{key + ', ' + unit:22}{old:>14,.1f}{new:>14,.1f}{old / new:>8.1f}x")
     rate = {way: options.images / figures["seconds"] for way, figures in middle.items()}
-    print(f"{'captions and images/s':22}{rate['lesson']:>14,.1f}{rate['ours']:>14,.1f}{rate['ours'] / rate['lesson']:>8.1f}x")
+    print(
+        f"{'captions and images/s':22}{rate['lesson']:>14,.1f}{rate['ours']:>14,.1f}{rate['ours'] / rate['lesson']:>8.1f}x"
+    )
 
 
 if __name__ == "__main__":

@@ -42,16 +42,25 @@ def judged(folder: Path, step: Path, images: int, *options: str) -> dict[str, An
 
 def main() -> None:
     """Embed, train, judge; a table, a plot, and with `--ship` the package's weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="of training, if not the config's")
     parser.add_argument("--guidance-scale", type=float, help="to judge and ship with, if not the config's")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument(
-        "--between", type=int, default=2000, help="images for other checkpoints and samplers than the last one's own"
+        "--between",
+        type=int,
+        default=2000,
+        help="images for other checkpoints and samplers than the last one's own",
     )
     parser.add_argument(
-        "--scales", type=float, nargs="*", default=[], help="also judge with guidance of these scales at every step"
+        "--scales",
+        type=float,
+        nargs="*",
+        default=[],
+        help="also judge with guidance of these scales at every step",
     )
     parser.add_argument("--every", type=int, default=400, help="steps between checkpoints")
     parser.add_argument("--folder", type=Path, help="work here, and keep what was made")
@@ -59,7 +68,9 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true")
     options = parser.parse_args()
     own = () if options.guidance_scale is None else ("--guidance-scale", str(options.guidance_scale))
-    ways = {"": own} | {f", guidance {g:g}": ("--guidance-scale", str(g), *EVERY_STEP) for g in options.scales}
+    ways = {"": own} | {
+        f", guidance {g:g}": ("--guidance-scale", str(g), *EVERY_STEP) for g in options.scales
+    }
     runs: dict[str, list[dict[str, float]]] = {}
     real = 0.0
     with tempfile.TemporaryDirectory() as temporary:
@@ -74,9 +85,14 @@ def main() -> None:
             run, start = f"runs/seed-{seed}", time.time()
             sets = {
                 "train.steps": options.steps, "train.seed": seed, "run.dir": run,
-                "train.save_every": options.every, "train.keep": 1000,
+                "save.every": options.every, "save.keep": 1000,
             }  # fmt: skip
-            given = (word for key, value in sets.items() if value is not None for word in ("--set", f"{key}={value}"))
+            given = (
+                word
+                for key, value in sets.items()
+                if value is not None
+                for word in ("--set", f"{key}={value}")
+            )
             sana(folder, "train", "--resume", "auto", *given)
             folders = checkpoint.steps(folder / run)
             for step in folders:
@@ -86,7 +102,12 @@ def main() -> None:
                 for name, way in ways.items():
                     found = judged(folder, step, images, *way)
                     share, real = found["accuracy"], found["real_frechet_distance"]
-                    point = {"seconds": seconds, "distance": found["frechet_distance"], "diversity": found["diversity"], **share}
+                    point = {
+                        "seconds": seconds,
+                        "distance": found["frechet_distance"],
+                        "diversity": found["diversity"],
+                        **share,
+                    }
                     runs.setdefault(f"seed {seed}{name}", []).append(point)
                     print(
                         f"seed {seed}{name}, {step.name}: {seconds:4.0f} s, {share['accuracy']:.2%} as prompted "
@@ -100,7 +121,10 @@ def main() -> None:
             for scale in ("2", "2.5"):
                 plain = judged(folder, last, options.between, *PLAIN, "--guidance-scale", scale)
                 share, distance = plain["accuracy"]["accuracy"], plain["frechet_distance"]
-                print(f"  20 plain Euler steps, guidance {scale}: {share:.2%}, Fréchet distance {distance:.2f}", flush=True)
+                print(
+                    f"  20 plain Euler steps, guidance {scale}: {share:.2%}, Fréchet distance {distance:.2f}",
+                    flush=True,
+                )
             if options.ship and seed == options.seeds[0]:
                 keys = ("images", "frechet_distance", "real_frechet_distance", "diversity", "judge")
                 score = {"accuracy": result["accuracy"]["accuracy"], **{key: result[key] for key in keys}}

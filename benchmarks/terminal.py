@@ -6,6 +6,8 @@ Each command runs in a pseudo-terminal, in an empty folder; an emulator keeps th
 It needs pyte.
 """
 
+# mypy: disable-error-code="import-not-found,import-untyped"
+
 import argparse
 import fcntl
 import io
@@ -38,7 +40,11 @@ def colour(name: str) -> str:
     """Rich's name of a colour of the emulator's, which has hexadecimal ones too."""
     if name == "default":
         return ""
-    return f"#{name}" if re.fullmatch(r"[0-9a-f]{6}", name) else name.replace("bright", "bright_").replace("brown", "yellow")
+    return (
+        f"#{name}"
+        if re.fullmatch(r"[0-9a-f]{6}", name)
+        else name.replace("bright", "bright_").replace("brown", "yellow")
+    )
 
 
 def picture(screen: pyte.Screen) -> Text:
@@ -70,7 +76,12 @@ def watch(arguments: list[str], folder: Path, at: Callable[[str], bool]) -> tupl
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "sana_cli", *arguments], cwd=folder, stdin=other, stdout=other, stderr=other, env=environment
+        [sys.executable, "-m", "sana_cli", *arguments],
+        cwd=folder,
+        stdin=other,
+        stdout=other,
+        stderr=other,
+        env=environment,
     )
     os.close(other)
     while process.poll() is None or select.select([main], [], [], 0)[0]:
@@ -87,13 +98,17 @@ def watch(arguments: list[str], folder: Path, at: Callable[[str], bool]) -> tupl
 
 def main() -> None:
     """All four, in a terminal; then the same into a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out.absolute()
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         for name, arguments in COMMANDS.items():
             line = " ".join(["sana", *(f'"{word}"' if " " in word else word for word in arguments)])
-            half, end = watch(arguments, Path(first), lambda text: bool(re.search(r"(15\d|1[6-9]\d)/300", text)))
+            half, end = watch(
+                arguments, Path(first), lambda text: bool(re.search(r"(15\d|1[6-9]\d)/300", text))
+            )
             save(end, line, out / f"terminal-{name}.svg")
             if half is not None:
                 save(half, line, out / f"terminal-{name}-half-way.svg")
@@ -104,7 +119,12 @@ def main() -> None:
                 file.flush()
                 command = [sys.executable, "-m", "sana_cli", *arguments]
                 subprocess.run(
-                    command, cwd=second, check=True, stdout=file, stderr=file, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+                    command,
+                    cwd=second,
+                    check=True,
+                    stdout=file,
+                    stderr=file,
+                    env=os.environ | {"HF_HUB_OFFLINE": "1"},
                 )
 
 

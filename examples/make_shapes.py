@@ -23,7 +23,10 @@ def draw(color: str, shape: str, chosen: random.Random) -> Image.Image:
     sheet = Image.new("RGB", (SIDE * FINE, SIDE * FINE), "white")
     pen = ImageDraw.Draw(sheet)
     hue = (COLORS[color] + chosen.uniform(-0.02, 0.02)) % 1
-    fill = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, chosen.uniform(0.75, 1), chosen.uniform(0.75, 0.95)))
+    fill = tuple(
+        round(255 * part)
+        for part in colorsys.hsv_to_rgb(hue, chosen.uniform(0.75, 1), chosen.uniform(0.75, 0.95))
+    )
     radius = chosen.uniform(9, 12.5) * FINE
     x, y = (chosen.uniform(radius, SIDE * FINE - radius) for _ in "xy")
     if shape == "circle":
@@ -51,7 +54,9 @@ def main(folder: Path) -> None:
                 draw(color, shape, chosen).save(folder / name, optimize=True)
                 lines.append({"file_name": name, "text": [f"a {color} {shape}", f"{shape}, {color}"]})
     chosen.shuffle(lines)
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

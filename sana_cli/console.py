@@ -1,6 +1,6 @@
-"""What a person sees: progress, tables, errors. On a terminal it is rich, elsewhere plain lines that survive a log.
+"""What a person sees: progress, tables, errors. Rich on a terminal, plain lines elsewhere.
 
-Human text goes to stderr, results to stdout. It imports no torch and computes nothing.
+Messages go to stderr, results to stdout. It imports no torch and computes nothing.
 """
 
 import contextlib
@@ -8,10 +8,12 @@ import dataclasses
 import errno
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from pydantic import BaseModel
@@ -26,27 +28,27 @@ from sana_cli.runtime.launch import Launch
 from sana_cli.units import as_json, human_bytes
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress, at first
-SHARE_BETWEEN_LINES = 0.02  # of the time so far: a log of days is not one of ten thousands of lines
+SHARE_BETWEEN_LINES = 0.02  # of the time so far, so that the log of a run of days stays short
 CURVE_WIDTH = 24
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what writing to a full or broken disk says
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or broken disk
 
 
 def silence(stream: TextIO) -> None:
-    """Let a stream that nobody can read lead nowhere, so that what is left in it does no harm at the end."""
-    with contextlib.suppress(OSError, ValueError):  # of a test it has no descriptor
+    """Send a broken stream to the null device, so that flushing it at exit raises nothing."""
+    with contextlib.suppress(OSError, ValueError):  # a test's stream has no descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Voice(Console):
-    """Stderr. When nobody can read it any more, or its disk is full, it falls silent, and the work goes on."""
+    """Stderr. Once it is closed or its disk is full, it prints nothing more."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
         silence(sys.stderr)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As Console's, but without a word about a disk that is full."""
+        """Print as Console does, but ignore a full disk."""
         try:
             super().print(*objects, **options)
         except OSError:
@@ -55,14 +57,14 @@ class _Voice(Console):
 
 err = _Voice(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
-alarm = _Voice(stderr=True, highlight=False, soft_wrap=True)  # what any process may have to say
+alarm = _Voice(stderr=True, highlight=False, soft_wrap=True)  # any process may print errors
 if not out.is_terminal:
-    out.width = 200  # nobody's window: leave no table cell out
+    out.width = 200  # not a window: leave no table cell out
 _process = Launch()  # which of several processes this is
 
 
 def speak_as(process: Launch) -> None:
-    """From here on this is one of several processes, of which the first alone speaks."""
+    """Print as one of several processes from here on. Only rank 0 prints, apart from errors."""
     global _process
     _process = process
     err.quiet = err.quiet or not process.first
@@ -70,22 +72,24 @@ def speak_as(process: Launch) -> None:
 
 
 def begin(quiet: bool = False) -> None:
-    """Speak as the only process; `quiet`: say nothing on stderr but errors."""
+    """Print as the only process. `quiet`: print only errors to stderr."""
     speak_as(Launch())
     err.quiet = quiet
 
 
 def not_written(error: OSError) -> SanaError:
-    """The one message of a result that nobody can read."""
-    return SanaError(f"what was found could not be written to stdout: {error.strerror}", "send it to a place that has room")
+    """The message for results that cannot be written."""
+    return SanaError(
+        f"what was found could not be written to stdout: {error.strerror}", "send it to a place that has room"
+    )
 
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """Around what is written to stdout.
+    """Wrap writes to stdout.
 
     Raises:
-        SanaError: it cannot be: a full disk.
+        SanaError: the disk is full.
     """
     try:
         yield
@@ -98,24 +102,30 @@ def _writing() -> Iterator[None]:
 
 
 def shown(text: str) -> str:
-    """Text that others wrote, without what a terminal would obey."""
+    """Foreign text without characters that control a terminal."""
     return "\n".join(map(one_line, text.split("\n")))
 
 
 def note(text: str) -> None:
-    """One line for a person, on stderr."""
+    """Print one line for a person, to stderr."""
     err.print(Text(shown(text)))
 
 
-def error(problem: SanaError) -> SanaError:
-    """The message of a user's mistake: what, where, what next. Lines are never wrapped, so that paths can be clicked.
+def error(problem: SanaError, flags: Mapping[str, str] = MappingProxyType({})) -> SanaError:
+    """Print a user's mistake: what, where, what next. Returns the problem.
 
-    Of several processes, one that alone has a problem says so; what they all have is told by the first, and before they are
-    connected by the first of each machine. Returns the problem.
+    Lines are never wrapped, so that paths can be clicked. Of several processes, one prints a
+    problem that it alone has. Rank 0 prints one that all have, or local rank 0 of each machine
+    until the processes are connected.
+
+    Args:
+        problem: where it names a setting in backticks, the setting's flag is printed.
+        flags: the flag of each setting that the command has.
     """
-    if problem.told or (problem.process is None and _process.local_rank != 0):
+    if problem.silent or (problem.process is None and _process.local_rank != 0):
         return problem
-    first, *rest = shown(str(problem)).splitlines() or [""]
+    text = re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(problem))
+    first, *rest = shown(text).splitlines() or [""]
     who = f"process {problem.process}: " if problem.process else ""
     alarm.print(Text.assemble(("error: ", "bold red"), who, first))
     for line in rest:
@@ -124,13 +134,13 @@ def error(problem: SanaError) -> SanaError:
 
 
 def result(text: str) -> None:
-    """One line of a result, on stdout."""
+    """Print one line of a result, to stdout."""
     with _writing():
         out.print(Text(shown(text)))
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, configs and paths as plain JSON values; tensors are left out."""
+    """Turn dataclasses, configs and paths into plain JSON values. Tensors are left out."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -146,12 +156,12 @@ def plain(value: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Print a dataclass, or plain values in the shape of a file format, as JSON to stdout."""
     print_text(as_json(plain(value), indent=2) + "\n")
 
 
 def print_text(text: str) -> None:
-    """Text as it is, on stdout."""
+    """Print text as it is, to stdout."""
     if _process.first:
         with _writing():
             sys.stdout.write(text)
@@ -159,31 +169,37 @@ def print_text(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Progress as a line: of what, how far, what is measured, and anything that just happened."""
+    """One line of progress."""
 
     what: str
     done: int
     total: int | None  # None: unknown
-    info: str = ""
-    event: str = ""
-    figure: float | None = None  # what is drawn as a curve
-    left: str = ""  # time, for where there is no bar to tell it
+    info: str = ""  # measurements
+    event: str = ""  # what has just happened
+    figure: float | None = None  # a point of the curve
+    left: str = ""  # time, for plain lines; the bar has its own
 
 
 def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
-    """A line of blocks for positive numbers, on a logarithmic scale. The first twelfth may be off it: losses begin high."""
+    """Draw positive numbers as a line of blocks, on a logarithmic scale.
+
+    The first twelfth may lie above the scale, since losses begin high.
+    """
     logs = [math.log(value) for value in values if value > 0]
     if len(logs) < 2:
         return ""
     size = len(logs) / min(width, len(logs))
-    parts = [logs[int(i * size) : max(int((i + 1) * size), int(i * size) + 1)] for i in range(min(width, len(logs)))]
+    parts = [
+        logs[int(i * size) : max(int((i + 1) * size), int(i * size) + 1)]
+        for i in range(min(width, len(logs)))
+    ]
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means[len(means) // 12 :])
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / ((high - low) or 1)))] for mean in means)
 
 
 class _Display(Progress):
-    """A bar, and below it what is measured, which would not fit beside it in 80 columns."""
+    """A bar, and measurements below it, which would not fit beside it in 80 columns."""
 
     info = ""
 
@@ -194,7 +210,7 @@ class _Display(Progress):
 
 
 def watch(steps: Iterable[Any], describe: Callable[[Any], Line | None], quiet: bool = False) -> Any:
-    """Show progress while a generator works, and return the last thing it yields. `describe` gives None for that one."""
+    """Show progress of a generator and return its last item. `describe` gives None for that."""
     if quiet or not _process.first:
         last = None
         for last in steps:
@@ -232,7 +248,7 @@ def _watch_live(steps: Iterable[Any], describe: Callable[[Any], Line | None]) ->
 
 
 def _watch_plain(steps: Iterable[Any], describe: Callable[[Any], Line | None]) -> Any:
-    last, what, ended = None, "", ""  # of which a line was printed, and its last line
+    last, what, ended = None, "", ""  # the stage last printed, and the stage last finished
     start = printed = time.monotonic()
     for last in steps:
         line = describe(last)
@@ -252,26 +268,29 @@ def _watch_plain(steps: Iterable[Any], describe: Callable[[Any], Line | None]) -
     return last
 
 
-def facts(values: Mapping[str, Any]) -> None:
-    """A name and a value a line, on stdout."""
+def facts(values: Mapping[str, Any], to: Console = out) -> None:
+    """Print a name and a value on each line, to stdout or to another console such as `err`."""
     width = max(map(len, values), default=0)
     with _writing():
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int):
-                told = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+                text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             else:
-                told = f"{value:,}" + (f" ({human_bytes(value)})" if name == "bytes" else "")
-            out.print(Text.assemble((f"{name:<{width}}  ", "bold"), shown(told)))
+                text = f"{value:,}" + (f" ({human_bytes(value)})" if name == "bytes" else "")
+            to.print(Text.assemble((f"{name:<{width}}  ", "bold"), shown(text)))
 
 
 def table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> None:
-    """A table on stdout: whole numbers with thousands, shares in per cent, both to the right."""
+    """Print a table to stdout. Floats are printed as per cent; numbers are aligned right."""
     rows, columns = list(rows), list(columns)
-    cells = [[f"{c:.1%}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    cells = [
+        [f"{c:.1%}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else str(c) for c in row]
+        for row in rows
+    ]
     sheet = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     for index, name in enumerate(columns):
         number = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        last = index == len(columns) - 1  # the only one that may be cut short in a narrow window
+        last = index == len(columns) - 1  # only this one may be cut in a narrow window
         least = None if last else max(len(name), *(len(row[index]) for row in cells))
         sheet.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=least)
     for row in cells:

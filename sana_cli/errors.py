@@ -1,4 +1,4 @@
-"""The one error that a user can cause. It knows nothing of terminals: `cli.py` turns it into a message and an exit code."""
+"""The one error that a user can cause. `cli/` turns it into a message and an exit code."""
 
 from collections.abc import Sequence
 
@@ -6,30 +6,40 @@ MOST_LISTED = 10  # problems that a message lists
 
 
 def listed(problems: Sequence[str]) -> list[str]:
-    """Lines of a message for some problems, indented; of very many, the first."""
+    """Indented lines of a message for some problems, at most the first ten."""
     more = [f"... and {len(problems) - MOST_LISTED} more"] if len(problems) > MOST_LISTED else []
     return [f"  {line}" for line in (*problems[:MOST_LISTED], *more)]
 
 
 def one_line(text: str) -> str:
-    """Text that others wrote, such as a key or a file's name, as one line that no terminal obeys: odd characters are spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    """Escape unprintable characters in foreign text, such as a file name: one harmless line."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class SanaError(Exception):
-    """A mistake or a mishap that the user can do something about.
+    """A mistake or a failure that the user can do something about.
 
-    The text says what is wrong, where, and what to do next, one line for each. `exit_code` is 1 where a command could
-    not do its work and 2 where it was asked wrongly (usage or config).
+    The text says what is wrong, where, and what to do next, one line for each. It names a
+    setting as Python does, in backticks: "`guidance_scale`: ...". The command line prints its
+    flag, --guidance-scale, if the command has it.
+
+    `exit_code` is 1 if a command could not do its work and 2 for wrong usage or a wrong config.
     """
 
     process: int | None = None  # which of several processes raised it, once they are connected
-    told = False  # another process tells the user
+    silent = False  # another process says it
 
     def __init__(self, *lines: str, exit_code: int = 1) -> None:
         super().__init__("\n".join(lines))
         self.exit_code = exit_code
 
 
-class Interrupted(SanaError):  # noqa: N818 (it is no error)
-    """The user or the system asked the command to stop (SIGINT: 130, SIGTERM: 143)."""
+class Interrupted(SanaError):  # noqa: N818 (not an error)
+    """A signal stopped the command (exit code 130 for SIGINT, 143 for SIGTERM)."""

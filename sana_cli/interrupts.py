@@ -1,9 +1,11 @@
-"""Signals, from the first moment of a process to a clean stop. It prints nothing but the last word of a process that has to go.
+"""Signal handlers, from the start of a process to a clean stop.
 
-Before torch is loaded a signal ends the process at once (`end_at_once`). While a command works it raises `Asked`
-(`raise_asked`). Training takes it as a question (`Stop`): it finishes what it is at, saves, and leaves. SIGINT is Ctrl-C;
-SIGTERM and SIGUSR1 come from schedulers (Slurm sends the latter as a warning); SIGHUP means that the terminal is gone. The
-last two stay ignored where they were, as nohup ignores SIGHUP.
+Until torch is loaded, a signal ends the process at once (`end_at_once`). While a command works,
+it raises `Asked` (`raise_asked`). Training finishes the micro-batch, saves and stops (`Stop`).
+
+SIGINT is Ctrl-C. SIGTERM and SIGUSR1 come from schedulers; Slurm sends SIGUSR1 as a warning.
+SIGHUP means that the terminal is closed. SIGHUP and SIGUSR1 stay ignored if they were, since
+nohup ignores SIGHUP.
 """
 
 import os
@@ -17,11 +19,11 @@ from typing import Any
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 ]  # Windows has the first two
-SECONDS_TO_PASS_ON = 5.0  # torchrun passes on to its processes a signal that the terminal has sent them already
+SECONDS_TO_PASS_ON = 5.0  # torchrun forwards a signal that the terminal has sent already
 
 
 class Asked(BaseException):
-    """A signal asked for an end. It is no `Exception`, which a library that is just imported might swallow."""
+    """A signal asked for an end. Not an `Exception`: a library under import may swallow one."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -37,18 +39,18 @@ def raise_asked(number: int, _frame: FrameType | None) -> None:
 
 
 def end_at_once(number: int, _frame: FrameType | None) -> None:
-    """Handle a signal by ending the process, with its last word."""
+    """Handle a signal by printing one line and ending the process."""
     os.write(2, f"error: {word_for(number)}\n".encode())
     os._exit(128 + number)
 
 
 def word_for(number: int) -> str:
-    """What happened to a command that a signal ended."""
+    """The message for a command that a signal ended."""
     return "interrupted" if number == signal.SIGINT else "terminated"
 
 
 def attentive(steps: Iterator[Any]) -> Iterator[Any]:
-    """The same steps; between them a signal is seen even if a library that was loading has swallowed what it raised."""
+    """Yield the same steps. Between them, raise an `Asked` that a library has swallowed."""
     for step in steps:
         if _asked:
             raise Asked(_asked[0])
@@ -57,9 +59,11 @@ def attentive(steps: Iterator[Any]) -> Iterator[Any]:
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """All of `SIGNALS` go to `handler`, but SIGHUP and SIGUSR1 where they are ignored."""
+    """Send `SIGNALS` to `handler`, except SIGHUP and SIGUSR1 where they are ignored."""
     kept = (signal.SIGINT, signal.SIGTERM)
-    numbers = [number for number in SIGNALS if number in kept or signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [
+        number for number in SIGNALS if number in kept or signal.getsignal(number) is not signal.SIG_IGN
+    ]
     previous = [signal.signal(number, handler) for number in numbers]
     try:
         yield
@@ -69,15 +73,15 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 class Stop:
-    """A question "were we asked to stop?" for a command that finishes what it is at. A second signal is final."""
+    """Remember a signal for a command that finishes its work. A second one ends the process."""
 
     def __init__(self, first_signal: Callable[[], None], by_torchrun: bool = False) -> None:
-        """`first_signal` is called at the first one; torchrun sends the same signal twice."""
+        """`first_signal` is called on the first one. torchrun sends each signal twice."""
         self.number: int | None = None
         self._tell, self._by_torchrun, self._since = first_signal, by_torchrun, 0.0
 
     def __call__(self) -> int | None:
-        """The signal's number, or None."""
+        """The number of the first signal, or None."""
         return self.number
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -89,7 +93,7 @@ class Stop:
             os._exit(128 + number)
 
     def during(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """The same steps, where signals are taken as questions from the first step on. Until then they end the command."""
+        """Yield the same steps. A signal before the first one ends the command."""
         first = next(attentive(steps))
         with handling(self._handle):
             yield first

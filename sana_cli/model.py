@@ -1,20 +1,19 @@
 """The SANA transformer (arXiv 2410.10629): the published block and nothing else.
 
-A field over images or latents of any size that the patch divides, conditioned on caption states and a timestep: a velocity, or
-what its config's `prediction_type` says. It knows neither what these mean (`flow.py`), nor where captions come from (`text.py`),
-nor files (`checkpoint.py`). Parameters carry the names and shapes of diffusers' `SanaTransformer2DModel`.
+It maps a noisy image or latent of any size that the patch divides, caption states and a timestep to a
+prediction. What it predicts is the objective's matter. It knows neither rectified flow (`flow.py`), nor
+where captions come from (`text.py`), nor files (`weights/`). Parameters have the names and shapes of
+diffusers' `SanaTransformer2DModel`. Quicker forms of the same arithmetic are in `kernels.py`.
 
-Shapes: B batch, K distinct captions in it, C channels, H W height and width of the sample, p patch, N = (H/p)(W/p) tokens, D = heads * head_dim
-inner width, L caption tokens, h = int(mlp_ratio * D) hidden width of the Mix-FFN.
+Shapes: B batch, K distinct captions in it, C channels, H W height and width of the sample, p patch,
+N = (H/p)(W/p) tokens, D = heads * head_dim inner width, d head_dim, L caption tokens,
+h = int(mlp_ratio * D) hidden width of the Mix-FFN.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sana_cli.config.keys import ModelConfig
-from sana_cli.runtime.device import has_native_bf16
+from sana_cli import kernels
+from sana_cli.config.keys import Architecture
+from sana_cli.kernels import Captions
 
 TIMESTEP_CHANNELS = 256
-MASKED = -10000.0  # added to the scores of padding; finite, so that a row without any caption token gives no NaN
+MASKED = -10000.0  # added to the scores of padding; finite: a row without caption tokens gives no NaN
 
 
 class RMSNorm(nn.Module):
@@ -47,29 +47,38 @@ class RMSNorm(nn.Module):
 def positions(height: int, width: int, base: int, interpolation_scale: float, dim: int) -> Tensor:
     """Sine-cosine positions of a grid of tokens, (height * width, dim): half for the column, half for the row.
 
-    Rows and columns are counted in steps of the trained grid of `base` x `base` tokens, whatever size this one has, and
-    divided by `interpolation_scale` (NVlabs/Sana `get_2d_sincos_pos_embed`, diffusers `embeddings.py`). Float64 inside.
+    Rows and columns are scaled to the trained grid of `base` x `base` tokens and divided by
+    `interpolation_scale` (NVlabs/Sana `get_2d_sincos_pos_embed`, diffusers `embeddings.py`). Float64 inside.
     """
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    row, column = (torch.arange(count, dtype=torch.float32) / (count / base) / interpolation_scale for count in (height, width))
+    row, column = (
+        torch.arange(count, dtype=torch.float32) / (count / base) / interpolation_scale
+        for count in (height, width)
+    )
     angles = [
         column.double()[None, :, None].expand(height, -1, 1) * frequency,
         row.double()[:, None, None].expand(-1, width, 1) * frequency,
     ]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1).float().flatten(0, 1)
+    return (
+        torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1)
+        .float()
+        .flatten(0, 1)
+    )
 
 
 class PatchEmbed(nn.Module):
     """Non-overlapping patches to tokens.
 
-    No position is added (NoPE): the Mix-FFN's convolution tells tokens apart. Only the published 2K and 4K models, which
-    have an `interpolation_scale`, add fixed ones.
+    No positions are added (NoPE): the Mix-FFN's convolution sees where tokens are. Only the published 2K and
+    4K models, which have an `interpolation_scale`, add fixed ones.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Architecture) -> None:
         super().__init__()
         self.config = config
-        self.proj = nn.Conv2d(config.in_channels, config.inner_dim, config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(
+            config.in_channels, config.inner_dim, config.patch_size, stride=config.patch_size
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)  # (B, D, H/p, W/p)
@@ -78,7 +87,7 @@ class PatchEmbed(nn.Module):
         scale = self.config.interpolation_scale
         if scale is None:
             return x
-        base = (self.config.sample_size or 1) // self.config.patch_size
+        base = self.config.sample_size // self.config.patch_size
         return (x + positions(height, width, base, scale, x.shape[-1]).to(x.device)).to(x.dtype)
 
 
@@ -104,7 +113,7 @@ def sinusoid(timestep: Tensor, channels: int = TIMESTEP_CHANNELS) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """One level of naming that diffusers has between `time_embed` and its embedder."""
+    """A level of names that diffusers has between `time_embed` and its embedder."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -112,10 +121,10 @@ class TimestepEmbedder(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """adaLN-single: one projection of the timestep modulates every block, which add their own `scale_shift_table`.
+    """adaLN-single: one projection of the timestep modulates all blocks, which add their `scale_shift_table`.
 
-    Returns the six modulations (B, 6, D) and the embedding before them (B, D), which the final norm uses. Models that
-    carry their guidance scale as an input (SANA-Sprint) add its embedding to the timestep's.
+    Returns the six modulations (B, 6, D) and the embedding (B, D), which the final norm uses. Models whose
+    guidance scale is an input (SANA-Sprint) add its embedding to the timestep's.
     """
 
     def __init__(self, dim: int, guidance_embeds: bool) -> None:
@@ -139,49 +148,15 @@ class TimeEmbed(nn.Module):
         return modulation, embedded
 
 
-def mix(x: Tensor) -> Tensor:
-    """Scatter the low 32 bits of whole numbers over all 32 (the finalizer of MurmurHash3)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = x & 0xFFFFFFFF
-        x = (x ^ (x >> shift)) * factor
-    x = x & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-class Dropout(nn.Module):
-    """Dropout that can be drawn from a key of each sample: it then depends on nothing else in the batch, nor on the device.
-
-    `place` tells the dropouts of a model apart. Without keys the draws are torch's.
-    """
-
-    def __init__(self, p: float, place: int) -> None:
-        super().__init__()
-        self.p, self.place = p, place
-
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        if keys is None or not self.training or self.p == 0:
-            return F.dropout(x, self.p, self.training)
-        element = mix(torch.arange(x[0].numel(), device=x.device))
-        drawn = mix(element ^ mix(mix(keys) ^ mix(keys >> 32) + self.place)[:, None])  # (B, elements), 32 bits each
-        return x * (drawn >= self.p * 2**32).view_as(x) / (1 - self.p)
-
-
-def together(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """What several linear layers of the same width make of the same x, by one product with their weights end to end.
-
-    One product of three times the width runs faster, forward and back, than three; joining the weights takes little beside it.
-    """
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias).chunk(len(layers), dim=-1)
-
-
 class LinearAttention(nn.Module):
-    """ReLU linear self-attention (paper section 2.2): relu(q) (relu(k)^T v) / (relu(q) sum relu(k)), sums in float32.
+    """ReLU linear self-attention (paper section 2.2): relu(q) (relu(k)^T v) / (relu(q) sum relu(k)).
 
-    Matrix products are associative: with fewer tokens than `head_dim`, (relu(q) relu(k)^T) v is the same and takes less.
+    Sums are in float32.
+
+    Matrix products are associative: with fewer tokens than `head_dim`, (relu(q) relu(k)^T) v is cheaper.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: Architecture) -> None:
         super().__init__()
         dim = config.inner_dim
         self.heads = config.num_attention_heads
@@ -190,13 +165,16 @@ class LinearAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
         self.norm_q = RMSNorm(dim, eps=1e-5) if config.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(dim, eps=1e-5) if config.qk_norm else nn.Identity()
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), Dropout(config.dropout, 2 * layer)])
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(config.dropout)])
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        q, k, v = together(x, self.to_q, self.to_k, self.to_v)  # (B, N, D) each
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = kernels.joined(x, self.to_q, self.to_k, self.to_v)  # (B, N, D) each
         q, k = self.norm_q(q), self.norm_k(k)
         with torch.autocast(x.device.type, enabled=False):  # half-precision sums over tokens overflow
-            q, k, v = (rearrange(t.float(), "b n (heads d) -> b heads n d", heads=self.heads) for t in (F.relu(q), F.relu(k), v))
+            q, k, v = (
+                rearrange(t.float(), "b n (heads d) -> b heads n d", heads=self.heads)
+                for t in (F.relu(q), F.relu(k), v)
+            )
             if q.shape[-2] <= q.shape[-1]:
                 scores = q @ k.transpose(-1, -2)  # (B, heads, N, N)
                 out = (scores @ v) / (scores.sum(-1, keepdim=True) + 1e-15)  # (B, heads, N, d)
@@ -205,13 +183,13 @@ class LinearAttention(nn.Module):
                 out = q @ (k.transpose(-1, -2) @ v)  # (B, heads, N, d + 1)
                 out = out[..., :-1] / (out[..., -1:] + 1e-15)
         out = rearrange(out, "b heads n d -> b n (heads d)").to(x.dtype)
-        return self.to_out[1](self.to_out[0](out), keys)
+        return self.to_out[1](self.to_out[0](out))
 
 
 class CrossAttention(nn.Module):
     """Softmax attention of image tokens over caption tokens. It has no norm and no gate before it."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: Architecture) -> None:
         super().__init__()
         dim, self.heads = config.inner_dim, config.num_cross_attention_heads
         inner = self.heads * config.cross_attention_head_dim
@@ -220,60 +198,26 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(dim, inner)
         self.norm_q = RMSNorm(inner, eps=1e-5) if config.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(inner, eps=1e-5) if config.qk_norm else nn.Identity()
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim), Dropout(config.dropout, 2 * layer + 1)])
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(config.dropout)])
 
     def keys_values(self, caption: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of caption tokens, (K, heads, L, d) each: they depend on nothing but the caption."""
-        k, v = together(caption, self.to_k, self.to_v)
+        """Keys and values of caption tokens, (K, heads, L, d) each. They depend on the caption alone."""
+        k, v = kernels.joined(caption, self.to_k, self.to_v)
         k, v = (rearrange(t, "k n (heads d) -> k heads n d", heads=self.heads) for t in (self.norm_k(k), v))
         return k, v
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None, keys: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         q = rearrange(self.norm_q(self.to_q(x)), "b n (heads d) -> b heads n d", heads=self.heads)
         k, v = keys_values  # (B, heads, L, d) each
-        if x.device.type == "cpu":  # few caption tokens: the backward of the CPU's fused kernel costs many times this
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, N, L)
-            out = (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        out = kernels.attention(q, k, v, bias)
         out = rearrange(out, "b heads n d -> b n (heads d)")
-        return self.to_out[1](self.to_out[0](out), keys)
-
-
-class GatedSiLU(torch.autograd.Function):
-    """x, gate -> x silu(gate), for the two halves (..., h) of one tensor (..., 2h).
-
-    It keeps that tensor alone for the backward pass, and writes both halves of its gradient into one: as separate operations
-    it would keep silu(gate) too, and join the halves again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        x, gate = both.chunk(2, dim=-1)
-        return F.silu(gate).mul_(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
-        x, gate = both.chunk(2, dim=-1)
-        out = torch.empty_like(both)
-        of_x, of_gate = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=of_x)
-        torch.ops.aten.silu_backward(grad * x, gate, grad_input=of_gate)
-        return out
-
-
-def gated_silu(both: Tensor) -> Tensor:
-    """x silu(gate) of the two halves (..., h) of one tensor (..., 2h)."""
-    return GatedSiLU.apply(both)  # type: ignore[no-untyped-call]
+        return self.to_out[1](self.to_out[0](out))
 
 
 class GLUMBConv(nn.Module):
     """Mix-FFN: 1x1 convolution, SiLU, 3x3 depthwise convolution, gated linear unit, 1x1 convolution.
 
-    The 1x1 convolutions are stored as convolutions, as everyone does, and computed as the linear layers they are; the
-    depthwise one then sees channels-last memory, its fast form on CPU and GPU alike.
+    Tokens stay last in memory: the depthwise convolution then sees channels-last, its fast form everywhere.
     """
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
@@ -284,21 +228,21 @@ class GLUMBConv(nn.Module):
         self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
 
     def forward(self, x: Tensor, height: int) -> Tensor:
-        x = F.silu(F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias))  # (B, N, 2h)
+        x = F.silu(kernels.pointwise(self.conv_inverted, x))  # (B, N, 2h)
         x = rearrange(x, "b (height width) c -> b c height width", height=height)
         x = rearrange(self.conv_depth(x), "b c height width -> b (height width) c")
-        return F.linear(gated_silu(x), self.conv_point.weight.flatten(1))  # (B, N, h) to (B, N, D)
+        return kernels.pointwise(self.conv_point, kernels.gated_silu(x))  # (B, N, h) to (B, N, D)
 
 
 class SanaBlock(nn.Module):
     """Modulated linear attention, cross-attention, modulated Mix-FFN, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: Architecture) -> None:
         super().__init__()
         dim = config.inner_dim
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn1 = LinearAttention(config, layer)
-        self.attn2 = CrossAttention(config, layer)
+        self.attn1 = LinearAttention(config)
+        self.attn2 = CrossAttention(config)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.ff = GLUMBConv(dim, config.mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
@@ -311,48 +255,39 @@ class SanaBlock(nn.Module):
         bias: Tensor | None,
         modulation: Tensor,
         height: int,
-        keys: Tensor | None = None,
     ) -> Tensor:
         keys_values = caption if isinstance(caption, tuple) else self.attn2.keys_values(caption)
         if caption_index is not None:
-            keys_values = keys_values[0].index_select(0, caption_index), keys_values[1].index_select(0, caption_index)
+            keys_values = (
+                keys_values[0].index_select(0, caption_index),
+                keys_values[1].index_select(0, caption_index),
+            )
         modulation = self.scale_shift_table[None] + modulation  # (B, 6, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, 1, D) each
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(
+            6, dim=1
+        )  # (B, 1, D) each
         normed = torch.addcmul(shift_msa, self.norm1(x), 1 + scale_msa)
-        x = torch.addcmul(x, gate_msa, self.attn1(normed.to(x.dtype), keys))
-        x = x + self.attn2(x, keys_values, bias, keys)
+        x = torch.addcmul(x, gate_msa, self.attn1(normed.to(x.dtype)))
+        x = x + self.attn2(x, keys_values, bias)
         normed = torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)
         return torch.addcmul(x, gate_mlp, self.ff(normed.to(x.dtype), height))  # (B, N, D)
 
 
-@dataclass(frozen=True)
-class Captions:
-    """All that a transformer needs of captions, once and for every noise level: `SanaTransformer.captions` makes it."""
-
-    keys_values: tuple[tuple[Tensor, Tensor], ...]  # of each block, (B, heads, L, d) each
-    bias: Tensor | None  # (B, 1, 1, L)
-
-    def rows(self, first: int, end: int) -> "Captions":
-        """Those of samples `first` .. `end`."""
-        bias = None if self.bias is None else self.bias[first:end]
-        return Captions(tuple((k[first:end], v[first:end]) for k, v in self.keys_values), bias)
-
-
 class SanaTransformer(nn.Module):
-    """The SANA diffusion transformer. `config` must be resolved: `sample_size` and `caption_channels` are numbers."""
+    """The SANA diffusion transformer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Architecture) -> None:
         super().__init__()
-        assert config.caption_channels is not None, "an unresolved model config"
-        assert config.sample_size is not None, "an unresolved model config"
         self.config = config
-        self.activation_checkpointing = False  # keep a block's input only, and compute it again in the backward pass
+        self.activation_checkpointing = (
+            False  # keep a block's input only, and recompute the rest in the backward pass
+        )
         dim, patch = config.inner_dim, config.patch_size
         self.patch_embed = PatchEmbed(config)
         self.time_embed = TimeEmbed(dim, config.guidance_embeds)
         self.caption_projection = TwoLayer(config.caption_channels, dim, nn.GELU(approximate="tanh"))
         self.caption_norm = RMSNorm(dim, eps=1e-5)
-        self.transformer_blocks = nn.ModuleList(SanaBlock(config, layer) for layer in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(SanaBlock(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, patch * patch * config.in_channels)
@@ -364,19 +299,17 @@ class SanaTransformer(nn.Module):
         timestep: Tensor,
         guidance: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
         caption_index: Tensor | None = None,
     ) -> Tensor:
-        """The prediction at `hidden_states` (B, C, H, W), of `config.prediction_type`, in diffusers' argument order.
+        """The prediction at `hidden_states`, (B, C, H, W). Arguments are diffusers', in its order.
 
         Args:
             hidden_states: the noisy sample, (B, C, H, W), H and W multiples of the patch size.
             encoder_hidden_states: caption states, (B, L, caption_channels), or what `captions` made of them.
             timestep: (B,), or (1,) for all: 1000 * sigma * timestep_scale.
-            guidance: as timestep: guidance_scale * guidance_embeds_scale, only for models with `guidance_embeds`, and needed there.
+            guidance: as timestep: guidance_scale * guidance_embeds_scale; for models with `guidance_embeds`.
             encoder_attention_mask: (B, L), 1 for caption tokens and 0 for padding; None attends to all.
-            dropout_keys: (B,) whole numbers that each sample's dropout is drawn from; None: torch's generator.
-            caption_index: (B,), where `encoder_hidden_states` and its mask are of K distinct captions: whose is each sample's.
+            caption_index: (B,), which of K captions and their masks belongs to each sample.
 
         Raises:
             ValueError: a shape that does not fit, or `guidance` given to a model that cannot use it.
@@ -384,41 +317,49 @@ class SanaTransformer(nn.Module):
         _, channels, height, width = hidden_states.shape
         patch = self.config.patch_size
         if channels != self.config.in_channels:
-            raise ValueError(f"hidden_states has {channels} channels; this model takes {self.config.in_channels}")
+            raise ValueError(
+                f"hidden_states has {channels} channels; this model takes {self.config.in_channels}"
+            )
         if height % patch or width % patch:
             raise ValueError(f"hidden_states is {height}x{width}; the patch size {patch} must divide both")
         if (guidance is not None) != self.config.guidance_embeds:
             raise ValueError("guidance is needed by models with guidance_embeds, and by no others")
-        with _fast_arithmetic(self.proj_out.weight):
-            given = hidden_states, encoder_hidden_states, timestep, guidance, encoder_attention_mask, dropout_keys, caption_index
-            return self.predict(*given)
+        with kernels.native_arithmetic(self.scale_shift_table):
+            return self._predict(
+                hidden_states,
+                encoder_hidden_states,
+                timestep,
+                guidance,
+                encoder_attention_mask,
+                caption_index,
+            )
 
-    def captions(self, states: Tensor, mask: Tensor | None = None, caption_index: Tensor | None = None) -> Captions:
-        """Keys and values of caption states (K, L, caption_channels) with their mask (K, L), for sampling: no step repeats them.
+    def captions(
+        self, states: Tensor, mask: Tensor | None = None, caption_index: Tensor | None = None
+    ) -> Captions:
+        """Keys and values of caption states (K, L, caption_channels) with their mask (K, L).
 
-        With `caption_index` (B,), those of each sample.
+        They serve all solver steps. With `caption_index` (B,) they are those of each sample.
         """
-        with _fast_arithmetic(self.proj_out.weight):
+        with kernels.native_arithmetic(self.scale_shift_table):
             caption = self.caption_norm(self.caption_projection(states))  # (K, L, D)
-            bias = None if mask is None else _mask_bias(mask, caption.dtype)
             rows = torch.arange(len(states), device=states.device) if caption_index is None else caption_index
             made = []
             for block in self.transformer_blocks:
                 assert isinstance(block, SanaBlock)
                 made.append(block.attn2.keys_values(caption))
-            return Captions(tuple((k[rows], v[rows]) for k, v in made), None if bias is None else bias[rows])
+            bias = _mask_bias(mask, rows, caption.dtype)
+            return Captions(tuple((k[rows], v[rows]) for k, v in made), bias)
 
-    def predict(
+    def _predict(
         self,
         x: Tensor,
         states: Tensor | Captions,
         timestep: Tensor,
-        guidance: Tensor | None = None,
-        mask: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-        caption_index: Tensor | None = None,
+        guidance: Tensor | None,
+        mask: Tensor | None,
+        caption_index: Tensor | None,
     ) -> Tensor:
-        """`forward`, in the arithmetic that autocast asks for, whatever the device thinks of it."""
         channels, height, patch = x.shape[1], x.shape[2], self.config.patch_size
         x = self.patch_embed(x)  # (B, N, D)
         modulation, embedded = self.time_embed(timestep, guidance, x.dtype)  # (B or 1, 6, D), (B or 1, D)
@@ -426,14 +367,12 @@ class SanaTransformer(nn.Module):
         if isinstance(states, Captions):
             captions, bias = states.keys_values, states.bias
         else:
-            captions = [self.caption_norm(self.caption_projection(states))] * len(self.transformer_blocks)  # (K, L, D)
-            bias = None if mask is None else _mask_bias(mask, x.dtype)  # (K, 1, 1, L)
-            if bias is not None and caption_index is not None:
-                bias = bias[caption_index]
+            caption = self.caption_norm(self.caption_projection(states))  # (K, L, D)
+            captions, bias = [caption] * self.config.num_layers, _mask_bias(mask, caption_index, x.dtype)
         for block, caption in zip(self.transformer_blocks, captions, strict=True):
-            given = (x, caption, caption_index, bias, modulation, height // patch, dropout_keys)
-            again = self.activation_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
+            given = (x, caption, caption_index, bias, modulation, height // patch)
+            recompute = self.activation_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
         shift, scale = (self.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
         x = self.proj_out(torch.addcmul(shift, self.norm_out(x), 1 + scale))  # (B, N, p p C)
         return rearrange(
@@ -441,33 +380,26 @@ class SanaTransformer(nn.Module):
         )  # fmt: skip
 
 
-def _mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return (1 - mask.to(dtype))[:, None, None, :] * MASKED  # (K, 1, 1, L)
-
-
-@contextmanager
-def _fast_arithmetic(weight: Tensor) -> Iterator[None]:
-    """Float32 in place of a bf16 autocast that the device of a float32 `weight` could only emulate.
-
-    Autocast to bf16 is there for speed. A CPU without bf16 arithmetic takes tens of times as long over it as over float32,
-    which is nearer to the truth as well.
-    """
-    asked = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
-    with torch.autocast("cpu", enabled=False) if asked and not has_native_bf16(weight.device) else nullcontext():
-        yield
+def _mask_bias(mask: Tensor | None, caption_index: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to attention scores, (B, 1, 1, L), from a mask (K, L) and `caption_index` (B,)."""
+    if mask is None:
+        return None
+    bias = (1 - mask.to(dtype))[:, None, None, :] * MASKED  # (K, 1, 1, L)
+    return bias if caption_index is None else bias[caption_index]
 
 
 @torch.no_grad()
 def initialize(model: SanaTransformer, generator: torch.Generator, init: str = "official") -> None:
-    """Draw initial weights: the official ones (NVlabs/Sana `sana_multi_scale.py`, `initialize_weights`), or close to them.
+    """Draw initial weights: those of NVlabs/Sana (`sana_multi_scale.py`), or close to them.
 
-    Linear layers are Xavier-uniform with zero bias, with the fan of the fused matrices that the official code has (qkv
-    in self-attention, kv in cross-attention); the patch convolution likewise; the embedders are N(0, 0.02); the other
-    convolutions keep PyTorch's default; the tables are N(0, 1/D); the caption norm starts at 0.01, without which
-    captions would enter a hundred times too loud. Nothing is zero-initialised but the guidance embedder's last layer.
+    - Linear layers and the patch convolution: Xavier-uniform with zero bias. The fan is that of the fused
+      matrices of the official code (qkv in self-attention, kv in cross-attention).
+    - Embedders: N(0, 0.02). Tables: N(0, 1/D). Other convolutions: PyTorch's default.
+    - The caption norm starts at 0.01: at 1, captions would enter a hundred times too strongly.
+    - Only the guidance embedder's last layer starts at zero.
 
-    With `init` "fan_in" the embedders are N(0, 1 / fan_in), which at the published widths is 0.02 to 0.06: at a width of 128, 0.02
-    leaves the transformer all but blind to the time, and it takes long to grow. The caption norm then starts at 1.
+    With `init` "fan_in" embedders are N(0, 1 / fan_in), which is 0.02 to 0.06 at the published widths. At a
+    width of 128, 0.02 hides the timestep from the transformer for long. The caption norm then starts at 1.
     """
 
     def uniform(tensor: Tensor, bound: float) -> None:
@@ -499,14 +431,16 @@ def initialize(model: SanaTransformer, generator: torch.Generator, init: str = "
         if name.endswith("scale_shift_table"):
             parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         elif name.startswith(("time_embed.", "caption_projection.")) and name.endswith("weight"):
-            parameter.normal_(std=0.02 if init == "official" else parameter.shape[1] ** -0.5, generator=generator)
+            parameter.normal_(
+                std=0.02 if init == "official" else parameter.shape[1] ** -0.5, generator=generator
+            )
     if model.time_embed.guidance_embedder is not None:
         model.time_embed.guidance_embedder.linear_2.weight.zero_()
     model.caption_norm.weight.fill_(0.01 if init == "official" else 1.0)
 
 
-def build(config: ModelConfig, seed: int | None = 0, init: str = "official") -> SanaTransformer:
-    """A new model with the initial weights of `seed`, float32 on the CPU; `None` gives the meta device (counts only)."""
+def build(config: Architecture, seed: int | None = 0, init: str = "official") -> SanaTransformer:
+    """A new model with the initial weights of `seed`, float32 on the CPU; None: on the meta device."""
     with torch.device("meta"):
         model = SanaTransformer(config)
     if seed is not None:
@@ -516,7 +450,7 @@ def build(config: ModelConfig, seed: int | None = 0, init: str = "official") -> 
 
 
 def module_rows(model: SanaTransformer) -> tuple[tuple[str, int, float], ...]:
-    """(module, parameters, share), blocks taken together and then split into their parts."""
+    """(module, parameters, share): all blocks as one row, then their parts."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -525,5 +459,5 @@ def module_rows(model: SanaTransformer) -> tuple[tuple[str, int, float], ...]:
             counts[f"  {parts[2]}"] += parameter.numel()
         else:
             counts[parts[0]] += parameter.numel()
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(counts.values()) - sum(count for name, count in counts.items() if name.startswith("  "))
     return tuple((name, count, count / total) for name, count in counts.items())

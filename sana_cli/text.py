@@ -1,8 +1,9 @@
-"""Caption encoders: captions to caption states, the features of their tokens that the transformer attends to.
+"""Caption encoders: captions to caption states, the token features for cross-attention.
 
-`tiny` is built in and needs no download; any other is a Hugging Face model, by id or local path: causal decoders (Gemma 2, the paper's choice),
-T5 encoders, BERT, ModernBERT. `embed` and `sample` encode with the same `CaptionEncoder.encode`. This module knows
-neither where captions come from nor where states go.
+`tiny` is built in and needs no download. Any other encoder is a Hugging Face model, by id or
+local path: causal decoders (Gemma 2 in the paper), T5 encoders, BERT, ModernBERT. `embed` and
+`sample` both call `CaptionEncoder.encode`. This module does not know where captions come from
+or where states go.
 
 Shapes: B captions of a batch, T tokens of the longest, D the encoder's width.
 """
@@ -26,19 +27,19 @@ from sana_cli.runtime import hub
 
 FINGERPRINT_VERSION = 1
 TINY_DIM = 128  # width of the built-in encoder's states
-TINY_PLACE = 0.25  # size of a place's vector beside a word's
+TINY_POSITION = 0.25  # size of a position's vector relative to a word's
 TINY_VERSION = 2  # of its vectors; 1 was a random Gemma 2 on bytes
 MAX_INSTRUCTION = 4096  # tokens of an instruction
-UNLIMITED = 10**9  # tokens: the longest caption that is taken has fewer bytes
-TOKENS_PER_BATCH = 8192  # padded tokens that go through an encoder at once
+UNLIMITED = 10**9  # tokens: no accepted caption has as many bytes
+TOKENS_PER_BATCH = 8192  # padded tokens that are encoded at once
 UNGATED_GEMMA = "Efficient-Large-Model/gemma-2-2b-it"
 
 
-# --- fingerprint ------------------------------------------------------------------------------------------------------
+# --- fingerprint ------------------------------------------------------------------------------
 
 
-def asked_for(text: TextConfig) -> dict[str, Any]:
-    """What a config alone says of an encoder; the fields of a fingerprint that can be checked without loading it."""
+def config_fingerprint(text: TextConfig) -> dict[str, Any]:
+    """The fields of a fingerprint that a config gives, without loading the encoder."""
     settings = {
         "encoder": hub.model_name(text.encoder),
         "revision": text.revision,
@@ -50,91 +51,103 @@ def asked_for(text: TextConfig) -> dict[str, Any]:
     return settings if text.dtype == "auto" else settings | {"dtype": text.dtype}
 
 
-_FORMERLY = {"lowercase": False}  # what fingerprints from before a setting was there mean
+_OLD_DEFAULTS = {"lowercase": False}  # of fingerprints older than these settings
 
 
-def check_same_encoder(recorded: Mapping[str, Any], given: Mapping[str, Any], where: str, *next_steps: str) -> None:
-    """Refuse another encoder or other settings than `recorded`; fields that `given` lacks are not compared.
+def check_same_encoder(
+    recorded: Mapping[str, Any], given: Mapping[str, Any], where: str, *next_steps: str
+) -> None:
+    """Refuse an encoder or settings that differ from `recorded` in a field of `given`.
 
     Raises:
         SanaError: naming each field that differs.
     """
-    fields = [key for key in given if key != "encoder" or "weights" not in given]  # weights tell better than a name
-    wrong = [key for key in fields if recorded.get(key, _FORMERLY.get(key)) != given[key]]
+    # weights identify an encoder, while its name may differ
+    fields = [key for key in given if key != "encoder" or "weights" not in given]
+    wrong = [key for key in fields if recorded.get(key, _OLD_DEFAULTS.get(key)) != given[key]]
     if wrong:
-        raise SanaError(
-            *(f"text.{key}: {where} has {recorded.get(key)!r:.200}, not {given[key]!r:.200}" for key in wrong), *next_steps
-        )
+        differing = ((key, recorded.get(key), given[key]) for key in wrong)
+        lines = [f"text.{key}: {where} has {old!r:.200}, not {new!r:.200}" for key, old, new in differing]
+        raise SanaError(*lines, *next_steps)
 
 
-_WITH_CAPITALS, _LOWER_CASE = (hashlib.sha256(kind.encode()).hexdigest() for kind in ("words", "words in lower case"))
+_WITH_CAPITALS, _LOWER_CASE = (
+    hashlib.sha256(kind.encode()).hexdigest() for kind in ("words", "words in lower case")
+)
 
 
-def as_of_today(fingerprint: Mapping[str, Any], captions: Iterable[str]) -> Mapping[str, Any]:
-    """A fingerprint of `tiny` from before it took words in lower case, where its captions have no capitals: they kept their vectors."""
-    if not knew_capitals(fingerprint) or any(caption != caption.lower() for caption in captions):
+def is_case_sensitive(fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a fingerprint is of an older `tiny`, which did not lower-case words."""
+    return fingerprint.get("tokenizer") == _WITH_CAPITALS
+
+
+def upgrade_fingerprint(fingerprint: Mapping[str, Any], captions: Iterable[str]) -> Mapping[str, Any]:
+    """Update a case-sensitive fingerprint if no caption has capitals: vectors are the same."""
+    if not is_case_sensitive(fingerprint) or any(caption != caption.lower() for caption in captions):
         return fingerprint
     return {**fingerprint, "tokenizer": _LOWER_CASE}
 
 
-def knew_capitals(fingerprint: Mapping[str, Any]) -> bool:
-    """Whether a fingerprint is of `tiny` from before it took words in lower case."""
-    return fingerprint.get("tokenizer") == _WITH_CAPITALS
+def check_capitals(
+    fingerprint: Mapping[str, Any], captions: Callable[[], Iterable[str]], where: str, *next_steps: str
+) -> None:
+    """Refuse captions with capitals from a case-sensitive `tiny`: prompts would not match.
 
-
-def check_capitals(fingerprint: Mapping[str, Any], captions: Callable[[], Iterable[str]], where: str, *next_steps: str) -> None:
-    """Refuse captions with capitals that `tiny` encoded when it still told them apart: prompts would have other vectors.
-
-    `captions` gives them, and is asked only where it matters: there may be millions.
+    `captions` returns them; it is called only if needed, since there may be millions.
 
     Raises:
-        SanaError: there is one; names it.
+        SanaError: naming a caption with capitals.
     """
-    if knew_capitals(fingerprint) and (odd := next((text for text in captions() if text != text.lower()), None)) is not None:
+    if not is_case_sensitive(fingerprint):
+        return
+    if (capitals := next((text for text in captions() if text != text.lower()), None)) is not None:
         raise SanaError(
-            f"{where} was embedded when capitals made other words, as in {odd!r:.60}; they make none now", *next_steps
+            f"{where} was embedded when case mattered, as in {capitals!r:.60}; it no longer does",
+            *next_steps,
         )
 
 
 def text_config(fingerprint: Mapping[str, Any], encoder: str | None = None) -> TextConfig:
-    """The settings that a fingerprint records; `encoder` says where its model lies when the name alone does not."""
+    """The settings that a fingerprint records. `encoder` replaces the recorded model name."""
     keys = ("revision", "dtype", "max_length", "instruction", "template", "lowercase")
-    settings = _FORMERLY | dict(fingerprint)
+    settings = _OLD_DEFAULTS | dict(fingerprint)
     return TextConfig(encoder=encoder or settings["encoder"], **{key: settings[key] for key in keys})
 
 
-# --- tokenizing -------------------------------------------------------------------------------------------------------
+# --- tokenizing -------------------------------------------------------------------------------
 
-
-_WORD = re.compile(r"[\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S")
+_WORD = re.compile(
+    r"[\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S"
+)
 
 
 def words_of(text: str) -> Iterator[str]:
-    """Words, single digits, single CJK characters and signs, in lower case. White space only parts them."""
+    """Yield words, single digits, CJK characters and symbols, in lower case."""
     return (word[0].lower() for word in _WORD.finditer(text))
 
 
 def unseen_words(prompts: Iterable[str], known: Collection[str] | None) -> list[str]:
-    """The words of prompts that are not among the `known`, in order; none where these are not known."""
+    """List the words of prompts that are not `known`, in order; none if `known` is None."""
     if known is None:
         return []
     return list(dict.fromkeys(word for prompt in prompts for word in words_of(prompt) if word not in known))
 
 
 class WordTokenizer:
-    """The words of a caption (`words_of`), after a beginning-of-sequence token.
+    """A beginning-of-sequence token, then the words of a caption (`words_of`).
 
-    There is no vocabulary: the id of a word is 63 bits of its hash. Ids 0 and 1 are padding and the beginning.
+    There is no vocabulary: the id of a word is 63 bits of its hash. Id 0 is padding, 1 the
+    beginning.
     """
 
     pad_id, bos_id = 0, 1
 
     def __call__(self, text: str, max_length: int) -> list[int]:
-        """Token ids of a caption, the first `max_length`."""
+        """The first `max_length` token ids of a caption."""
         return [self.bos_id, *map(self._id, itertools.islice(words_of(text), max_length - 1))]
 
     def length(self, text: str) -> int:
-        """How many tokens a caption has, uncut."""
+        """Count the tokens of a whole caption."""
         return 1 + sum(1 for _ in words_of(text))
 
     @staticmethod
@@ -144,33 +157,36 @@ class WordTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face tokenizer's ids with its own special tokens, or its chat template, which brings its own."""
+    """A Hugging Face tokenizer with its special tokens, or with its chat template."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.pad_id = tokenizer.pad_token_id or 0
         if template != "none" and not tokenizer.chat_template:
             raise SanaError(
-                "text.template: this encoder's tokenizer has no chat template", "use text.template: none", exit_code=2
+                "text.template: this encoder's tokenizer has no chat template",
+                "use text.template: none",
+                exit_code=2,
             )
 
     def __call__(self, text: str, max_length: int) -> list[int]:
-        """Token ids of a caption, special tokens once; what is cut is text, not the special token at the end."""
-        text = text.encode("utf-8", errors="replace").decode()  # tokenizers take no lone surrogates, which names can have
+        """Token ids of a caption, special tokens once. The text is cut, not the last token."""
+        text = text.encode("utf-8", errors="replace").decode()  # tokenizers refuse lone surrogates
         if self.template != "none" and text:
             message = [{"role": "user", "content": text}]
-            if self.template == "lesson":  # tokenised again as text, which puts a second beginning before the template's
+            if self.template == "lesson":  # tokenised as text: a second beginning-of-sequence token
                 text = self.tokenizer.apply_chat_template(message, tokenize=False)
                 return list(self.tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
-            return list(self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=False))[:max_length]
+            ids = list(self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=False))
+            return ids[:max_length]
         ids = list(self.tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
-        if not ids:  # a tokenizer without special tokens has nothing for the null caption
+        if not ids:  # the null caption, and a tokenizer without special tokens
             special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.pad_id]
             ids = [next(token for token in special if token is not None)]
         return ids
 
     def length(self, text: str) -> int:
-        """How many tokens a caption has, uncut. Tokenizers warn of more than their own limit; nothing goes through a model."""
+        """Count the tokens of a whole caption, without the tokenizer's length warning."""
         before = self.tokenizer.model_max_length
         self.tokenizer.model_max_length = UNLIMITED
         try:
@@ -179,12 +195,12 @@ class HuggingFaceTokenizer:
             self.tokenizer.model_max_length = before
 
 
-# --- encoding ---------------------------------------------------------------------------------------------------------
+# --- encoding ---------------------------------------------------------------------------------
 
 
 @dataclass
 class CaptionEncoder:
-    """A model, its tokenizer and the settings they run with. `fingerprint` says whether two would give the same states."""
+    """A model, its tokenizer and settings. Equal fingerprints give equal states."""
 
     model: nn.Module
     tokenizer: WordTokenizer | HuggingFaceTokenizer
@@ -199,11 +215,12 @@ class CaptionEncoder:
         return int(getattr(config, "hidden_size", 0) or config.d_model)
 
     def token_ids(self, caption: str, instruct: bool = True) -> tuple[list[int], int]:
-        """Token ids, and how many of them after the first are instruction, whose states are dropped.
+        """Token ids, and how many after the first are instruction, whose states are dropped.
 
-        With an instruction this is the paper's select-index rule (NVlabs/Sana and diffusers `pipeline_sana.py`): of the
-        first n + max_length - 2 tokens, where the instruction has n, keep the first and those from n - 1 on. The null
-        caption never has one, nor do negative prompts (`instruct` false).
+        With an instruction of n tokens this is the paper's select-index rule (NVlabs/Sana and
+        diffusers `pipeline_sana.py`): of the first n + max_length - 2 tokens, keep the first
+        and those from n - 1 on. The null caption and negative prompts (`instruct` false) have
+        none.
         """
         instruction, limit = self.text.instruction, self.text.max_length
         if self.text.lowercase:
@@ -213,25 +230,28 @@ class CaptionEncoder:
         tokens = len(self.tokenizer(instruction, MAX_INSTRUCTION))
         return self.tokenizer(instruction + caption, tokens + limit - 2), max(tokens - 2, 0)
 
-    def is_cut(self, caption: str, instruct: bool = True, tokens: tuple[list[int], int] | None = None) -> bool:
-        """Whether a caption has more tokens than `text.max_length` lets through, so that its end is not seen.
+    def is_cut(
+        self, caption: str, instruct: bool = True, tokens: tuple[list[int], int] | None = None
+    ) -> bool:
+        """Whether a caption exceeds `text.max_length` tokens, so that its end is cut.
 
-        `tokens` is its `token_ids`, where they are known.
+        `tokens` is its `token_ids`, if known.
         """
         ids, dropped = tokens or self.token_ids(caption, instruct)
         if len(ids) - dropped < self.text.max_length:
-            return False  # the usual case, without a second look
+            return False  # the usual case, without tokenising again
         if self.text.lowercase:
             caption = caption.lower().strip()
         instructed = instruct and caption and self.text.instruction
-        return self.tokenizer.length(f"{self.text.instruction}{caption}" if instructed else caption) > len(ids)
+        whole = f"{self.text.instruction}{caption}" if instructed else caption
+        return self.tokenizer.length(whole) > len(ids)
 
     def encode(
         self, captions: Iterable[str], dtype: torch.dtype = torch.bfloat16, instruct: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """Each distinct caption once, with its states (tokens, D) on the CPU, shortest first, padding removed.
+        """Yield each distinct caption and its states (tokens, D) on the CPU, shortest first.
 
-        They are bf16 wherever datasets are concerned, so also where a model trained on one is sampled.
+        Padding is removed. Datasets store bf16, so sampling uses it too.
 
         Raises:
             SanaError: a state is not finite; names the caption.
@@ -239,35 +259,36 @@ class CaptionEncoder:
         yield from self.encode_tokens(self.tokenize(captions, instruct), dtype)
 
     def tokenize(self, captions: Iterable[str], instruct: bool = True) -> dict[str, tuple[list[int], int]]:
-        """`token_ids` of each distinct caption, in order of first appearance."""
+        """Map each distinct caption to its `token_ids`, in order of first appearance."""
         return {caption: self.token_ids(caption, instruct) for caption in dict.fromkeys(captions)}
 
     @torch.inference_mode()
     def encode_tokens(
         self, tokens: Mapping[str, tuple[list[int], int]], dtype: torch.dtype = torch.bfloat16
     ) -> Iterator[tuple[str, Tensor]]:
-        """`encode`, for captions whose tokens are known."""
+        """Like `encode`, for captions that are already tokenised."""
         order = sorted(tokens, key=lambda caption: len(tokens[caption][0]))
         for batch in _batches(order, [len(tokens[caption][0]) for caption in order]):
             ids = [tokens[caption][0] for caption in batch]
-            longest = max(map(len, ids))
-            padded = torch.tensor([row + [self.tokenizer.pad_id] * (longest - len(row)) for row in ids])  # (B, T)
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])  # right padding
-            states = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
-            states = states.to("cpu", dtype)  # (B, T, D)
+            rows = [torch.tensor(row) for row in ids]
+            padded = nn.utils.rnn.pad_sequence(rows, True, self.tokenizer.pad_id)  # (B, T), on the right
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True)
+            encoded = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device))
+            states = encoded.last_hidden_state.to("cpu", dtype)  # (B, T, D)
             for caption, row, all_states in zip(batch, ids, states, strict=True):
                 dropped = tokens[caption][1]
                 kept = torch.cat([all_states[:1], all_states[1 + dropped : len(row)]])
                 if not kept.isfinite().all():
+                    name = self.fingerprint["encoder"]
                     raise SanaError(
-                        f"the encoder {self.fingerprint['encoder']} gave a state that is not finite for caption {caption!r:.200}",
+                        f"the encoder {name} gave a state that is not finite for caption {caption!r:.200}",
                         "use text.dtype: fp32, or another encoder",
                     )
                 yield caption, kept.clone()
 
 
 def _batches(items: Sequence[str], lengths: Sequence[int]) -> Iterator[list[str]]:
-    """Runs of items whose padded tokens fit the budget; lengths do not fall."""
+    """Split items, sorted by length, into batches of `TOKENS_PER_BATCH` padded tokens."""
     start = 0
     for end in range(1, len(items) + 1):
         if end == len(items) or lengths[end] * (end + 1 - start) > TOKENS_PER_BATCH:
@@ -276,20 +297,20 @@ def _batches(items: Sequence[str], lengths: Sequence[int]) -> Iterator[list[str]
 
 
 def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """States of several captions, (tokens_i, D) each, to (B, T, D) and their mask (B, T), padded to the longest."""
+    """Pad states (tokens_i, D) to (B, T, D). Also return their mask (B, T)."""
     lengths = torch.tensor([len(state) for state in states])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     return nn.utils.rnn.pad_sequence(list(states), batch_first=True), mask
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------
 
 
 def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
-    """The encoder that `text` names, on `device`.
+    """Load the encoder that `text` names onto `device`.
 
     Raises:
-        SanaError: it cannot be had (gated, missing, offline, not a text encoder), with the ways out.
+        SanaError: it is gated, missing, offline or no text encoder; says what to do.
     """
     name = text.dtype if text.dtype != "auto" else ("fp32" if device.type == "cpu" else "bf16")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
@@ -297,7 +318,8 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
     tokenizer: WordTokenizer | HuggingFaceTokenizer
     if text.encoder == "tiny":
         if text.template != "none":
-            raise SanaError("text.template: the tiny encoder has no chat template", "use text.template: none", exit_code=2)
+            what = "text.template: the tiny encoder has no chat template"
+            raise SanaError(what, "use text.template: none", exit_code=2)
         model, tokenizer, vocabulary = WordVectors(), WordTokenizer(), "words in lower case"
     else:
         model, hf_tokenizer = _from_hugging_face(text.encoder, text.revision, dtype)
@@ -321,11 +343,12 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
 
 
 class WordVectors(nn.Module):
-    """The `tiny` encoder: a fixed random vector for each word, and a fainter one for its place.
+    """The `tiny` encoder: a fixed random vector per word, plus a smaller one per position.
 
-    It knows no language, but tells captions apart, and gives a word the same vector wherever it stands but for the place. A
-    model learns from such vectors faster than from a random transformer's states, in which all that went before a word mixes
-    with it. Vectors are uniform numbers read off SHAKE-256, so neither torch nor numpy can change them.
+    It knows no language, but distinguishes captions, and a word has nearly the same vector at
+    any position. A model learns from it faster than from a random transformer, where earlier
+    words change a word's state. Vectors come from SHAKE-256, so no version of torch or numpy
+    changes them.
     """
 
     def __init__(self) -> None:
@@ -333,11 +356,13 @@ class WordVectors(nn.Module):
         self.config = SimpleNamespace(hidden_size=TINY_DIM)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """Token ids and mask (B, T) to an object with `last_hidden_state` (B, T, D), of mean square 1."""
-        places = torch.stack([_shake(f"place {i}") for i in range(input_ids.shape[1])])  # (T, D)
-        words = {i: _shake(f"word {i}") for i in input_ids[attention_mask.bool()].unique().tolist()} | {0: torch.zeros(TINY_DIM)}
-        states = torch.stack([torch.stack([words[i] for i in row]) for row in (input_ids * attention_mask).tolist()])
-        states = (states + TINY_PLACE * places) / (1 + TINY_PLACE**2) ** 0.5
+        """Encode ids with mask (B, T): `last_hidden_state` is (B, T, D), of mean square 1."""
+        positions = torch.stack([_shake(f"place {i}") for i in range(input_ids.shape[1])])  # (T, D)
+        words = {i: _shake(f"word {i}") for i in input_ids[attention_mask.bool()].unique().tolist()}
+        words[0] = torch.zeros(TINY_DIM)
+        rows = (input_ids * attention_mask).tolist()
+        states = torch.stack([torch.stack([words[i] for i in row]) for row in rows])  # (B, T, D)
+        states = (states + TINY_POSITION * positions) / (1 + TINY_POSITION**2) ** 0.5
         return SimpleNamespace(last_hidden_state=states.to(input_ids.device))
 
 
@@ -350,33 +375,42 @@ def _shake(name: str) -> Tensor:
 
 
 def _from_hugging_face(encoder: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """Model and tokenizer by id or from a folder: of their own, or the two sub-folders of a diffusers pipeline."""
+    """Load model and tokenizer by id or from a folder, which may be a diffusers pipeline."""
     folder = hub.local_folder(encoder, "text.encoder")
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # of reading weights, which takes a moment; downloads show theirs
-    model_place = tokenizer_place = encoder if folder is None else str(folder)
+    transformers_logging.disable_progress_bar()  # of reading weights; downloads keep theirs
+    model_path = tokenizer_path = encoder if folder is None else str(folder)
     if folder is not None and (folder / "text_encoder").is_dir():
-        model_place, tokenizer_place = str(folder / "text_encoder"), str(folder / "tokenizer")
+        model_path, tokenizer_path = str(folder / "text_encoder"), str(folder / "tokenizer")
 
     def load(local_files_only: bool) -> tuple[nn.Module, Any]:
         common: dict[str, Any] = {
-            "revision": revision or "main", "local_files_only": local_files_only, "trust_remote_code": False
-        }  # fmt: skip
-        config = AutoConfig.from_pretrained(model_place, **common)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place, **common)
+            "revision": revision or "main",
+            "local_files_only": local_files_only,
+            "trust_remote_code": False,
+        }
+        config = AutoConfig.from_pretrained(model_path, **common)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **common)
         tokenizer.padding_side = "right"
-        loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel  # T5 without its decoder
+        # T5 without its decoder
+        loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
         model, info = loader.from_pretrained(
-            model_place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
+            model_path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
         )
-        hub.check_whole("text.encoder", encoder, info, unused=("pooler",))  # we read the last hidden state
+        # only the last hidden state is used
+        hub.check_complete("text.encoder", encoder, info, unused=("pooler",))
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False
         return model, tokenizer
 
-    others = ["or another encoder: --set text.encoder=tiny needs no download; T5, BERT and ModernBERT models are not gated"]
+    others = [
+        "or another encoder: --set text.encoder=tiny needs no download;"
+        " T5, BERT and ModernBERT models are not gated"
+    ]
     if "gemma-2" in encoder.lower() and encoder != UNGATED_GEMMA:
         others = [f"or the ungated copy: --set text.encoder={UNGATED_GEMMA}", *others]
-    return hub.load("text.encoder", encoder, load, folder is not None, "text encoder", "text.revision", others)
+    return hub.load(
+        "text.encoder", encoder, load, folder is not None, "text encoder", "text.revision", others
+    )

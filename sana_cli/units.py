@@ -1,4 +1,4 @@
-"""Sizes, times and JSON as people read them."""
+"""Readable sizes, times and JSON."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ def human_time(seconds: float) -> str:
 
 
 def as_json(content: Any, indent: int | None = None) -> str:
-    """JSON as people read it, or, where it holds text that UTF-8 cannot (bytes of a command line or a file name), with escapes."""
+    """JSON with readable text; escaped if UTF-8 cannot encode it, as some file names."""
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     try:
         text.encode()

@@ -1,4 +1,4 @@
-"""Print constraints with the oldest version of each library that pyproject.toml allows (`make lowest`)."""
+"""Print constraints with the oldest version of each library that pyproject.toml allows."""
 
 import re
 import tomllib
@@ -8,7 +8,10 @@ from pathlib import Path
 def lowest() -> list[str]:
     """`name==version` of each dependency, but torch, whose pin chooses a build as well."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    ranges = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    ranges = [
+        *project["dependencies"],
+        *(one for extra in project["optional-dependencies"].values() for one in extra),
+    ]
     found = (re.fullmatch(r"([\w.-]+)>=([\d.]+)", one) for one in ranges)
     return sorted({f"{match[1]}=={match[2]}" for match in found if match and match[1] != "torch"})
 

@@ -1,6 +1,9 @@
-"""What README and docs say, run: every command line is one, every mistake is answered so, every key and file is there."""
+"""The pages, run: commands and what they print, mistakes and their messages; and every key, file and link that is named."""
 
+import ast
+import inspect
 import re
+import runpy
 import shlex
 from collections.abc import Callable
 from importlib import metadata
@@ -9,20 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, SMALL, embedded
+from helpers import REPOSITORY, SMALL, embedded
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from sana_cli import __version__
 from sana_cli.cli import app
 from sana_cli.commands.train import TrainOptions, train
 from sana_cli.config.file import parse_config
 from sana_cli.config.keys import Config
+from sana_cli.config.renamed import RENAMED
 from sana_cli.runtime import device
 
-README = (REPOSITORY / "README.md").read_text()
-MISTAKES = REPOSITORY / "docs" / "mistakes.md"
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for folder in (REPOSITORY, REPOSITORY / "docs", REPOSITORY / "benchmarks")
+    for path in sorted(folder.glob("*.md"))
+}
+MISTAKES = PAGES["docs/mistakes.md"]
 MINE = "train:\n  steps: 500\n  lrr: 1e-3\nmodel:\n  patch_size: 5\n"  # a config with mistakes
 COMMANDS = ("embed", "train", "sample", "eval", "inspect")
+PINNED_TYPER = re.search(r"^typer==(.*)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+OTHER_TYPER = PINNED_TYPER is not None and PINNED_TYPER[1] != metadata.version("typer")
 
 
 def consoles(text: str) -> list[tuple[str, str]]:
@@ -49,13 +60,20 @@ def words(line: str) -> list[list[str]]:
 
 @pytest.fixture(scope="session")
 def helps() -> dict[str, str]:
-    return {command: CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout for command in COMMANDS}
+    return {
+        command: CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+        for command in COMMANDS
+    }
 
 
+SHOWN = [line for name, page in PAGES.items() if name != "docs/mistakes.md" for line, _ in consoles(page)]
 HEADERS = [
-    line for p in sorted((REPOSITORY / "configs").glob("*.yaml")) for line in re.findall(r"^#   (sana .*)", p.read_text(), re.M)
+    line
+    for p in sorted((REPOSITORY / "configs").glob("*.yaml"))
+    for line in re.findall(r"^#   (sana .*)", p.read_text(), re.M)
 ]
-ALL = [command for line in (*(line for line, _ in consoles(README)), *HEADERS) for command in words(line)]
+EXAMPLES = re.findall(r"^    (sana .*)", PAGES["docs/cli.md"], re.MULTILINE)  # of --help
+ALL = [command for line in dict.fromkeys((*SHOWN, *HEADERS, *EXAMPLES)) for command in words(line)]
 
 
 @pytest.mark.parametrize("command", ALL, ids=" ".join)
@@ -69,43 +87,90 @@ def test_every_command_line_has_options_that_exist(command: list[str], helps: di
     overrides = [command[at + 1] for at, word in enumerate(command) if word == "--set"]
     for override in overrides:
         section, _, key = override.partition("=")[0].partition(".")
-        assert key in Config.model_fields[section].annotation.model_fields, override  # type: ignore[union-attr]
+        assert has_key(section, key), override
 
 
 def test_every_option_is_described(helps: dict[str, str]) -> None:
-    import inspect
-
-    from sana_cli import cli
-
-    for command in (cli.embed, cli.train, cli.sample, cli.evaluate, cli.inspect):
-        for name, parameter in inspect.signature(command).parameters.items():
-            info = parameter.annotation.__metadata__[0]
-            assert info.help, f"{command.__name__}: {name}"
+    for command in app.registered_commands:
+        assert command.callback is not None
+        for name, parameter in inspect.signature(command.callback).parameters.items():
+            if name != "context":
+                assert parameter.annotation.__metadata__[0].help, f"{command.callback.__name__}: {name}"
 
 
-def test_keys_targets_and_files_that_are_named_are_there() -> None:
-    for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"):
-        text = path.read_text()
-        for section, key in re.findall(r"`(data|text|model|train|sample|run)\.(?!py\b)(\w+)", text):
-            assert key in Config.model_fields[section].annotation.model_fields, f"{path.name}: {section}.{key}"  # type: ignore[union-attr]
-        targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
-        for target in re.findall(r"`?make ([a-z]+)`", text):
-            assert target in targets, f"{path.name}: make {target}"
-        for name in re.findall(r"`((?:benchmarks|configs|docs|examples|tests)/[\w./-]*)`", text) + re.findall(
-            r"\]\(((?!http)[^)#]+)\)", text
-        ):
-            assert (REPOSITORY / name).exists(), f"{path.name}: {name}"
-    tree = README.split("sana_cli/\n")[1].split("```")[0]
-    named = set(re.findall(r"([\w/]+\.py|\w+/)", " ".join(line.split("  ")[1] for line in tree.splitlines())))
-    there = {
-        p.name + "/" * p.is_dir()
-        for p in (REPOSITORY / "sana_cli").iterdir()
-        if p.suffix == ".py" or (p / "__init__.py").exists()
-    }
-    assert there - {"__init__.py", "__main__.py"} <= named | {p.split("/")[-1] for p in named}, (
-        "a module that the README's tree leaves out"
-    )
-    assert {name for name in named if "/" not in name.rstrip("/")} <= there
+def has_key(section: str, key: str) -> bool:
+    return key in type(getattr(Config(), section)).model_fields
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_and_make_targets_that_are_named_exist(page: str) -> None:
+    text = PAGES[page]
+    code = "\n".join(re.findall(r"`([^`\n]+)`", text))
+    sections = "|".join(Config.model_fields)
+    for section, key in re.findall(rf"(?<![\w./])({sections})\.(?!py\b)(\w+)", code):
+        assert has_key(section, key), f"{section}.{key}"
+    for old, new in RENAMED.items():
+        assert not re.search(rf"(?<![\w.]){re.escape(old)}(?!\w)", text), f"{old} is {new} now"
+    targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:`|^\$ )make ([a-z]+)", text, re.MULTILINE)) <= {*targets}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_links_that_are_named_exist(page: str) -> None:
+    """Files by their path in the repository, or in the package; links with their anchors."""
+    for name in re.findall(r"`([^`\n]+)`", PAGES[page]):
+        if re.fullmatch(r"(benchmarks|configs|docs|examples|sana_cli|tests)/[\w./-]*|[\w/]+/\w+\.py", name):
+            assert any((folder / name).exists() for folder in (REPOSITORY, REPOSITORY / "sana_cli")), name
+    for name, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", PAGES[page]):
+        path = (REPOSITORY / page).parent / name if name else REPOSITORY / page
+        assert path.exists(), name
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{name}#{anchor}"
+
+
+def test_the_tree_has_every_module() -> None:
+    (tree,) = re.findall(r"```\nsana_cli/\n(.*?)```", PAGES["CONTRIBUTING.md"], re.DOTALL)
+    listed, package = list[str](), ""
+    for line in tree.splitlines():
+        indent, name, meaning = re.fullmatch(r"( +)(\S+) +(\S.*)", line).groups()  # type: ignore[union-attr]
+        assert len(indent) in (2, 4)
+        assert meaning
+        package = name if name.endswith("/") else package if len(indent) == 4 else ""
+        listed.append(package if name == package else package + name)
+    root = REPOSITORY / "sana_cli"
+    inside = [path.relative_to(root) for path in root.rglob("*.py")]
+    packages = [
+        f"{path.parent.as_posix()}/"
+        for path in inside
+        if path.name == "__init__.py" and path.parent != Path()
+    ]
+    modules = [path.as_posix() for path in inside if path.name != "__init__.py" or path.parent == Path()]
+    assert sorted(listed) == sorted([*packages, *modules])
+
+
+def test_readme_is_short() -> None:
+    assert len(PAGES["README.md"].encode()) <= 10_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_yaml_loads_and_imports_are_there(page: str) -> None:
+    for block in re.findall(r"```yaml\n(.*?)```", PAGES[page], re.DOTALL):
+        parse_config(block, page)
+    for block in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
+        imports: list[ast.stmt] = [
+            node for node in ast.parse(block).body if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        exec(compile(ast.Module(imports, []), page, "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["configs", "cli"])
+def test_pages_from_the_code_are_what_the_code_says(page: str) -> None:
+    if page == "cli" and OTHER_TYPER:
+        pytest.skip("other versions of typer put it in other words")
+    made = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))
+    assert PAGES[f"docs/{page}.md"] == made[f"{page}_page"](), "make docs writes it again"
 
 
 def figures_aside(line: str) -> str:
@@ -113,16 +178,18 @@ def figures_aside(line: str) -> str:
 
 
 def without_bf16(shown: str) -> str:
-    """What README shows of a processor with bf16 arithmetic, as one without it has it."""
-    told = shown.replace("bf16 (cpu has native bf16)", "fp32 (cpu lacks native bf16)")
-    return re.sub(r"^(precision +)bf16$", r"\1fp32", told, flags=re.MULTILINE)
+    """What the pages show of a processor with bf16 arithmetic, as one without it prints it."""
+    text = shown.replace("bf16 (cpu has native bf16)", "fp32 (cpu lacks native bf16)")
+    return re.sub(r"^(precision +)bf16$", r"\1fp32", text, flags=re.MULTILINE)
 
 
-def same_text(told: str, shown: str, told_apart: Callable[[str], str]) -> None:
+def same_text(printed: str, shown: str, put_aside: Callable[[str], str]) -> None:
     """What was printed is what is shown, where `...` stands for any number of lines."""
-    kept = (line.rstrip() for line in told.strip().splitlines() if not re.match(r"[\w ]+ [\d,]+/[\d,]+", line))
-    lines = [told_apart(line) for line in kept]  # of a terminal's bar, a file has lines
-    wanted = [told_apart(line.rstrip()) for line in shown.splitlines()]
+    kept = (
+        line.rstrip() for line in printed.strip().splitlines() if not re.match(r"[\w ]+ [\d,]+/[\d,]+", line)
+    )
+    lines = [put_aside(line) for line in kept]  # of a terminal's bar, a file has lines
+    wanted = [put_aside(line.rstrip()) for line in shown.splitlines()]
     if "..." not in wanted:
         assert lines == wanted
         return
@@ -131,39 +198,56 @@ def same_text(told: str, shown: str, told_apart: Callable[[str], str]) -> None:
     assert lines[-len(wanted[cut + 1 :]) :] == wanted[cut + 1 :]
 
 
+def measured(*starts: str) -> Callable[[str], str]:
+    """Figures of these lines are of the machine, or of the moment."""
+    return lambda line: figures_aside(line).replace("GB", "MB") if line.startswith(starts) else line
+
+
+def of_its_step(line: str) -> str:
+    return re.sub(r"(step-)\d+|[0-9a-f]{64}", r"\1", line)
+
+
+SESSION: dict[str, Callable[[str], str]] = {  # in its order; and what is put aside of each line
+    "sana inspect": str,
+    "sana embed": measured("time"),
+    "sana train --dry-run": measured("memory", "disk"),
+    "sana train": figures_aside,
+    'sana sample "4 two 4 six"': figures_aside,
+    "sana inspect runs/quickstart/sample-step-003000.png": of_its_step,
+    "sana train --config mine.yaml": str,
+}
+
+
 @pytest.mark.parametrize("native", [True, False])
-def test_the_session_of_the_readme_prints_what_it_shows(native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its order, on all of MNIST, on either kind of processor; training stops after two steps, so its figures are put aside."""
+def test_the_session_of_the_pages_prints_what_they_show(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On all of MNIST, on either kind of processor. Training stops after two steps, so its figures are put aside."""
     monkeypatch.setattr(device, "cpu_has_bf16", lambda: native)
-    shown = {line: text if native else without_bf16(text) for line, text in consoles(README)}
     monkeypatch.chdir(tmp_path)
-
-    def told(line: str, *more: str) -> str:
-        (command,) = words(line)
-        env = {"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
-        return CliRunner().invoke(app, [*command, *more], prog_name="sana", env=env).output
-
-    def measured(*starts: str) -> Callable[[str], str]:
-        """Figures of these lines are of the machine, or of the moment."""
-        return lambda line: figures_aside(line).replace("GB", "MB") if line.startswith(starts) else line
-
-    same_text(told("sana inspect"), shown["sana inspect"], str)
-    same_text(told("sana embed"), shown["sana embed"], measured("time"))
-    few = ("--set", "train.steps=2")
-    same_text(told("sana train --dry-run"), shown["sana train --dry-run"], measured("memory", "disk"))
-    same_text(told("sana train", *few), shown["sana train"], figures_aside)
-    sampled = 'sana sample "4 two 4 six"'
-    same_text(told(sampled), shown[sampled], figures_aside)
-    inspected = "sana inspect runs/quickstart/sample-step-003000.png"
-    drawn = told(inspected.replace("003000", "000002"))
-    same_text(drawn, shown[inspected], lambda line: re.sub(r"(step-)\d+|[0-9a-f]{64}", r"\1", line))
     (tmp_path / "mine.yaml").write_text(MINE)
-    same_text(told("sana train --config mine.yaml"), shown["sana train --config mine.yaml"], str)
+    blocks = [
+        block
+        for name, page in PAGES.items()
+        if name != "docs/mistakes.md"
+        for block in consoles(page)
+        if block[1]
+    ]
+    assert {line for line, _ in blocks} == {*SESSION}, "what is shown is run"
+    for line, put_aside in SESSION.items():
+        (command,) = words(line.replace("step-003000", "step-000002"))
+        few = ("--set", "train.steps=2") if line == "sana train" else ()
+        env = {"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
+        printed = CliRunner().invoke(app, [*command, *few], prog_name="sana", env=env).output
+        for text in [text for shown, text in blocks if shown == line]:
+            same_text(printed, text if native else without_bf16(text), put_aside)
 
 
 def test_the_changelog_keeps_its_form() -> None:
-    text = (REPOSITORY / "CHANGELOG.md").read_text()
-    assert "## [Unreleased]" in text
+    text = PAGES["CHANGELOG.md"]
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(__version__)}\] - \d{{4}}-\d\d-\d\d", headings[1])
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"^### (.*)$", text, re.MULTILINE)) <= kinds
 
@@ -174,7 +258,7 @@ def somebodys_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare(folder: Path) -> Path:
-    """A folder in which things can go wrong: a small dataset and run of grey digits, a config with typos, photos that are none."""
+    """A folder in which things go wrong: a small dataset and its run, a config with typos, photos that are text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         small = parse_config(SMALL, "small.yaml", ["run.dir=runs/small", "run.device=cpu"])
@@ -190,22 +274,23 @@ def prepare(folder: Path) -> Path:
 
 
 def answer(command: list[str]) -> str:
-    """What a user sees on stderr of a command that fails."""
-    told = CliRunner().invoke(app, command, prog_name="sana", env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
-    assert told.exit_code, command
-    assert "Traceback" not in told.output
-    return told.stderr.strip()
+    """Stderr of a command that fails."""
+    printed = CliRunner().invoke(
+        app, command, prog_name="sana", env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
+    )
+    assert printed.exit_code, command
+    assert "Traceback" not in printed.output
+    return printed.stderr.strip()
 
 
-@pytest.mark.parametrize(("line", "shown"), consoles(MISTAKES.read_text()))
+@pytest.mark.parametrize(("line", "shown"), consoles(MISTAKES))
 def test_each_mistake_is_answered_as_the_docs_say(
     line: str, shown: str, somebodys_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pinned = re.search(r"^typer==(.*)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
-    if shown.startswith("Usage:") and pinned is not None and pinned[1] != metadata.version("typer"):
+    if shown.startswith("Usage:") and OTHER_TYPER:
         pytest.skip("other versions of typer put it in other words")
     monkeypatch.chdir(somebodys_folder)
     monkeypatch.setenv("HF_HOME", str(somebodys_folder / "hub"))
     (command,) = words(line)
-    told = answer(command)
-    assert "\n".join(text.rstrip() for text in told.splitlines()) == shown
+    printed = answer(command)
+    assert "\n".join(text.rstrip() for text in printed.splitlines()) == shown

@@ -1,4 +1,4 @@
-"""The flow against closed forms: exact fields, measured orders, densities, and diffusers' scheduler."""
+"""The flow against closed forms (fields, orders, densities) and the schedulers of diffusers."""
 
 import math
 from collections.abc import Callable
@@ -29,9 +29,9 @@ def test_path_and_target() -> None:
     low, high = (flow.interpolate(x_0, noise, torch.full((3,), s)) for s in (0.3, 0.4))
     velocity = flow.prediction_target(x_0, noise, "flow_prediction")
     assert torch.allclose((high - low) / 0.1, velocity, atol=1e-5)
-    foreseen = flow.prediction_target(x_0, noise, "sample")
+    data = flow.prediction_target(x_0, noise, "sample")
     x = flow.interpolate(x_0, noise, torch.full((len(x_0),), 0.3))
-    for predicted, kind in ((velocity, "flow_prediction"), (foreseen, "sample")):
+    for predicted, kind in ((velocity, "flow_prediction"), (data, "sample")):
         assert torch.allclose(flow.velocity_of(predicted, x, 0.3, kind), velocity, atol=1e-5)
 
 
@@ -39,7 +39,7 @@ def test_path_and_target() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0])
 def test_a_straight_path_is_integrated_exactly(solver: str, steps: int, flow_shift: float) -> None:
-    """Where every path leads to one point, velocity = (x - x_0) / sigma, any solver must arrive there."""
+    """Where every path leads to one point, velocity = (x - x_0) / sigma, any solver ends there."""
     x_0, noise = torch.randn(2, 5, dtype=torch.float64).unbind()
     sigmas = flow.solver_sigmas(solver, steps, flow_shift)
     start = (1 - sigmas[0]) * x_0 + sigmas[0] * noise
@@ -68,7 +68,7 @@ def gaussian_flow(x: Tensor, std: float, start: float, end: float) -> Tensor:
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm++", 2), ("heun", 2)])
 def test_order_of_each_solver(solver: str, order: int) -> None:
-    """Halving the step divides the error by 2^order. Measured where log-SNR is finite, between sigma 0.9 and 0.1."""
+    """Half the step divides the error by 2^order, from sigma 0.9 to 0.1, where log-SNR is finite."""
     x, velocity = torch.ones(1, dtype=torch.float64), gaussian_velocity(0.5)
     exact = gaussian_flow(x, 0.5, 0.9, 0.1)
 
@@ -102,15 +102,20 @@ def test_dpm_is_diffusers_scheduler_step_by_step(flow_shift: float) -> None:
     diffusers = pytest.importorskip("diffusers")
     for steps in STEPS:
         scheduler = diffusers.DPMSolverMultistepScheduler(
-            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=flow_shift, num_train_timesteps=1000
+            use_flow_sigmas=True,
+            prediction_type="flow_prediction",
+            flow_shift=flow_shift,
+            num_train_timesteps=1000,
         )
         scheduler.set_timesteps(steps)
         sigmas = flow.solver_sigmas("dpm++", steps, flow_shift)
         assert torch.allclose(torch.tensor(sigmas), scheduler.sigmas.float(), atol=1e-6)
-        told = [flow.model_timestep("dpm++", sigma) for sigma in sigmas[:-1]]
-        assert told == scheduler.timesteps.tolist()
+        timesteps = [flow.model_timestep("dpm++", sigma) for sigma in sigmas[:-1]]
+        assert timesteps == scheduler.timesteps.tolist()
         x, velocity = toy_velocity()
-        for step, timestep in zip(flow.SOLVERS["dpm++"](velocity, x, sigmas, no_noise), scheduler.timesteps, strict=True):
+        for step, timestep in zip(
+            flow.SOLVERS["dpm++"](velocity, x, sigmas, no_noise), scheduler.timesteps, strict=True
+        ):
             x = scheduler.step(velocity(x, sigmas[step.index]), timestep, x).prev_sample
             assert torch.allclose(step.x, x, atol=2e-5)
 
@@ -118,38 +123,41 @@ def test_dpm_is_diffusers_scheduler_step_by_step(flow_shift: float) -> None:
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0, 4.0, 6.0])
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_euler_and_heun_are_diffusers_schedulers_step_by_step(solver: str, flow_shift: float) -> None:
-    """Their double shift included: the constructor shifts the lowest level, `set_timesteps` shifts all of them."""
+    """With their double shift: the constructor shifts the lowest level, `set_timesteps` all of them."""
     diffusers = pytest.importorskip("diffusers")
-    kinds = {"euler": diffusers.FlowMatchEulerDiscreteScheduler, "heun": diffusers.FlowMatchHeunDiscreteScheduler}
+    kinds = {
+        "euler": diffusers.FlowMatchEulerDiscreteScheduler,
+        "heun": diffusers.FlowMatchHeunDiscreteScheduler,
+    }
     for steps in STEPS:
         scheduler = kinds[solver](shift=flow_shift)
         scheduler.set_timesteps(steps)
         sigmas = flow.solver_sigmas(solver, steps, flow_shift)
         assert torch.allclose(torch.tensor(sigmas), scheduler.sigmas.unique().flip(0), atol=1e-6)
-        told = iter(scheduler.timesteps.tolist())
+        times = iter(scheduler.timesteps.tolist())
         x, velocity = toy_velocity()
 
-        def watched(x: Tensor, sigma: float, told: Any = told, velocity: Any = velocity) -> Tensor:
-            assert flow.model_timestep(solver, sigma) == pytest.approx(next(told), abs=1e-3)
+        def watched(x: Tensor, sigma: float, times: Any = times, velocity: Any = velocity) -> Tensor:
+            assert flow.model_timestep(solver, sigma) == pytest.approx(next(times), abs=1e-3)
             return velocity(x, sigma)
 
         found = [step.x for step in flow.SOLVERS[solver](watched, x, sigmas, no_noise)]
         assert len(found) == steps
-        assert next(told, None) is None  # as many evaluations, at the same times
+        assert next(times, None) is None  # as many evaluations, at the same times
         theirs = []
         for timestep in scheduler.timesteps:
             x = scheduler.step(velocity(x, float(timestep) / 1000), timestep, x).prev_sample
             theirs.append(x)
         if solver == "heun":  # which gives a sample after each evaluation, of which every second is a step
             theirs = [*theirs[1:-1:2], theirs[-1]] if steps > 1 else theirs
-        # theirs finds the slope as (x - (x - sigma v)) / sigma, which float32 blurs where sigma is 0.001
+        # theirs takes (x - (x - sigma v)) / sigma, which float32 blurs where sigma is 0.001
         blur = 2e-4 if solver == "heun" else 2e-5
         assert all(torch.allclose(a, b, atol=blur) for a, b in zip(found, theirs, strict=True))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_scm_is_diffusers_scheduler_step_by_step(steps: int) -> None:
-    """With the wrapping that `SanaSprintPipeline` does around its model, of which our solver needs nothing."""
+    """With the wrapping of `SanaSprintPipeline` around its model, which our solver does not need."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.SCMScheduler()
     scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
@@ -164,17 +172,23 @@ def test_scm_is_diffusers_scheduler_step_by_step(steps: int) -> None:
         sigma = time.sin() / (time.cos() + time.sin())
         assert flow.model_timestep("scm", sigmas[index], 0.5) == pytest.approx(float(sigma), abs=1e-6)
         size = (sigma**2 + (1 - sigma) ** 2).sqrt()
-        told = x / sigma_data * size
-        out = ((1 - 2 * sigma) * told + (1 - 2 * sigma + 2 * sigma**2) * velocity(told, float(sigma))) / size
+        scaled = x / sigma_data * size
+        out = (
+            (1 - 2 * sigma) * scaled + (1 - 2 * sigma + 2 * sigma**2) * velocity(scaled, float(sigma))
+        ) / size
         generator = torch.Generator().manual_seed(100 + index)
         noise = torch.randn(2, 6, generator=generator)
         x, x_0 = scheduler.step(
             out * sigma_data, time, x, generator=torch.Generator().manual_seed(100 + index), return_dict=False
         )
-        x = x + scheduler.timesteps[index + 1].sin() * (noises[index] - noise) * sigma_data  # our noise in place of its own
+        x = (
+            x + scheduler.timesteps[index + 1].sin() * (noises[index] - noise) * sigma_data
+        )  # our noise in place of its own
         level = torch.tensor(sigmas[index + 1])
         assert torch.allclose(found[index].x_0, x_0 / sigma_data, atol=1e-5)
-        assert torch.allclose(found[index].x, x / sigma_data * (level**2 + (1 - level) ** 2).sqrt(), atol=1e-5)
+        assert torch.allclose(
+            found[index].x, x / sigma_data * (level**2 + (1 - level) ** 2).sqrt(), atol=1e-5
+        )
 
 
 def test_densities() -> None:
@@ -206,7 +220,7 @@ def test_guidance() -> None:
 
 
 @pytest.mark.parametrize("solver", flow.SOLVERS)
-def test_foreseen_data_and_levels(solver: str) -> None:
+def test_predicted_x_0_and_levels(solver: str) -> None:
     sigmas = flow.solver_sigmas(solver, 5)
     assert len(sigmas) == 6
     assert sigmas[-1] == 0

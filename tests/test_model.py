@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sana_cli.config.file import load_config
-from sana_cli.config.keys import ModelConfig
-from sana_cli.model import GatedSiLU, SanaTransformer, build, positions, sinusoid
+from sana_cli.config.keys import Architecture
+from sana_cli.dataset.match import resolve_architecture
+from sana_cli.model import SanaTransformer, build, positions, sinusoid
 from sana_cli.weights.checkpoint import parameter_count
 from sana_cli.weights.configs import diffusers_config
 
 
-def perturbed(config: ModelConfig, seed: int = 0) -> SanaTransformer:
-    """A model whose every parameter matters: the initial caption norm of 0.01 would hide an error in the captions."""
+def perturbed(config: Architecture, seed: int = 0) -> SanaTransformer:
+    """A model whose every parameter matters. The initial caption norm of 0.01 would hide errors."""
     model = build(config, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -27,19 +28,21 @@ def perturbed(config: ModelConfig, seed: int = 0) -> SanaTransformer:
     return model
 
 
-def small(**fields: object) -> ModelConfig:
-    """A resolved config of a model that runs in milliseconds."""
+def small(**fields: object) -> Architecture:
+    """A model that runs in milliseconds."""
     defaults = {
         "sample_size": 8, "patch_size": 2, "num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 16,
         "num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "caption_channels": 10,
     }  # fmt: skip
-    return ModelConfig.model_validate(defaults | fields)
+    return Architecture.model_validate(defaults | fields)
 
 
-def inputs(config: ModelConfig, height: int, width: int, batch: int = 3, tokens: int = 5) -> tuple[Tensor, ...]:
+def inputs(
+    config: Architecture, height: int, width: int, batch: int = 3, tokens: int = 5
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, config.in_channels, height, width, generator=generator)
-    captions = torch.randn(batch, tokens, config.caption_channels or 1, generator=generator)
+    captions = torch.randn(batch, tokens, config.caption_channels, generator=generator)
     mask = torch.ones(batch, tokens)
     mask[1, 2:] = 0
     mask[2, :] = 0  # a row without any caption token
@@ -58,18 +61,20 @@ CONFIGS = st.fixed_dictionaries(
         "dropout": st.sampled_from([0.0, 0.1]),
         "mlp_ratio": st.sampled_from([2.5, 3.0, 1.3]),
         "num_layers": st.integers(1, 2),
-        # heads of 32, as published: in narrower ones relu(q) relu(k) may be next to nothing, and gradients noise
+        # heads of 32, as published: in narrower ones relu(q) relu(k) may be almost 0, and gradients noise
         "num_attention_heads": st.integers(1, 3),
         "attention_head_dim": st.just(32),
         "num_cross_attention_heads": st.integers(1, 2),
         "cross_attention_head_dim": st.sampled_from([12, 16]),
     }
 )
-GRIDS = st.tuples(st.integers(1, 7), st.integers(1, 7))  # tokens down and across: fewer and more than a head is wide
+GRIDS = st.tuples(
+    st.integers(1, 7), st.integers(1, 7)
+)  # tokens down and across: fewer and more than a head is wide
 
 
 def a_pair(fields: dict[str, Any]) -> tuple[SanaTransformer, Any]:
-    """Ours and diffusers' of one config, with the same weights, which went across with strict keys and back again."""
+    """Ours and diffusers' of one config. Their weights are the same, loaded both ways with strict keys."""
     diffusers = pytest.importorskip("diffusers")
     config = small(**fields, sample_size=2 * fields["patch_size"])
     ours = perturbed(config)
@@ -79,8 +84,10 @@ def a_pair(fields: dict[str, Any]) -> tuple[SanaTransformer, Any]:
     return ours.eval(), theirs
 
 
-def call(model: Any, config: ModelConfig, grid: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The velocity for inputs that depend on the config alone; the third row sees padding only."""
+def call(
+    model: Any, config: Architecture, grid: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The velocity for inputs that follow from the config; the third row sees padding only."""
     x, captions, timestep, mask = inputs(config, grid[0] * config.patch_size, grid[1] * config.patch_size)
     guidance = torch.tensor([0.1, 0.45, 2.0]) if config.guidance_embeds else None
     time = timestep * config.timestep_scale
@@ -110,7 +117,9 @@ def test_equals_diffusers() -> None:
             error = (found - expected).detach().abs() / scale
             largest["forward"] = max(largest["forward"], float(error[:2].max()))
             # the scores of padding lie near -10000, where the last digit of float32 is 0.001
-            largest["forward of padding only"] = max(largest["forward of padding only"], float(error[2].max()))
+            largest["forward of padding only"] = max(
+                largest["forward of padding only"], float(error[2].max())
+            )
             assert float(error[:2].max()) < 1e-5
             assert float(error[2].max()) < 1e-3
             expected[:2].square().sum().backward()
@@ -129,7 +138,7 @@ def test_equals_diffusers() -> None:
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bf16_equals_diffusers_within_its_rounding(autocast: bool) -> None:
-    """Ours is as near to float32 as diffusers' is: under autocast, and with weights that are bf16 themselves."""
+    """Ours is as near to float32 as diffusers': under autocast, and with weights in bf16."""
     ratios = []
 
     @settings(max_examples=40, deadline=None, derandomize=True)
@@ -146,7 +155,9 @@ def test_bf16_equals_diffusers_within_its_rounding(autocast: bool) -> None:
             dtype = torch.float32 if autocast else torch.bfloat16
             found, expected = (call(model, ours.config, grid, dtype).float() for model in (ours, theirs))
         assert found.isfinite().all()
-        mine, other = (float((out - exact)[:2].norm()) for out in (found, expected))  # bf16 counts near -10000 in steps of 64
+        mine, other = (
+            float((out - exact)[:2].norm()) for out in (found, expected)
+        )  # bf16 counts near -10000 in steps of 64
         ratios.append((mine, other))
         assert 0 < ratios[-1][1] < 0.2 * float(exact.norm())
 
@@ -158,7 +169,7 @@ def test_bf16_equals_diffusers_within_its_rounding(autocast: bool) -> None:
 
 
 def test_positions_are_those_of_the_published_2k_and_4k_models() -> None:
-    """By definition: half the width for the column, half for the row, sines then cosines, in steps of the trained grid."""
+    """Half the width for the column, half for the row, sines then cosines, in steps of the trained grid."""
     table = positions(2, 4, 2, 2.0, 16).view(2, 4, 16)
     for row, column, index in [(0, 0, 0), (1, 3, 2), (1, 1, 3), (0, 2, 1)]:
         frequency = 10000 ** -(index / 4)
@@ -174,7 +185,9 @@ def test_padding_of_captions_changes_nothing() -> None:
     mask = torch.ones(3, 5)
     padded = torch.cat([captions, 100 * torch.ones(3, 295, 10)], dim=1)
     long_mask = torch.cat([mask, torch.zeros(3, 295)], dim=1)
-    assert torch.allclose(model(x, captions, timestep, None, mask), model(x, padded, timestep, None, long_mask), atol=1e-5)
+    assert torch.allclose(
+        model(x, captions, timestep, None, mask), model(x, padded, timestep, None, long_mask), atol=1e-5
+    )
 
 
 def test_a_row_without_caption_gives_numbers() -> None:
@@ -185,7 +198,7 @@ def test_a_row_without_caption_gives_numbers() -> None:
 
 
 def test_nope_knows_positions_only_by_its_convolution() -> None:
-    """With the depthwise convolution reduced to its centre, permuting patches permutes the output."""
+    """With only the centre of the depthwise convolution, permuting patches permutes the output."""
     config = small(patch_size=1, num_layers=2)
     model = perturbed(config)
     x, captions, timestep, mask = inputs(config, 4, 4)
@@ -193,7 +206,7 @@ def test_nope_knows_positions_only_by_its_convolution() -> None:
     assert not torch.allclose(model(x, captions, timestep, None, mask), flipped, atol=1e-3)
     with torch.no_grad():
         for block in model.transformer_blocks:
-            kernel = block.ff.conv_depth.weight
+            kernel = block.get_parameter("ff.conv_depth.weight")
             kernel.copy_(kernel * torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0.0]]))
     flipped = model(x.flip(-1), captions, timestep, None, mask).flip(-1)
     assert torch.allclose(model(x, captions, timestep, None, mask), flipped, atol=1e-4)
@@ -201,7 +214,7 @@ def test_nope_knows_positions_only_by_its_convolution() -> None:
 
 def test_linear_attention_sums_in_float32_under_autocast() -> None:
     config = small(patch_size=1, num_layers=1)
-    attention = perturbed(config).transformer_blocks[0].attn1.requires_grad_(False)
+    attention = perturbed(config).transformer_blocks[0].get_submodule("attn1").requires_grad_(False)
     x = 300 * torch.randn(1, 4096, config.inner_dim, generator=torch.Generator().manual_seed(0))
     exact = attention(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -226,23 +239,35 @@ def test_official_initialisation() -> None:
     assert weights["time_embed.linear.weight"].std() == pytest.approx(0.02, rel=0.02)
     assert weights["caption_projection.linear_1.weight"].std() == pytest.approx(0.02, rel=0.02)
     assert weights["transformer_blocks.0.scale_shift_table"].std() == pytest.approx(width**-0.5, rel=0.1)
-    assert weights["transformer_blocks.0.attn1.to_q.weight"].abs().max() == pytest.approx(math.sqrt(6 / (4 * width)), rel=0.01)
-    assert weights["transformer_blocks.0.attn1.to_out.0.weight"].abs().max() == pytest.approx(math.sqrt(3 / width), rel=0.01)
+    assert weights["transformer_blocks.0.attn1.to_q.weight"].abs().max() == pytest.approx(
+        math.sqrt(6 / (4 * width)), rel=0.01
+    )
+    assert weights["transformer_blocks.0.attn1.to_out.0.weight"].abs().max() == pytest.approx(
+        math.sqrt(3 / width), rel=0.01
+    )
     assert (weights["proj_out.weight"] != 0).any()
     assert (weights["proj_out.bias"] == 0).all()
-    assert all(torch.equal(weights[name], other) for name, other in build(model.config, seed=0).state_dict().items())
+    assert all(
+        torch.equal(weights[name], other) for name, other in build(model.config, seed=0).state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(("name", "count"), [("sana", 220_191_040), ("sana-384", 29_948_224)])
 def test_counts_of_the_lesson_configs(name: str, count: int) -> None:
     config = load_config(name)
-    model = build(config.model.model_copy(update={"sample_size": 32}), seed=None)
+    model = build(resolve_architecture(config, None), seed=None)
     assert parameter_count(model.parameters()) == count
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_published_counts() -> None:
-    common = {"in_channels": 32, "patch_size": 1, "sample_size": 32, "caption_channels": 2304, "attention_head_dim": 32}
+    common = {
+        "in_channels": 32,
+        "patch_size": 1,
+        "sample_size": 32,
+        "caption_channels": 2304,
+        "attention_head_dim": 32,
+    }
     published = {
         591_747_872: {
             "num_layers": 28,
@@ -258,7 +283,10 @@ def test_published_counts() -> None:
         },
     }
     for count, fields in published.items():
-        assert parameter_count(build(ModelConfig.model_validate(common | fields), seed=None).parameters()) == count
+        assert (
+            parameter_count(build(Architecture.model_validate(common | fields), seed=None).parameters())
+            == count
+        )
 
 
 def test_wrong_shapes_are_named() -> None:
@@ -275,7 +303,7 @@ def test_wrong_shapes_are_named() -> None:
 
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm_across_heads"])
 def test_captions_once_and_gathered_are_captions_each_time(qk_norm: str | None) -> None:
-    """Distinct captions with an index, and keys and values made beforehand, give the same velocity and the same gradients."""
+    """Distinct captions with an index, and keys and values made beforehand: velocity and gradients."""
     config = small(qk_norm=qk_norm)
     model = perturbed(config)
     x, captions, timestep, mask = inputs(config, 8, 12)
@@ -298,18 +326,11 @@ def test_captions_once_and_gathered_are_captions_each_time(qk_norm: str | None) 
         assert torch.allclose(one, model(x, made, torch.full((5,), 437.5)), atol=1e-5, rtol=1e-5)
 
 
-def test_the_gradient_of_the_gate() -> None:
-    both = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert torch.autograd.gradcheck(GatedSiLU.apply, (both,))
-    x, gate = both.detach().chunk(2, dim=-1)
-    assert torch.allclose(GatedSiLU.apply(both), x * gate * gate.sigmoid())
-
-
 def test_bf16_autocast_on_a_cpu_that_has_none_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small()
     model = perturbed(config)
     x, captions, timestep, mask = inputs(config, 8, 8)
-    monkeypatch.setattr("sana_cli.model.has_native_bf16", lambda _: False)
+    monkeypatch.setattr("sana_cli.kernels.has_native_bf16", lambda _: False)
     with torch.autocast("cpu", torch.bfloat16):
         found = model(x, captions, timestep, encoder_attention_mask=mask)
         product = torch.ones(2, 2) @ torch.ones(2, 2)
@@ -319,7 +340,7 @@ def test_bf16_autocast_on_a_cpu_that_has_none_is_float32(monkeypatch: pytest.Mon
         kept = copy.deepcopy(model).bfloat16()(x, captions, timestep, encoder_attention_mask=mask)
     difference = (kept - found)[:2].detach()  # the third row sees padding only
     assert float(difference.norm() / found[:2].detach().norm()) < 0.05
-    monkeypatch.setattr("sana_cli.model.has_native_bf16", lambda _: True)
+    monkeypatch.setattr("sana_cli.kernels.has_native_bf16", lambda _: True)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x, captions, timestep, encoder_attention_mask=mask)
     assert not torch.equal(rounded.float(), found)
@@ -332,4 +353,6 @@ def test_initial_embedders(init: str) -> None:
     for name, fan_in in (("time_embed.emb.timestep_embedder.linear_1", 256), ("time_embed.linear", width)):
         expected = 0.02 if init == "official" else fan_in**-0.5
         assert float(weights[f"{name}.weight"].std()) == pytest.approx(expected, rel=0.03)
-    assert weights["caption_norm.weight"].unique().tolist() == pytest.approx([0.01 if init == "official" else 1.0])
+    assert weights["caption_norm.weight"].unique().tolist() == pytest.approx(
+        [0.01 if init == "official" else 1.0]
+    )

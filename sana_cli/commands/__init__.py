@@ -1,1 +1,4 @@
-"""The commands, a module each, as functions: a dataclass in, dataclasses out. They never print and do not import each other."""
+"""The commands, a module each: a dataclass in, dataclasses or a generator of them out.
+
+They print nothing and do not import each other.
+"""

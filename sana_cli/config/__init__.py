@@ -1,1 +1,1 @@
-"""Configs: every knob (`keys`), files that set them (`file`), and YAML itself (`document`). It knows no torch."""
+"""Configs: every key (`keys`), files that set them (`file`), YAML (`document`), former names (`renamed`)."""

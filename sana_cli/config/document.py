@@ -1,4 +1,4 @@
-"""YAML as plain values, with the line that each key stands on; and plain values as YAML. It knows no key."""
+"""YAML to plain values with the line of each key, and plain values to YAML. It knows no key of a config."""
 
 import json
 import re
@@ -16,23 +16,27 @@ def yaml_value(value: Any) -> str:
     """A value on one line; JSON's quoting is YAML's too."""
     if isinstance(value, str) and ("\n" in value or not value):
         return json.dumps(value, ensure_ascii=_LINE_BREAKS_OF_YAML.search(value) is not None)
-    return yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
+    return (
+        yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**6)
+        .removesuffix("...\n")
+        .strip()
+    )
 
 
 @dataclass
 class Document:
-    """Plain values of a YAML file, and where each key stands in it."""
+    """Plain values of a YAML file, the line of each key (`file:line`), and what is wrong with it."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[tuple[str, ...], str] = field(default_factory=dict)
+    lines: dict[tuple[str, ...], str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but numbers are what everybody means: `1e-4` is one, `010` is ten, `1:30` and 2001-01-01 are none."""
+    """YAML 1.1 with everyday numbers: `1e-4` is one, `010` is ten, `1:30` and 2001-01-01 are text."""
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
-        """Decimal, whatever zeros it begins with, or hexadecimal."""
+        """Decimal, leading zeros or not, or hexadecimal."""
         text = node.value.replace("_", "")
         return int(text, 16 if "x" in text else 10)
 
@@ -52,21 +56,23 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 class Dumper(yaml.SafeDumper):
-    """Texts with line breaks that are YAML's alone are written in double quotes, where they are spelt out."""
+    """Text with characters that only YAML takes for line breaks is in double quotes, where they are escaped."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    number = any(re.fullmatch(pattern, text) for pattern in _NUMBERS.values())  # of which the dumper's own YAML knows fewer
+    number = any(
+        re.fullmatch(pattern, text) for pattern in _NUMBERS.values()
+    )  # PyYAML's dumper knows fewer of them
     style = '"' if number or _LINE_BREAKS_OF_YAML.search(text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 Dumper.add_representer(str, _represent_text)
-_LINE_BREAKS_OF_YAML = re.compile("[\x85\u2028\u2029]")  # which nobody else breaks lines at: a comment would end there
+_LINE_BREAKS_OF_YAML = re.compile("[\x85\u2028\u2029]")  # editors do not: a comment would end there
 
 
 def parse(text: str, name: str) -> Document:
-    """Read YAML into plain values, remembering lines. Anchors, duplicate keys and tags are problems, not features."""
+    """Read YAML into plain values with their lines. Anchors, duplicate keys and tags are problems."""
     document = Document()
     loader: _Loader | None = None
     try:
@@ -79,9 +85,9 @@ def parse(text: str, name: str) -> Document:
         if root is None:
             return document
         if not isinstance(root, yaml.MappingNode):
-            document.problems.append(
-                f"{name}:{root.start_mark.line + 1}: expected keys such as `train:`, found a {'list' if isinstance(root, yaml.SequenceNode) else 'value'}"
-            )
+            kind = "list" if isinstance(root, yaml.SequenceNode) else "value"
+            line = root.start_mark.line + 1
+            document.problems.append(f"{name}:{line}: expected keys such as `train:`, found a {kind}")
             return document
         document.values = _plain(loader, root, (), name, document)
     except yaml.MarkedYAMLError as error:
@@ -96,11 +102,14 @@ def parse(text: str, name: str) -> Document:
 
 
 def _refusal(text: str) -> str:
-    """Why YAML text is not even composed, with its line: an alias, which may unfold without end, or brackets within brackets."""
+    """Why text is refused before parsing: aliases expand without end, deep nesting takes quadratic time."""
     odd = _LINE_BREAKS_OF_YAML.search(text)
     if odd:
         line = len(textfile.split_lines(text[: odd.start()] + "."))
-        return f"{line}: not YAML as others read it: the character U+{ord(odd[0]):04X} ends a line for YAML alone; write it in double quotes, as \\u{ord(odd[0]):04x}"
+        return (
+            f"{line}: not YAML as others read it: the character U+{ord(odd[0]):04X} ends a line for YAML alone; "
+            f"write it in double quotes, as \\u{ord(odd[0]):04x}"
+        )
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark else 1
@@ -113,8 +122,13 @@ def _refusal(text: str) -> str:
 
 
 def _plain(loader: _Loader, node: yaml.Node, at: tuple[str, ...], name: str, document: Document) -> Any:
-    if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
-        document.problems.append(f"{name}:{node.start_mark.line + 1}: the tag {node.tag} is not used in configs")
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in (
+        "tag:yaml.org,2002:map",
+        "tag:yaml.org,2002:seq",
+    ):
+        document.problems.append(
+            f"{name}:{node.start_mark.line + 1}: the tag {node.tag} is not used in configs"
+        )
         return None
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
@@ -127,7 +141,7 @@ def _plain(loader: _Loader, node: yaml.Node, at: tuple[str, ...], name: str, doc
             path = (*at, key)
             if key in values:
                 document.problems.append(f"{name}:{line}: {'.'.join(path)} is given twice; keep one")
-            document.places[path] = f"{name}:{line}"
+            document.lines[path] = f"{name}:{line}"
             values[key] = _plain(loader, value_node, path, name, document)
         return values
     if isinstance(node, yaml.SequenceNode):
@@ -137,18 +151,21 @@ def _plain(loader: _Loader, node: yaml.Node, at: tuple[str, ...], name: str, doc
     except (
         yaml.YAMLError,
         ValueError,
-        OverflowError,
         LookupError,
+        ArithmeticError,
         AttributeError,
         TypeError,
-    ) as error:  # of a tag that does not fit
-        problem = getattr(error, "problem", None) or f"{node.value!r:.60} is no {node.tag.rpartition(':')[2]}"
+    ) as error:  # a bad tag
+        problem = (
+            getattr(error, "problem", None)
+            or f"{node.value!r:.60} is not a valid {node.tag.rpartition(':')[2]}"
+        )
         document.problems.append(f"{name}:{node.start_mark.line + 1}: {'.'.join(at)}: {problem}")
         return None
 
 
 def is_more_than_a_value(text: str) -> bool:
-    """Whether YAML reads only a part of the text, and takes the rest for a comment."""
+    """Whether YAML would read only part of the text, and drop the rest as a comment."""
     loader = _Loader(f"value: {text}")
     try:
         root = loader.get_single_node()

@@ -1,24 +1,33 @@
-"""Every knob, typed, with its default; and YAML files read into them with all problems reported at once.
+"""Every key of a config: its type, default and meaning, and whether a resumed run may change it.
 
-The defaults are for small images on a CPU, and `configs/quickstart.yaml` leaves most as they are. A file holds what differs.
-It knows nothing of torch, so that `sana --help` and a wrong config answer at once.
+The defaults are for small images on a CPU; `configs/quickstart.yaml` leaves most as they are. `file.py`
+reads files into these classes. It imports no torch, so that a wrong config is refused at once.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from sana_cli.choices import Precision, Solver
+from sana_cli.choices import Precision, PredictionType, Solver
 from sana_cli.config.document import Dumper, yaml_value
 
 MAX_WIDTH = 65536
-WARMUP_STEPS, WARMUP_SHARE = 50, 0.1  # the default warm-up: so many steps, and at most this share of a short run
-PATCH_SIZES = (8, 4, 2, 1)  # tried in this order where only the size of images is given
+WARMUP_STEPS, WARMUP_SHARE = 50, 0.1  # the default warm-up, and its largest share of a short run
+PATCH_SIZES = (8, 4, 2, 1)  # tried in this order where a config gives the image size alone
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -35,7 +44,7 @@ def _as_path(value: Any) -> Any:
 
 
 def at_home(value: Any) -> Any:
-    """`~` at the beginning of a path is the home folder: no shell has seen to it in YAML, or behind the = of --set."""
+    """Expand `~` at the start of a path: no shell does it in YAML, or after the = of --set."""
     return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111 (it may be a model's id)
 
 
@@ -49,7 +58,8 @@ def _is_size(value: Any) -> Any:
 def _is_precision(value: Any) -> Any:
     if value in ("fp16", "float16", "half"):
         raise ValueError(
-            "cannot be fp16: it overflows in the sums of linear attention, and in Gemma 2, and ends in NaN; use bf16, fp32 or auto"
+            "cannot be fp16: it overflows in the sums of linear attention, and in Gemma 2, and ends in NaN; "
+            "use bf16, fp32 or auto"
         )
     return value
 
@@ -63,7 +73,10 @@ def _is_device(value: str) -> str:
 PathField = Annotated[Path, BeforeValidator(_as_path)]
 IdOrPath = Annotated[str, Field(min_length=1), BeforeValidator(at_home)]
 Interval = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
-Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)]
+Betas = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+    BeforeValidator(_as_tuple),
+]
 Prompts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
@@ -73,45 +86,64 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def fixed(default: Any, description: str) -> Any:
+    """A key that a resumed run keeps: with another value its steps would be another run's."""
+    return Field(default, description=description, json_schema_extra={"on_resume": "fixed"})
+
+
+def free(default: Any, description: str) -> Any:
+    """A key that may change when a run is resumed.
+
+    Keys of `data` and `text` are free: the dataset is compared by its hash instead. So is the cut
+    of a step into micro-batches: a resumed run keeps the images of its steps, however they are cut.
+    """
+    return Field(default, description=description, json_schema_extra={"on_resume": "may change"})
+
+
 class DataConfig(Section):
     """Where images and captions come from, and where the pre-embedded dataset lies."""
 
-    source: Literal["mnist", "folder", "idx", "webdataset", "datasets"] = Field(
-        "mnist", description="where images and captions come from; mnist is built in"
+    source: Literal["mnist", "folder", "idx", "webdataset", "datasets"] = free(
+        "mnist", "where images and captions come from; mnist is built in"
     )
-    path: PathField | None = Field(
-        None, description="where the source reads: a folder, a .tar, or a Hugging Face id; null: the files that come with sana"
+    path: PathField | None = free(
+        None,
+        "where the source reads: a folder, a .tar, or a Hugging Face id; null: the files that come with sana",
     )
-    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] = Field(
-        "train", description="the part of the source to embed: a sub-folder, or the shards that are named after it"
+    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] = free(
+        "train", "the part of the source to embed: a sub-folder, or the shards of that name"
     )
-    held_out_split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] | None = Field(
+    held_out_split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] | None = free(
         "auto",
-        description="the part that embed puts into DIR-SPLIT, whose loss train watches; auto: test for mnist, else none; null: none",
+        "a second part, embedded into DIR-SPLIT, whose loss train logs; auto: test for mnist, else none; null: none",
     )
-    caption_field: Annotated[str, Field(min_length=1)] = Field(
-        "text", description="the field or column of captions: a string, or a list of them"
+    caption_field: Annotated[str, Field(min_length=1)] = free(
+        "text", "the field or column of captions: a string, or a list of them"
     )
-    image_field: Annotated[str, Field(min_length=1)] = Field(
-        "image", description="the column of images, in Hugging Face datasets"
+    image_field: Annotated[str, Field(min_length=1)] = free(
+        "image", "the column of images, in Hugging Face datasets"
     )
-    caption_template: str = Field(
-        "{}", description="the caption of a class, where {} is its name (class-named folders, idx, class columns of datasets)"
+    caption_template: str = free(
+        "{}",
+        "the caption of a class, where {} is its name (class-named folders, idx, class columns of datasets)",
     )
-    class_names: Prompts | None = Field(
-        None, description="what labels 0, 1, ... are called (idx); null: EMNIST's mapping file, else their numbers"
+    class_names: Prompts | None = free(
+        None, "what labels 0, 1, ... are called (idx); null: EMNIST's mapping file, else their numbers"
     )
-    fit: Literal["crop", "pad"] = Field("crop", description="crop: cut the centre out; pad: the whole image, on white")
-    workers: NonNegativeInt | None = Field(None, description="processes that decode images; null: as many as cores, at most 8")
-    dir: PathField = Field(Path("data/quickstart"), description="the dataset directory that embed writes and train reads")
-    image_size: Annotated[int | tuple[int, int], BeforeValidator(_is_size)] = Field(
-        32, description="pixels: one number, or [height, width]"
+    fit: Literal["crop", "pad"] = free("crop", "crop: cut the centre out; pad: the whole image, on white")
+    workers: NonNegativeInt | None = free(
+        None, "processes that decode images; null: as many as cores, at most 8"
     )
-    autoencoder: IdOrPath | None = Field(
-        None, description="a DC-AE, by id or local path, whose latents are trained on; null: pixels (needs the latent extra)"
+    dir: PathField = free(Path("data/quickstart"), "the dataset directory that embed writes and train reads")
+    image_size: Annotated[int | tuple[int, int], BeforeValidator(_is_size)] = free(
+        32, "pixels: one number, or [height, width]"
+    )
+    autoencoder: IdOrPath | None = free(
+        None,
+        "a DC-AE, by id or local path, whose latents are trained on; null: pixels (needs the latent extra)",
     )
 
-    latent_factor: PositiveInt = Field(32, description="how many times smaller the autoencoder's latents are than images")
+    latent_factor: PositiveInt = free(32, "how many times smaller the autoencoder's latents are than images")
 
     @property
     def held_out(self) -> str | None:
@@ -127,7 +159,7 @@ class DataConfig(Section):
 
     @property
     def factor(self) -> int:
-        """Pixels to a side of a sample's element: 1, or the autoencoder's factor."""
+        """How many times larger an image is than its sample: 1, or the autoencoder's factor."""
         return 1 if self.autoencoder is None else self.latent_factor
 
     @property
@@ -138,56 +170,68 @@ class DataConfig(Section):
 
 
 class TextConfig(Section):
-    """The caption encoder, which embed and sample share."""
+    """The caption encoder, the same for embed and sample."""
 
-    encoder: IdOrPath = Field(
-        "tiny", description="tiny (built in, offline), or a Hugging Face id or local path: Gemma 2, T5, BERT, ModernBERT, ..."
+    encoder: IdOrPath = free(
+        "tiny",
+        "tiny (built in, offline), or a Hugging Face id or local path: Gemma 2, T5, BERT, ModernBERT, ...",
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    dtype: Annotated[Precision, BeforeValidator(_is_precision)] = Field("auto", description="auto: fp32 on a CPU, bf16 elsewhere")
-    max_length: Annotated[int, Field(ge=2)] = Field(300, description="tokens kept of a caption")
-    instruction: str | None = Field(
-        None, description="put before each caption and cut off its states (the paper's complex human instruction)"
+    revision: str | None = free(None, "branch, tag or commit of a Hugging Face id")
+    dtype: Annotated[Precision, BeforeValidator(_is_precision)] = free(
+        "auto", "auto: fp32 on a CPU, bf16 elsewhere"
     )
-    template: Literal["none", "chat", "lesson"] = Field(
+    max_length: Annotated[int, Field(ge=2)] = free(300, "tokens kept of a caption")
+    instruction: str | None = free(
+        None, "put before each caption and cut off its states (the paper's complex human instruction)"
+    )
+    template: Literal["none", "chat", "lesson"] = free(
         "none",
-        description="chat: the tokenizer's chat template around each caption; lesson: the same, begun twice, as the lesson did",
+        "chat: the tokenizer's chat template around each caption; lesson: the same, begun twice, as the lesson did",
     )
-    lowercase: bool = Field(False, description="lower-case and strip captions first, as diffusers' SanaPipeline does")
+    lowercase: bool = free(False, "lower-case and strip captions first, as diffusers' SanaPipeline does")
 
 
 class ModelConfig(Section):
     """The transformer, in the names of diffusers' `SanaTransformer2DModel`."""
 
-    in_channels: Annotated[int, Field(gt=0, le=65536)] = Field(
-        1, description="channels of a sample; images are converted to this many"
+    in_channels: Annotated[int, Field(gt=0, le=65536)] = fixed(
+        1, "channels of a sample; images are converted to this many"
     )
-    patch_size: Annotated[int, Field(gt=0, le=1024)] = Field(8, description="side of the square patch that becomes one token")
-    sample_size: Annotated[int, Field(gt=0, le=2**20)] | None = Field(None, description="side of a sample; null: the dataset's")
-    num_layers: Annotated[int, Field(gt=0, le=1000)] = Field(4, description="transformer blocks")
-    num_attention_heads: Annotated[int, Field(gt=0, le=65536)] = Field(4, description="heads of the linear self-attention")
-    attention_head_dim: Annotated[int, Field(gt=0, le=65536)] = Field(32, description="width of a self-attention head")
-    num_cross_attention_heads: Annotated[int, Field(gt=0, le=65536)] = Field(
-        2, description="heads of the cross-attention over captions"
+    patch_size: Annotated[int, Field(gt=0, le=1024)] = fixed(
+        8, "side of the square patch that becomes one token"
     )
-    cross_attention_head_dim: Annotated[int, Field(gt=0, le=65536)] = Field(64, description="width of a cross-attention head")
-    caption_channels: Annotated[int, Field(gt=0, le=2**20)] | None = Field(
-        None, description="width of a caption state; null: the dataset's"
+    sample_size: Annotated[int, Field(gt=0, le=2**20)] | None = fixed(
+        None, "side of a sample; null: the dataset's"
     )
-    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = Field(2.5, description="hidden width of the Mix-FFN over the inner width")
-    attention_bias: bool = Field(False, description="biases in self-attention's query, key and value")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout after each attention")
-    qk_norm: Literal["rms_norm_across_heads"] | None = Field(None, description="norm of queries and keys (SANA-1.5 and Sprint)")
-    guidance_embeds: bool = Field(False, description="the guidance scale is an input of the model (Sprint)")
-    guidance_embeds_scale: Annotated[float, Field(gt=0)] = Field(0.1, description="the model is given guidance_scale * this")
-    timestep_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="the model is given 1000 * sigma * this")
-    prediction_type: Literal["flow_prediction", "sample"] = Field(
-        "flow_prediction",
-        description="what the transformer's output is; flow_prediction: the velocity, as published; sample: the data, which small "
-        "models of pixels learn sooner (JiT, arXiv 2511.13720)",
+    num_layers: Annotated[int, Field(gt=0, le=1000)] = fixed(4, "transformer blocks")
+    num_attention_heads: Annotated[int, Field(gt=0, le=65536)] = fixed(
+        4, "heads of the linear self-attention"
     )
-    interpolation_scale: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="fixed sine-cosine positions, this much apart from one another (2K models 1, 4K models 2); null: none"
+    attention_head_dim: Annotated[int, Field(gt=0, le=65536)] = fixed(32, "width of a self-attention head")
+    num_cross_attention_heads: Annotated[int, Field(gt=0, le=65536)] = fixed(
+        2, "heads of the cross-attention over captions"
+    )
+    cross_attention_head_dim: Annotated[int, Field(gt=0, le=65536)] = fixed(
+        64, "width of a cross-attention head"
+    )
+    caption_channels: Annotated[int, Field(gt=0, le=2**20)] | None = fixed(
+        None, "width of a caption state; null: the dataset's"
+    )
+    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = fixed(
+        2.5, "hidden width of the Mix-FFN over the inner width"
+    )
+    attention_bias: bool = fixed(False, "biases in self-attention's query, key and value")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = fixed(0.0, "dropout after each attention")
+    qk_norm: Literal["rms_norm_across_heads"] | None = fixed(
+        None, "norm of queries and keys (SANA-1.5 and Sprint)"
+    )
+    guidance_embeds: bool = fixed(False, "the guidance scale is an input of the model (Sprint)")
+    guidance_embeds_scale: Annotated[float, Field(gt=0)] = fixed(
+        0.1, "the model is given guidance_scale * this"
+    )
+    timestep_scale: Annotated[float, Field(gt=0)] = fixed(1.0, "the model is given 1000 * sigma * this")
+    interpolation_scale: Annotated[float, Field(gt=0)] | None = fixed(
+        None, "scale of fixed sine-cosine positions (2K models 1, 4K models 2); null: no positions"
     )
 
     @property
@@ -195,8 +239,15 @@ class ModelConfig(Section):
         """Width of the residual stream."""
         return self.num_attention_heads * self.attention_head_dim
 
+    def resolved(self, sample_size: int, caption_channels: int) -> "Architecture":
+        """The architecture for a dataset's sample size and caption width; sizes given here win."""
+        own = {key: value for key, value in self.model_dump().items() if value is not None}
+        return Architecture.model_validate(
+            {"sample_size": sample_size, "caption_channels": caption_channels} | own
+        )
+
     def problems(self) -> Iterator[str]:
-        """What no single field shows: each line begins with the field to change."""
+        """Contradictions between fields; each line begins with the field to change."""
         if self.inner_dim > MAX_WIDTH:
             yield f"num_attention_heads: a width of {self.inner_dim:,}; the most is {MAX_WIDTH:,}"
         if int(self.mlp_ratio * self.inner_dim) < 1:
@@ -208,103 +259,151 @@ class ModelConfig(Section):
                 yield f"interpolation_scale: positions need a sample_size of a patch at least, {self.patch_size}"
 
 
-class TrainConfig(Section):
-    """The optimisation."""
+class Architecture(ModelConfig):
+    """The shape of a transformer: a model config in which nothing is left to a dataset.
 
-    steps: PositiveInt = Field(3000, description="optimizer steps")
-    batch_size: PositiveInt = Field(32, description="images of a micro-batch of one process")
-    accumulate: PositiveInt = Field(
-        1, description="micro-batches of a step in each process, whose gradients are averaged over their images"
+    `ModelConfig.resolved` makes one from a config; `weights` reads one from a file.
+    """
+
+    sample_size: Annotated[int, Field(gt=0, le=2**20)]
+    caption_channels: Annotated[int, Field(gt=0, le=2**20)]
+
+
+class ObjectiveConfig(Section):
+    """What a step minimises: rectified flow."""
+
+    prediction_type: PredictionType = fixed(
+        "flow_prediction",
+        "what the transformer's output is; flow_prediction: the velocity, as published; sample: the data x_0, "
+        "which small models of pixels learn sooner (JiT, arXiv 2511.13720)",
     )
-    precision: Annotated[Precision, BeforeValidator(_is_precision)] = Field(
-        "auto", description="auto: bf16 where the device has it natively, else fp32; weights stay fp32"
+    sigma_density: Literal["logit_normal", "uniform"] = fixed("logit_normal", "how noise levels are drawn")
+    logit_mean: float = fixed(0.0, "mean of the logit-normal density")
+    logit_std: Annotated[float, Field(gt=0)] = fixed(1.0, "standard deviation of the logit-normal density")
+    flow_shift: Annotated[float, Field(gt=0)] = fixed(
+        2.3, "s in sigma -> s sigma / (1 + (s - 1) sigma): more high noise levels; the paper's is 3 or more"
     )
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="muon: Muon for the matrices inside blocks, whose updates it makes the size of AdamW's; AdamW for the rest",
-    )
-    lr: Annotated[float, Field(gt=0)] = Field(6e-3, description="peak learning rate")
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "cosine", description="what follows the warm-up; cosine and linear end at zero"
-    )
-    warmup_steps: NonNegativeInt | None = Field(
-        None, description="steps of linear warm-up; null: 50, or a tenth of the steps of a shorter run"
-    )
-    betas: Betas = Field((0.9, 0.99), description="AdamW's")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Muon's")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="on matrices and convolutions only, decoupled")
-    grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm of a step; null: no limit")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.998, description="of the weights to sample with; warms up as (1 + step) / (10 + step)"
-    )
-    caption_dropout: Fraction = Field(0.1, description="share of captions replaced by the null caption, which guidance needs")
-    sigma_density: Literal["logit_normal", "uniform"] = Field("logit_normal", description="how noise levels are drawn")
-    logit_mean: float = Field(0.0, description="of the logit-normal density")
-    logit_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of the logit-normal density")
-    flow_shift: Annotated[float, Field(gt=0)] = Field(
-        2.3, description="s in sigma -> s sigma / (1 + (s - 1) sigma): more of the higher noise levels; the paper's is 3 or more"
-    )
-    sigma_floor: Annotated[float, Field(gt=0, le=1)] = Field(
+    sigma_floor: Annotated[float, Field(gt=0, le=1)] = fixed(
         0.5,
-        description="for prediction_type sample, whose error over sigma is the velocity's: below this sigma it is divided by this "
-        "instead, so that low noise levels do not outweigh the others",
+        "for prediction_type sample, whose error over sigma is the velocity's: below this sigma the error is "
+        "divided by this instead, so that low noise levels do not outweigh the others",
     )
-    init: Literal["official", "fan_in"] = Field(
-        "fan_in",
-        description="initial weights; official: those of NVlabs/Sana, made for wide models; fan_in: the same, but embedders by their "
-        "own width and captions at full strength, from which narrow models learn sooner",
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="of the initial weights, the order of the data and every draw"
-    )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="under torchrun; ddp: the whole model in each process; fsdp: a shard of every parameter in each"
-    )
-    activation_checkpointing: bool = Field(
-        False, description="keep only what goes into each block, and compute the rest again: less memory, a third more time"
-    )
-    compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps on a GPU")
-    log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
-    save_every: PositiveInt = Field(500, description="steps between checkpoints; there is always one at the end")
-    keep: PositiveInt = Field(2, description="checkpoints kept, the newest")
-    sample_every: PositiveInt = Field(500, description="steps between sample grids; there is always one at step 0 and at the end")
-    held_out_every: PositiveInt = Field(
-        500, description="steps between held-out losses; there is always one at the end (where data.held_out_split is there)"
-    )
-    held_out_images: PositiveInt = Field(512, description="images of a held-out loss, always the same, with the same noise")
-    tensorboard: bool = Field(False, description="also write TensorBoard's event files (needs the tensorboard extra)")
-    init_from: PathField | None = Field(
-        None, description="weights to start from: a run, a checkpoint, a diffusers folder or file, an official or lesson file"
+    caption_dropout: Fraction = fixed(
+        0.1, "share of captions replaced by the null caption, which guidance needs"
     )
 
-    @property
-    def warmup(self) -> int:
-        """Steps of warm-up: as asked for, or what suits the length of the run."""
+
+class OptimConfig(Section):
+    """How weights move: the optimizer, its learning rate, the average of the weights."""
+
+    optimizer: Literal["adamw", "muon"] = fixed(
+        "adamw",
+        "muon: Muon for the matrices inside blocks, with updates scaled to the size of AdamW's; AdamW for the rest",
+    )
+    lr: Annotated[float, Field(gt=0)] = fixed(6e-3, "peak learning rate")
+    schedule: Literal["constant", "cosine", "linear"] = fixed(
+        "cosine", "learning rate after the warm-up; cosine and linear end at zero"
+    )
+    warmup_steps: NonNegativeInt | None = fixed(
+        None, "steps of linear warm-up; null: 50, or a tenth of the steps of a shorter run"
+    )
+    betas: Betas = fixed((0.9, 0.99), "AdamW's")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = fixed(0.95, "Muon's")
+    weight_decay: Annotated[float, Field(ge=0)] = fixed(0.05, "on matrices and convolutions only, decoupled")
+    grad_clip: Annotated[float, Field(gt=0)] | None = fixed(
+        1.0, "largest gradient norm of a step; null: no limit"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = fixed(
+        0.998,
+        "decay of the averaged weights, which are sampled; warms up as (1 + step) / (10 + step); null: no average",
+    )
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`: as asked for, or what suits its length."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return min(WARMUP_STEPS, int(WARMUP_SHARE * self.steps))
+        return min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
+
+
+class TrainConfig(Section):
+    """How long a run is, how its steps are cut, where it starts."""
+
+    steps: PositiveInt = free(3000, "optimizer steps")
+    batch_size: PositiveInt = free(32, "images of a micro-batch of one process")
+    accumulate: PositiveInt = free(
+        1, "micro-batches of a step in each process, whose gradients are averaged over their images"
+    )
+    precision: Annotated[Precision, BeforeValidator(_is_precision)] = fixed(
+        "auto", "auto: bf16 where the device has it natively, else fp32; weights stay fp32"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = fixed(
+        0, "of the initial weights, the order of the data and every draw"
+    )
+    init: Literal["official", "fan_in"] = free(
+        "fan_in",
+        "initial weights; official: those of NVlabs/Sana, made for wide models; fan_in: the same, but embedders by "
+        "their own width and captions at full strength, from which narrow models learn sooner",
+    )
+    init_from: PathField | None = free(
+        None,
+        "weights to start from: a run, a checkpoint, a diffusers folder or file, an official or lesson file",
+    )
+    parallel: Literal["ddp", "fsdp"] = free(
+        "ddp",
+        "under torchrun; ddp: the whole model in each process; fsdp: a shard of every parameter in each",
+    )
+    activation_checkpointing: bool = free(
+        False, "keep only the input of each block and recompute the rest: less memory, a third more time"
+    )
+    compile: bool = free(False, "torch.compile each block: minutes to start, faster steps on a GPU")
+
+
+class LogConfig(Section):
+    """What a run writes about itself, and how often."""
+
+    every: PositiveInt = free(10, "steps between lines of metrics.jsonl")
+    sample_every: PositiveInt = free(
+        500, "steps between sample grids; there is always one at step 0 and at the end"
+    )
+    held_out_every: PositiveInt = free(
+        500, "steps between held-out losses; there is always one at the end (needs data.held_out_split)"
+    )
+    held_out_images: PositiveInt = free(
+        512, "images of a held-out loss, always the same, with the same noise"
+    )
+    tensorboard: bool = free(False, "also write TensorBoard's event files (needs the tensorboard extra)")
+
+
+class SaveConfig(Section):
+    """Checkpoints: how often, and how many stay."""
+
+    every: PositiveInt = free(500, "steps between checkpoints; there is always one at the end")
+    keep: PositiveInt = free(2, "checkpoints kept, the newest")
 
 
 class SampleConfig(Section):
-    """How checkpoints of this run are sampled, unless `sana sample` is told otherwise."""
+    """How checkpoints of this run are sampled; options of `sana sample` override it."""
 
-    steps: PositiveInt = Field(8, description="solver steps")
-    guidance_scale: Annotated[float, Field(ge=0)] = Field(
-        2.5, description="1 is none; above 1 follows the prompt more, with less variety"
+    steps: PositiveInt = free(8, "solver steps")
+    guidance_scale: Annotated[float, Field(ge=0)] = free(
+        2.5, "1 is none; above 1 follows the prompt more, with less variety"
     )
-    guidance_interval: Interval = Field((0.0, 1.0), description="the range of sigma in which guidance is used")
-    solver: Solver = Field(
-        "dpm++", description="dpm++: DPM-Solver++ 2M; euler; heun; scm: the consistency sampler of Sprint models"
+    guidance_interval: Interval = free((0.0, 1.0), "the range of sigma in which guidance is used")
+    solver: Solver = free(
+        "dpm++", "dpm++: DPM-Solver++ 2M; euler; heun; scm: the consistency sampler of Sprint models"
     )
-    flow_shift: Annotated[float, Field(gt=0, le=1000)] = Field(
-        2.3, description="as train.flow_shift, for the solver's steps; euler and heun apply it twice, as diffusers' do"
+    flow_shift: Annotated[float, Field(gt=0, le=1000)] = free(
+        2.3,
+        "as objective.flow_shift, for the solver's steps; euler and heun apply it twice, as diffusers' do",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="image i of a grid has seed + i")
-    prompts: Prompts | None = Field(None, description="of the grids drawn while training; null: captions of the dataset")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = free(0, "image i of a grid has seed + i")
+    prompts: Prompts | None = free(
+        None, "prompts of the grids sampled during training; null: captions of the dataset"
+    )
 
     @property
     def in_words(self) -> str:
-        """Solver, steps and guidance, as commands tell them."""
+        """Solver, steps and guidance in one line."""
         low, high = self.guidance_interval
         where = "" if (low, high) == (0, 1) else f" at {low:g} to {high:g}"
         return f"{self.solver}, {self.steps} steps, guidance {self.guidance_scale:g}{where}"
@@ -313,8 +412,8 @@ class SampleConfig(Section):
 class RunConfig(Section):
     """Where a run lies and on what it runs."""
 
-    dir: PathField = Field(Path("runs/quickstart"), description="the run directory that train writes")
-    device: Annotated[str, AfterValidator(_is_device)] = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
+    dir: PathField = free(Path("runs/quickstart"), "the run directory that train writes")
+    device: Annotated[str, AfterValidator(_is_device)] = free("auto", "auto, cpu, mps, cuda or cuda:N")
 
 
 class Config(Section):
@@ -323,58 +422,73 @@ class Config(Section):
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+    save: SaveConfig = SaveConfig()
     sample: SampleConfig = SampleConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _patch_that_fits(cls, values: Any) -> Any:
-        """Where the size of images is given and the patch is not, take the largest of `PATCH_SIZES` that divides it."""
-        data, model = (values.get(name) for name in ("data", "model")) if isinstance(values, dict) else (None, None)
+        """Choose the largest of `PATCH_SIZES` that divides the image size, where the patch is not given."""
+        data, model = (
+            (values.get(name) for name in ("data", "model")) if isinstance(values, dict) else (None, None)
+        )
         if not isinstance(data, dict) or "image_size" not in data or not isinstance(model or {}, dict):
             return values
         if (model or {}).get("patch_size") is not None:
             return values
         try:
             sides = DataConfig.model_validate(data).sample_sides
-        except ValidationError:  # which is told of in its own place
+        except ValidationError:  # reported where `data` itself is validated
             return values
         fits = next(size for size in PATCH_SIZES if not any(side % size for side in sides))
         return {**values, "model": {**(model or {}), "patch_size": fits}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        problems = []
-        if self.data.source == "mnist" and self.data.split not in ("train", "test"):
-            problems.append(f"data.split: mnist has train and test, not {self.data.split!r}")
-        if self.data.source == "mnist" and self.data.held_out not in ("train", "test", None):
-            problems.append(f"data.held_out_split: mnist has train and test, not {self.data.held_out!r}")
-        if self.data.held_out == self.data.split:
-            problems.append(f"data.held_out_split: {self.data.split} is what is trained on")
-        model, (height, width), factor = self.model, self.data.size, self.data.factor
-        if height % factor or width % factor:
-            problems.append(f"data.latent_factor: {factor} does not divide data.image_size {height}x{width}")
-        elif height // factor % model.patch_size or width // factor % model.patch_size:
-            of = "" if factor == 1 else f" / {factor}"
-            problems.append(f"model.patch_size: {model.patch_size} does not divide data.image_size {height}x{width}{of}")
-        problems += [f"model.{problem}" for problem in model.problems()]
-        if self.text.instruction is not None and self.text.template != "none":
-            problems.append("text.instruction: and text.template exclude each other; keep one")
-        if model.guidance_embeds:
-            problems.append("model.guidance_embeds: is for distilled models that are sampled, and cannot be trained here")
-        if self.sample.solver == "scm" and not model.guidance_embeds:
-            problems.append("sample.solver: scm is for Sprint models, which have model.guidance_embeds")
-        if self.train.warmup >= self.train.steps:
-            problems.append(f"train.warmup_steps: {self.train.warmup} leaves none of train.steps {self.train.steps}")
-        if os.path.realpath(self.run.dir) == os.path.realpath(self.data.dir):
-            problems.append(f"run.dir: {self.run.dir} is data.dir as well; a run needs a directory of its own")
-        low, high = self.sample.guidance_interval
-        if low >= high:
-            problems.append(f"sample.guidance_interval: {low} must be below {high}")
+        problems = [*self._data_problems(), *self._model_problems(), *self._run_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _data_problems(self) -> Iterator[str]:
+        data = self.data
+        if data.source == "mnist" and data.split not in ("train", "test"):
+            yield f"data.split: mnist has train and test, not {data.split!r}"
+        if data.source == "mnist" and data.held_out not in ("train", "test", None):
+            yield f"data.held_out_split: mnist has train and test, not {data.held_out!r}"
+        if data.held_out == data.split:
+            yield f"data.held_out_split: {data.split} is what is trained on"
+        if self.text.instruction is not None and self.text.template != "none":
+            yield "text.instruction: and text.template exclude each other; keep one"
+
+    def _model_problems(self) -> Iterator[str]:
+        model, (height, width), factor = self.model, self.data.size, self.data.factor
+        if height % factor or width % factor:
+            yield f"data.latent_factor: {factor} does not divide data.image_size {height}x{width}"
+        elif height // factor % model.patch_size or width // factor % model.patch_size:
+            of = "" if factor == 1 else f" / {factor}"
+            yield f"model.patch_size: {model.patch_size} does not divide data.image_size {height}x{width}{of}"
+        yield from (f"model.{problem}" for problem in model.problems())
+        if model.guidance_embeds:
+            yield "model.guidance_embeds: is for distilled models that are sampled, and cannot be trained here"
+        if model.dropout:
+            yield "model.dropout: models are trained without dropout here; set it to 0"
+
+    def _run_problems(self) -> Iterator[str]:
+        warmup, (low, high) = self.optim.warmup(self.train.steps), self.sample.guidance_interval
+        if warmup >= self.train.steps:
+            yield f"optim.warmup_steps: {warmup} leaves none of train.steps {self.train.steps}"
+        if self.sample.solver == "scm" and not self.model.guidance_embeds:
+            yield "sample.solver: scm is for Sprint models, which have model.guidance_embeds"
+        if low >= high:
+            yield f"sample.guidance_interval: {low} must be below {high}"
+        if os.path.realpath(self.run.dir) == os.path.realpath(self.data.dir):
+            yield f"run.dir: {self.run.dir} is data.dir as well; a run needs a directory of its own"
 
     def to_yaml(self) -> str:
         """The whole config, resolved, as YAML that loads back to itself."""
@@ -389,23 +503,22 @@ class Config(Section):
         lines = []
         for name, section_field in Config.model_fields.items():
             section = getattr(self, name)
-            lines += ["", f"{name}:  # {(section_field.annotation.__doc__ or '').splitlines()[0].rstrip('.')}"]
+            lines += [
+                "",
+                f"{name}:  # {(section_field.annotation.__doc__ or '').splitlines()[0].rstrip('.')}",
+            ]
             for key, key_field in type(section).model_fields.items():
                 value = section.model_dump(mode="json")[key]
                 lines.append(f"  {key}: {yaml_value(value)}  # {key_field.description}")
         return "\n".join(lines[1:]) + "\n"
 
 
+def may_change(section: str, key: str) -> bool:
+    """Whether a key may change when a run is resumed: the key says so itself."""
+    extra = Config.model_fields[section].annotation.model_fields[key].json_schema_extra  # type: ignore[union-attr]
+    return bool(extra["on_resume"] == "may change")
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a config file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old, new) for each value that differs between two nested dictionaries."""
-    for key in dict.fromkeys((*old, *new)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            yield f"{prefix}{key}", before, after

@@ -1,4 +1,16 @@
-"""The files of a dataset directory: their names, and where a dataset lies until it is whole."""
+"""The files of a dataset directory, and where a dataset lies until it is whole.
+
+    index.json                  written last, has its own hash: counts, fingerprints, shards with hashes
+    captions-00000.safetensors  states (tokens, D) bf16 end to end without padding, offsets (n + 1,), texts
+    images-00000.safetensors    images (n, C, H, W) uint8 or latents (n, C, H, W) bf16, caption_ids (n, k),
+                                caption_weights (n, k) where given, labels, sample ids
+    skipped.jsonl               entries that were left out, and why
+
+Every distinct caption is stored once. A dataset is written into a sibling `<name>.partial/` and renamed
+when whole. Fingerprints of encoders and sources are plain dictionaries here.
+
+Shapes: n rows of a shard, k captions of an image at most, C H W of an image, D width of a caption state.
+"""
 
 import re
 from collections.abc import Sequence
@@ -14,43 +26,46 @@ FORMAT_VERSION = 1
 INDEX = "index.json"
 SKIPPED = "skipped.jsonl"
 PLAN = "plan.json"
-# what the lesson stores: one array of 300 x 2304 float32 for each image, padding included
-LESSON_BYTES_PER_IMAGE = 300 * 2304 * 4
 
 
 def partial_dir(directory: Path) -> Path:
-    """Where a dataset lies until it is whole."""
+    """The directory of a dataset that is not whole yet."""
     whole = directory if directory.name else directory.absolute()  # "." has no name of its own
     return whole.with_name(whole.name + ".partial")
 
 
 def held_out_dir(directory: Path, split: str) -> Path:
-    """Where the held-out part of a dataset lies: a dataset of its own, beside it."""
+    """The directory of the held-out part of a dataset: a dataset of its own, beside it."""
     whole = directory if directory.name else directory.absolute()
     return whole.with_name(f"{whole.name}-{split}")
 
 
 def is_dataset(directory: Path) -> bool:
-    """Whether a finished dataset lies here."""
+    """Whether this is a finished dataset."""
     return (directory / INDEX).is_file()
 
 
-_OURS = re.compile(r"index\.json|skipped\.jsonl|plan\.json|(captions|images|window)-\d+(-\d+)?\.(safetensors|json)|\.tmp\w+")
+_OURS = re.compile(
+    r"index\.json|skipped\.jsonl|plan\.json|(captions|images|window)-\d+(-\d+)?\.(safetensors|json)|\.tmp\w+"
+)
 
 
 def check_only_ours(directory: Path) -> None:
-    """Refuse to replace a folder that holds anything but a dataset's files, or a dataset's in the making.
+    """Refuse to replace a folder that holds anything but the files of a dataset, finished or not.
 
     Raises:
-        SanaError: it does; names it.
+        SanaError: it holds something else; names it.
     """
     if directory.exists() and not directory.is_dir():
-        raise SanaError(f"{directory} is a file", "give another place with --out or --set data.dir=DIR", exit_code=2)
-    strange = sorted(path.name for path in directory.iterdir() if not _OURS.fullmatch(path.name)) if directory.exists() else []
+        raise SanaError(
+            f"{directory} is a file", "choose another directory with `out` or --set data.dir=DIR", exit_code=2
+        )
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    strange = sorted(name for name in names if not _OURS.fullmatch(name))
     if strange:
         raise SanaError(
-            f"{directory} holds {strange[0]}, which is no part of a dataset of sana's, so it is not touched",
-            "give another place with --out or --set data.dir=DIR",
+            f"{directory} holds {strange[0]}, which is not part of a sana dataset, so it is not touched",
+            "choose another directory with `out` or --set data.dir=DIR",
             exit_code=2,
         )
 
@@ -59,18 +74,20 @@ def pack_texts(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """UTF-8 bytes end to end, and (n + 1,) offsets into them."""
     encoded = [text.encode("utf-8", errors="surrogatepass") for text in texts]
     offsets = torch.tensor([0, *accumulate(map(len, encoded))], dtype=torch.int64)
-    return torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)[: int(offsets[-1])], offsets
+    return torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)[
+        : int(offsets[-1])
+    ], offsets
 
 
 def unpack_texts(joined: Tensor, offsets: Tensor) -> list[str]:
     """The reverse of `pack_texts`."""
     raw, ends = joined.numpy().tobytes(), offsets.tolist()
-    return [text(raw[a:b]) for a, b in pairwise(ends)]
+    return [decode(raw[a:b]) for a, b in pairwise(ends)]
 
 
-def text(raw: bytes) -> str:
-    """UTF-8 bytes as text."""
+def decode(raw: bytes) -> str:
+    """Bytes of a shard as text."""
     try:
         return raw.decode("utf-8", errors="surrogatepass")
-    except UnicodeDecodeError:  # damaged, which `verify` finds
+    except UnicodeDecodeError:  # damaged; `verify` reports it
         return raw.decode("utf-8", errors="backslashreplace")

@@ -1,33 +1,31 @@
-"""The pre-embedded dataset on disk: write it, verify it, read it.
+"""A finished dataset, opened, checked and read. `layout.py` says what its files hold.
 
-    index.json                  written last, knows its own hash: counts, fingerprints, the shards with their hashes
-    captions-00000.safetensors  states (tokens, D) bf16 end to end without padding, offsets (n + 1,), and the texts
-    images-00000.safetensors    images (n, C, H, W) uint8 or latents (n, C, H, W) bf16, caption_ids (n, k), caption_weights
-                                (n, k) where given, labels, sample ids
-    skipped.jsonl               the entries that were left out, and why
-
-Every distinct caption is stored once. A dataset is written into a sibling `<name>.partial/`, window by window, and renamed
-when whole. It knows nothing of encoders or sources: their fingerprints pass through as dictionaries.
-
-Shapes: n rows of a shard, k captions of an image at most, C H W of an image, D width of a caption state.
+Shapes: B rows asked for, C H W of an image, D width of a caption state.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sana_cli.dataset.layout import FORMAT_VERSION, INDEX, SKIPPED, is_dataset, partial_dir, text, unpack_texts
+from sana_cli.dataset.layout import (
+    FORMAT_VERSION,
+    INDEX,
+    SKIPPED,
+    decode,
+    is_dataset,
+    partial_dir,
+    unpack_texts,
+)
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files, records
 
 
 class Dataset:
-    """A finished dataset, memory-mapped: what is in memory is what was asked for, not the dataset.
+    """A finished dataset, memory-mapped: memory holds what is asked for, not the dataset.
 
     Raises:
         SanaError: there is none, it is of another version, or a file is missing, truncated or damaged.
@@ -47,21 +45,25 @@ class Dataset:
                 "embed it again with: sana embed --overwrite",
             )
         self.index = records.checked(records.Index, index, directory / INDEX)
-        for kind in ("captions", "images"):
-            if sum(shard["count"] for shard in self.index[kind]) != self.index["counts"][kind]:
+        counts = self.index.counts
+        for kind, shards, count in (
+            ("captions", self.index.captions, counts.captions),
+            ("images", self.index.images, counts.images),
+        ):
+            if sum(shard.count for shard in shards) != count:
                 raise SanaError(f"{directory / INDEX}: {kind}: its shards do not have as many as it says")
-        self._captions = [self._open(shard, self._captions_fit) for shard in self.index["captions"]]
-        self._images = [self._open(shard, self._images_fit) for shard in self.index["images"]]
-        self._caption_starts = np.cumsum([0, *(shard["count"] for shard in self.index["captions"])])
-        self._image_starts = np.cumsum([0, *(shard["count"] for shard in self.index["images"])])
+        self._captions = [self._open(shard, self._captions_fit) for shard in self.index.captions]
+        self._images = [self._open(shard, self._images_fit) for shard in self.index.images]
+        self._caption_starts = np.cumsum([0, *(shard.count for shard in self.index.captions)])
+        self._image_starts = np.cumsum([0, *(shard.count for shard in self.index.images)])
 
-    def _open(self, shard: Mapping[str, Any], fit: Callable[[dict[str, Tensor], int], bool]) -> dict[str, Tensor]:
-        path = self.directory / shard["file"]
-        files.check_size(path, shard["bytes"])
+    def _open(self, shard: records.Shard, fit: Callable[[dict[str, Tensor], int], bool]) -> dict[str, Tensor]:
+        path = self.directory / shard.file
+        files.check_size(path, shard.bytes)
         tensors = files.read_tensors(path)
         try:
-            whole = fit(tensors, shard["count"])
-        except (KeyError, IndexError, RuntimeError):  # a tensor that is not there, or has nothing in it
+            whole = fit(tensors, shard.count)
+        except (KeyError, IndexError, RuntimeError):  # a tensor is missing or empty
             whole = False
         if not whole:
             raise self._damaged(path)
@@ -76,7 +78,7 @@ class Dataset:
     def _captions_fit(self, tensors: dict[str, Tensor], count: int) -> bool:
         states, offsets, ends = tensors["states"], tensors["offsets"], tensors["text_offsets"]
         return (
-            (states.dtype, states.shape[1:]) == (torch.bfloat16, (self.index["caption_dim"],))
+            (states.dtype, states.shape[1:]) == (torch.bfloat16, (self.index.caption_dim,))
             and all((t.dtype, t.shape) == (torch.int64, (count + 1,)) for t in (offsets, ends))
             and bool(offsets[0] == 0 and offsets[-1] == len(states) and (offsets.diff() > 0).all())
             and bool(ends[0] == 0 and (ends.diff() >= 0).all())
@@ -84,7 +86,9 @@ class Dataset:
         )
 
     def _images_fit(self, tensors: dict[str, Tensor], count: int) -> bool:
-        kind, dtype = ("images", torch.uint8) if self.index["image"]["kind"] == "pixels" else ("latents", torch.bfloat16)
+        kind, dtype = (
+            ("images", torch.uint8) if self.index.image.kind == "pixels" else ("latents", torch.bfloat16)
+        )
         samples, ids, ends = tensors[kind], tensors["caption_ids"], tensors["sample_id_offsets"]
         weights, labels = tensors.get("caption_weights"), tensors.get("labels")
         return (
@@ -97,44 +101,44 @@ class Dataset:
         )
 
     def __len__(self) -> int:
-        return int(self.index["counts"]["images"])
+        return self.index.counts.images
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a sample."""
-        image = self.index["image"]
-        return image["channels"], image["height"], image["width"]
+        return self.index.image.shape
 
     @property
     def bytes(self) -> int:
-        """Size on disk of the shards."""
-        return sum(shard["bytes"] for shard in (*self.index["captions"], *self.index["images"]))
+        """Size of the shards on disk."""
+        return sum(shard.bytes for shard in self.index.shards)
 
     def verify(self) -> Iterator[str]:
-        """Compare every file with the index, byte for byte; yields the name of each as it is found whole.
+        """Compare every file with the index, byte for byte; yields the name of each whole file.
 
         Raises:
             SanaError: naming the damaged file.
         """
         yield INDEX  # its own hash was checked when it was read
-        for shard in (*self.index["captions"], *self.index["images"]):
-            files.check_hash(self.directory / shard["file"], shard["sha256"])
-            yield shard["file"]
-        if self.index["counts"].get("skipped"):
-            files.check_hash(self.directory / SKIPPED, self.index["skipped_sha256"])
+        for shard in self.index.shards:
+            files.check_hash(self.directory / shard.file, shard.sha256)
+            yield shard.file
+        if self.index.counts.skipped:
+            files.check_hash(self.directory / SKIPPED, self.index.skipped_sha256 or "")
             yield SKIPPED
 
-    def skipped(self) -> Iterator[dict[str, str]]:
-        """The entries that were left out: name and reason."""
-        if self.index["counts"].get("skipped"):
-            with (self.directory / SKIPPED).open(encoding="utf-8") as file:
-                yield from map(json.loads, file)
+    def skipped(self) -> Iterator[records.LeftOut]:
+        """The entries that were left out."""
+        if self.index.counts.skipped:
+            path = self.directory / SKIPPED
+            with path.open(encoding="utf-8") as file:
+                yield from (records.checked(records.LeftOut, json.loads(line), path) for line in file)
 
     def states(self, caption_ids: Iterable[int]) -> list[Tensor]:
         """The states (tokens, D) of each caption.
 
         Raises:
-            SanaError: there is no such caption: the ids are of a damaged file.
+            SanaError: there is no such caption, so a file is damaged.
         """
         found, wanted = [], list(caption_ids)
         if any(not 0 <= number < self._caption_starts[-1] for number in wanted):
@@ -146,18 +150,22 @@ class Dataset:
 
     def longest_caption(self) -> int:
         """Tokens of the longest caption."""
-        return max(int(shard["offsets"].diff().max()) for shard in self._captions if len(shard["offsets"]) > 1)
+        return max(
+            int(shard["offsets"].diff().max()) for shard in self._captions if len(shard["offsets"]) > 1
+        )
 
     def texts(self) -> list[str]:
         """All captions, by id."""
-        return [text for shard in self._captions for text in unpack_texts(shard["text"], shard["text_offsets"])]
+        return [
+            text for shard in self._captions for text in unpack_texts(shard["text"], shard["text_offsets"])
+        ]
 
     def _rows(self, rows: np.ndarray) -> Iterator[tuple[dict[str, Tensor], int]]:
         return _locate(self._images, self._image_starts, rows)
 
     def images(self, rows: np.ndarray) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], or latents as the transformer sees them, float32."""
-        if self.index["image"]["kind"] == "latents":
+        if self.index.image.kind == "latents":
             return torch.stack([shard["latents"][row] for shard, row in self._rows(rows)]).float()
         return self.pixels(rows).float() / 127.5 - 1
 
@@ -166,21 +174,23 @@ class Dataset:
         return torch.stack([shard["images"][row] for shard, row in self._rows(rows)])
 
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:
-        """The ids of each image's captions, one at least."""
+        """The ids of each image's captions, at least one."""
         found = [[i for i in shard["caption_ids"][row].tolist() if i >= 0] for shard, row in self._rows(rows)]
         if not all(found):
             raise self._damaged(self.directory)
         return found
 
     def caption_weights(self, rows: np.ndarray) -> list[list[float] | None]:
-        """The weights of each image's captions, in the same order; None where all are alike."""
+        """The weights of each image's captions, in the same order; None where all are equal."""
         return [
-            shard["caption_weights"][row][shard["caption_ids"][row] >= 0].tolist() if "caption_weights" in shard else None
+            shard["caption_weights"][row][shard["caption_ids"][row] >= 0].tolist()
+            if "caption_weights" in shard
+            else None
             for shard, row in self._rows(rows)
         ]
 
     def labels(self) -> Tensor | None:
-        """All labels (n,), where the source had them."""
+        """All labels (n,), if the source had them."""
         if not all("labels" in shard for shard in self._images):
             return None
         return torch.cat([shard["labels"] for shard in self._images])
@@ -190,14 +200,14 @@ class Dataset:
         names = []
         for shard, row in self._rows(rows):
             start, end = shard["sample_id_offsets"][row : row + 2].tolist()
-            names.append(text(shard["sample_ids"][start:end].numpy().tobytes()))
+            names.append(decode(shard["sample_ids"][start:end].numpy().tobytes()))
         return names
 
 
 def _locate(
     shards: Sequence[dict[str, Tensor]], starts: np.ndarray, rows: Sequence[int] | np.ndarray
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """The shard that each row of the whole lies in, and its place there; `starts` is where each shard begins."""
+    """The shard of each row, and the row inside it; `starts` are the first rows of shards."""
     numbers = np.searchsorted(starts, rows, side="right") - 1
     for number, row in zip(numbers, rows, strict=True):
         yield shards[number], int(row - starts[number])

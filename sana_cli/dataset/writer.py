@@ -1,4 +1,4 @@
-"""Writes a dataset, window by window."""
+"""Writes a dataset, window by window, and goes on after the last whole window. It knows no source."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sana_cli.dataset.layout import FORMAT_VERSION, INDEX, PLAN, SKIPPED, check_only_ours, pack_texts
 from sana_cli.errors import SanaError
-from sana_cli.runtime import files
+from sana_cli.runtime import files, records
+from sana_cli.runtime.records import CaptionShard, Index, LeftOut, Shard, Window
 from sana_cli.units import as_json
 
 WINDOW = 4096  # entries of the source in a shard, at most
@@ -21,7 +22,7 @@ WINDOW_BYTES = 128 * 2**20  # of pixels, and of caption states, in a shard, at m
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a window, (n, C, H, W) uint8, or bf16 if they are latents, and what belongs to each."""
+    """The images of a window, (n, C, H, W) uint8, or bf16 latents, and what belongs to each."""
 
     pixels: Tensor
     sample_ids: Sequence[str]
@@ -31,15 +32,15 @@ class Images:
 
 
 class DatasetWriter:
-    """Writes a dataset window by window into `folder`, where it can be taken up again after the last whole window.
+    """Writes a dataset window by window into `folder`, going on after the last whole window.
 
-    A window is a fixed run of the source's entries. Its record, `window-00000.json`, is written after its shards: where
-    there is none, the window is not there. `finish` turns the records into the index. Windows may be written in any order,
-    by several processes, into the same bytes.
+    A window is a fixed run of the source's entries. Its record, `window-00000.json`, is written after its
+    shards: without a record, the window counts as missing. `finish` turns the records into the index.
+    Windows may be written in any order, by several processes, with the same bytes as a result.
     """
 
     def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
-        """Go on in `folder`, or begin in it anew if what lies there was made by another plan."""
+        """Go on in `folder`, or clear it if it was made by another plan."""
         self.folder = folder
         if not self._same_plan(plan):
             check_only_ours(folder)
@@ -49,105 +50,106 @@ class DatasetWriter:
 
     def _same_plan(self, plan: Mapping[str, Any]) -> bool:
         try:
-            return {k: v for k, v in files.read_sealed_json(self.folder / PLAN).items() if k != "sha256"} == dict(plan)
+            return {
+                k: v for k, v in files.read_sealed_json(self.folder / PLAN).items() if k != "sha256"
+            } == dict(plan)
         except (SanaError, OSError):
             return False
 
     def _record(self, window: int) -> Path:
         return self.folder / f"window-{window:05d}.json"
 
-    def done(self, window: int, hashes: bool = False) -> dict[str, Any] | None:
-        """A window's record, if it and its shards are whole: by size, and with `hashes` byte for byte."""
-        if not self._record(window).is_file():
+    def done(self, window: int, hashes: bool = False) -> Window | None:
+        """A window's record, if its shards are whole: by size, and with `hashes` byte for byte."""
+        path = self._record(window)
+        if not path.is_file():
             return None
         try:
-            record = files.read_sealed_json(self._record(window))
-            if "cut" not in record:  # of an earlier version
-                return None
-            for shard in (*record["captions"], *record["images"]):
-                files.check_size(self.folder / shard["file"], shard["bytes"])
+            record = records.checked(Window, files.read_sealed_json(path), path)
+            for shard in (*record.captions, *record.images):
+                files.check_size(self.folder / shard.file, shard.bytes)
                 if hashes:
-                    files.check_hash(self.folder / shard["file"], shard["sha256"])
+                    files.check_hash(self.folder / shard.file, shard.sha256)
         except SanaError:
             return None
         return record
 
-    def write_captions(self, window: int, number: int, states: Mapping[str, Tensor]) -> dict[str, Any]:
-        """One shard of the captions that a window is the first to bring, with their states (tokens, D); gives its record."""
+    def write_captions(self, window: int, number: int, states: Mapping[str, Tensor]) -> CaptionShard:
+        """Write one shard of a window's new captions, with their states (tokens, D)."""
         text, text_offsets = pack_texts(list(states))
         offsets = torch.tensor([0, *accumulate(map(len, states.values()))], dtype=torch.int64)
-        tensors = {"states": torch.cat(list(states.values())), "offsets": offsets, "text": text, "text_offsets": text_offsets}
+        joined = torch.cat(list(states.values()))
+        tensors = {"states": joined, "offsets": offsets, "text": text, "text_offsets": text_offsets}
         shard = self._write(f"captions-{window:05d}" + (f"-{number}" if number else ""), len(states), tensors)
-        return shard | {"tokens": int(offsets[-1])}
+        return CaptionShard(**vars(shard), tokens=int(offsets[-1]))
 
     def write(
         self,
         window: int,
-        captions: Sequence[Mapping[str, Any]],
+        captions: Sequence[CaptionShard],
         images: Images,
         caption_ids: Mapping[str, int],
-        skipped: Sequence[Mapping[str, str]],
+        skipped: Sequence[LeftOut],
         cut: int = 0,
     ) -> None:
-        """A window's images, and its record: its caption shards, as `write_captions` gave them, are written already.
+        """Write a window's images and its record. Its caption shards are written already.
 
         `cut` is how many of its captions were longer than the encoder takes.
         """
-        record: dict[str, Any] = {"captions": list(captions), "images": [], "skipped": list(skipped), "cut": cut}
+        shards = []
         if images.sample_ids:
-            record["images"].append(
-                self._write(f"images-{window:05d}", len(images.sample_ids), _pack_images(images, caption_ids))
-            )
-        files.write_sealed_json(self._record(window), record)
+            tensors = _pack_images(images, caption_ids)
+            shards.append(self._write(f"images-{window:05d}", len(images.sample_ids), tensors))
+        record = Window(captions=list(captions), images=shards, skipped=list(skipped), cut=cut)
+        files.write_sealed_json(self._record(window), record.as_json())
 
-    def _write(self, name: str, count: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _write(self, name: str, count: int, tensors: Mapping[str, Tensor]) -> Shard:
         path = self.folder / f"{name}.safetensors"
         files.write_tensors(path, tensors)
-        return {"file": path.name, "count": count, "bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+        return Shard(file=path.name, count=count, bytes=path.stat().st_size, sha256=files.sha256_file(path))
 
     def finish(self, windows: int, captions: Iterable[str], facts: Mapping[str, Any]) -> None:
-        """Write the index: after it, and not before, this is a dataset.
+        """Write the index, which makes this a dataset, and remove what else is there.
 
         Args:
             windows: how many there are; all are written.
             captions: all distinct ones, the null caption first.
             facts: what else the index says: image, encoder, source, caption_dim.
         """
-        records = [self.done(window) for window in range(windows)]
         if not (self.folder / INDEX).is_file():
-            whole = [record for record in records if record is not None]
+            whole = [record for record in map(self.done, range(windows)) if record is not None]
             assert len(whole) == windows, "a window is missing"
-            skipped = [entry for record in whole for entry in record["skipped"]]
-            if skipped:
-                lines = "".join(as_json(entry) + "\n" for entry in skipped)
-                files.write_text(self.folder / SKIPPED, lines)
-            image_shards = [shard for record in whole for shard in record["images"]]
-            texts = list(captions)
-            index = {
-                "format_version": FORMAT_VERSION,
-                "counts": {
-                    "images": sum(shard["count"] for shard in image_shards),
-                    "captions": len(texts),
-                    "tokens": sum(shard["tokens"] for record in whole for shard in record["captions"]),
-                    "skipped": len(skipped),
-                    "cut": sum(record["cut"] for record in whole),
-                },
-                **facts,
-                "one_word_captions": all(len(caption.split()) == 1 for caption in texts if caption),
-                "null_caption": texts.index(""),
-                "skipped_sha256": files.sha256_file(self.folder / SKIPPED) if skipped else None,
-                "captions": [
-                    {key: shard[key] for key in shard if key != "tokens"} for record in whole for shard in record["captions"]
-                ],
-                "images": image_shards,
-            }
-            files.write_sealed_json(self.folder / INDEX, index)
-        index = files.read_sealed_json(self.folder / INDEX)
-        keep = {INDEX, SKIPPED, *(shard["file"] for shard in (*index["captions"], *index["images"]))}
-        for path in self.folder.iterdir():  # records, and what killed processes left half written
-            if path.name not in {*keep, PLAN}:
+            self._write_index(whole, list(captions), facts)
+        index = records.checked(Index, files.read_sealed_json(self.folder / INDEX), self.folder / INDEX)
+        keep = {INDEX, SKIPPED, PLAN, *(shard.file for shard in index.shards)}
+        for path in self.folder.iterdir():  # records of windows, and half-written files of killed processes
+            if path.name not in keep:
                 path.unlink()
         (self.folder / PLAN).unlink(missing_ok=True)
+
+    def _write_index(self, windows: Sequence[Window], captions: list[str], facts: Mapping[str, Any]) -> None:
+        skipped = [entry.as_json() for window in windows for entry in window.skipped]
+        if skipped:
+            files.write_text(self.folder / SKIPPED, "".join(as_json(entry) + "\n" for entry in skipped))
+        images = [shard for window in windows for shard in window.images]
+        texts = [shard for window in windows for shard in window.captions]
+        index = {
+            "format_version": FORMAT_VERSION,
+            "counts": {
+                "images": sum(shard.count for shard in images),
+                "captions": len(captions),
+                "tokens": sum(shard.tokens for shard in texts),
+                "skipped": len(skipped),
+                "cut": sum(window.cut for window in windows),
+            },
+            **facts,
+            "one_word_captions": all(len(caption.split()) == 1 for caption in captions if caption),
+            "null_caption": captions.index(""),
+            "skipped_sha256": files.sha256_file(self.folder / SKIPPED) if skipped else None,
+            "captions": [shard.model_dump(mode="json", exclude={"tokens"}) for shard in texts],
+            "images": [shard.as_json() for shard in images],
+        }
+        files.write_sealed_json(self.folder / INDEX, index)
 
 
 def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Tensor]:
@@ -168,5 +170,7 @@ def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Te
         tensors["caption_weights"] = torch.tensor(padded, dtype=torch.float32)
     if all(label is not None for label in images.labels):
         most_label = max(label for label in images.labels if label is not None)
-        tensors["labels"] = torch.tensor(images.labels, dtype=torch.int16 if most_label < 2**15 else torch.int32)
+        tensors["labels"] = torch.tensor(
+            images.labels, dtype=torch.int16 if most_label < 2**15 else torch.int32
+        )
     return tensors

@@ -1,1 +1,1 @@
-"""How good pictures are: a classifier that reads them, and plots of what it found."""
+"""How good pictures are: a classifier that reads them, and plots of the results."""

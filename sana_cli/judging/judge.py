@@ -1,8 +1,9 @@
-"""A judge of pictures: a small classifier of a dataset's labels, and what its features say of a set of pictures.
+"""Judge pictures with a small classifier of a dataset's labels.
 
-It is trained once for a dataset and kept beside it (`data/NAME-judge.safetensors`). Its answers give prompt accuracy; its
-features, the 64 numbers before the last layer, give the Fréchet distance to the dataset and the diversity within a caption.
-It knows no transformer: pictures are pictures, wherever they come from.
+The classifier is trained once for a dataset and kept beside it (`data/NAME-judge.safetensors`).
+Its answers give prompt accuracy. Its features, the 64 numbers before the last layer, give the
+Fréchet distance to the dataset and the diversity within a caption. This module knows no
+transformer: pictures may come from anywhere.
 
 Shapes: n pictures, C H W of one, F features.
 """
@@ -23,24 +24,26 @@ from sana_cli.runtime import files
 
 VERSION = 1
 FEATURES = 64
-VARIANCE = 4.0  # of a feature in the mean: a thousand of MNIST's test images are then at about 1.4, all ten thousand at 0.2
+VARIANCE = 4.0  # mean of the features; a distance is then about 1.4 for 1,000 MNIST test images, 0.2 for all
 EPOCHS = 7
 BATCH = 128
 LR = 4e-3
-MOST_IMAGES = 60_000  # of a dataset that the judge is trained on, and whose features are the reference
-AT_ONCE = 500  # pictures through the classifier
+MOST_IMAGES = 60_000  # of a dataset, for training and for the reference features
+AT_ONCE = 500  # pictures in a batch of the trained classifier
 SMALLEST = 8  # pixels to a side
 
 
 class Classifier(nn.Module):
-    """Four convolutions, each with batch norm, to `FEATURES` numbers, and a linear layer on these. Pixels in [-1, 1]."""
+    """Four convolutions with batch norm, a linear layer to F features, one to the classes."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
 
         def convolution(into: int, out: int, size: int = 3, stride: int = 1) -> nn.Sequential:
             return nn.Sequential(
-                nn.Conv2d(into, out, size, stride, size // 2, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
+                nn.Conv2d(into, out, size, stride, size // 2, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(inplace=True),
             )
 
         self.body = nn.Sequential(
@@ -58,7 +61,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (n, C, H, W) to logits (n, classes) and features (n, F)."""
+        """Pictures (n, C, H, W) in [-1, 1] to logits (n, classes) and features (n, F)."""
         features = self.body(pixels.contiguous(memory_format=torch.channels_last))
         return self.head(features), features
 
@@ -77,9 +80,10 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Dowson & Landau 1982; FID, arXiv 1706.08500), for Gaussians of these moments.
+    """The Fréchet distance of Gaussians (Dowson & Landau 1982; FID, arXiv 1706.08500).
 
-    tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2).
+    |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)), where tr (A B)^(1/2) is the sum of the singular
+    values of A^(1/2) B^(1/2).
     """
 
     def root(matrix: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a proportion (Wilson 1927): it stays in [0, 1], and is none of width 0."""
+    """The 95 % confidence interval of a share (Wilson 1927): in [0, 1], never of width 0."""
     share, spread = hits / count, z * z / count
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
@@ -100,10 +104,11 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def bootstrap_spread(features: Tensor, reference: Moments, rounds: int = 20) -> float:
-    """Standard deviation of the Fréchet distance over sets of as many pictures, drawn with replacement."""
+    """Standard deviation of the Fréchet distance over resamples of the features (n, F)."""
     generator = torch.Generator().manual_seed(0)
     drawn = (torch.randint(len(features), (len(features),), generator=generator) for _ in range(rounds))
-    return float(torch.tensor([frechet_distance(Moments.of(features[rows]), reference) for rows in drawn]).std())
+    distances = [frechet_distance(Moments.of(features[rows]), reference) for rows in drawn]
+    return float(torch.tensor(distances).std())
 
 
 def scatter(features: Tensor) -> float:
@@ -113,17 +118,17 @@ def scatter(features: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained classifier, and what it found in the real images."""
+    """A trained classifier, and its results for the real images."""
 
     classifier: Classifier
     reference: Moments  # of the dataset's features
     scatter: Tensor  # (classes,) of each label's features in the dataset
-    real: Tensor  # (m, F) features of the real images that it was not trained on
-    accuracy: float  # on these
+    real: Tensor  # (m, F), features of the test images
+    accuracy: float  # on the test images
     scale: float  # features times this have a mean variance of `VARIANCE`
 
     @torch.inference_mode()
-    def look(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def classify(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (n,) and features (n, F) of pictures (n, C, H, W), uint8 or in [-1, 1]."""
         device, found = next(self.classifier.parameters()).device, []
         for part in pixels.split(AT_ONCE):
@@ -133,8 +138,12 @@ class Judge:
         return logits.argmax(1), features * self.scale
 
     def real_distance(self, count: int) -> float:
-        """The Fréchet distance of as many real images (of all there are, at most), evenly picked: what a perfect model has."""
-        rows = torch.arange(min(count, len(self.real))) * len(self.real) // min(count, len(self.real))
+        """The Fréchet distance of `count` evenly spaced test images, or of all if fewer.
+
+        A perfect model has this distance.
+        """
+        count = min(count, len(self.real))
+        rows = torch.arange(count) * len(self.real) // count
         return frechet_distance(Moments.of(self.real[rows]), self.reference)
 
 
@@ -147,25 +156,27 @@ class JudgeStep:
 
 
 def judge_path(directory: Path) -> Path:
-    """Where a dataset's judge lies: beside it."""
-    whole = directory if directory.name else directory.absolute()
-    return whole.with_name(f"{whole.name}-judge.safetensors")
+    """The file of a dataset's judge, beside the dataset."""
+    named = directory if directory.name else directory.absolute()
+    return named.with_name(f"{named.name}-judge.safetensors")
 
 
 def labels_of_captions(dataset: Dataset) -> dict[str, int]:
-    """The label that each caption means. Captions that images of several labels share are left out.
+    """The label that each caption means. Captions of images with several labels are left out.
 
     Raises:
-        SanaError: the dataset has no labels, or latents in place of pixels.
+        SanaError: the dataset has latents, no labels, or no caption that means one label.
     """
     labels = dataset.labels()
-    if dataset.index["image"]["kind"] != "pixels":
-        raise SanaError(f"{dataset.directory} holds latents; sana eval judges pixels", "embed it without data.autoencoder")
+    if dataset.index.image.kind != "pixels":
+        raise SanaError(
+            f"{dataset.directory} holds latents; sana eval judges pixels", "embed it without data.autoencoder"
+        )
     if labels is None or int(labels.max()) < 1:
         raise SanaError(
             f"{dataset.directory} has no labels, so nothing says what a picture should show",
-            "sana eval needs a dataset whose source has labels: mnist, idx files with labels, or a folder with a sub-folder for "
-            "each class",
+            "sana eval needs a dataset whose source has labels: mnist, idx files with labels, "
+            "or a folder with a sub-folder for each class",
         )
     meant: dict[int, set[int]] = {}
     for ids, label in zip(dataset.caption_ids(np.arange(len(dataset))), labels.tolist(), strict=True):
@@ -181,87 +192,113 @@ def labels_of_captions(dataset: Dataset) -> dict[str, int]:
     return known
 
 
-def obtain(dataset: Dataset, held_out: Dataset | None, device: torch.device) -> Iterator[JudgeStep | Judge]:
-    """The judge of a dataset: the one beside it, or a new one, which is then put there. Yields progress, and the judge last.
+def load_or_train(
+    dataset: Dataset, held_out: Dataset | None, device: torch.device
+) -> Iterator[JudgeStep | Judge]:
+    """Load a dataset's judge, or train and save one. Yields progress, and last the judge.
 
     Args:
         dataset: with labels, of pixels.
-        held_out: real images that it is measured on; None: every tenth image of the dataset, which it is not trained on.
-        device: where it works.
+        held_out: real images to test it on. None: every tenth image of the dataset, which is
+            then left out of training.
+        device: of the classifier.
+
+    Raises:
+        SanaError: the images are too small, or the held-out set has no labels.
     """
-    path = judge_path(dataset.directory)
     labels = dataset.labels()
-    assert labels is not None, "labels_of_captions has looked"
-    classes = int(labels.max()) + 1
-    about = {"version": str(VERSION), "dataset": dataset.index["sha256"], "held_out": _sha256(held_out)}
+    assert labels is not None, "labels_of_captions has checked this"
+    classes, path = int(labels.max()) + 1, judge_path(dataset.directory)
+    about = {"version": str(VERSION), "dataset": dataset.index.sha256}
+    about["held_out"] = "" if held_out is None else held_out.index.sha256
     if path.is_file():
         kept = _load(path, dataset.image_shape[0], classes, about, device)
         if kept is not None:
             yield kept
             return
     if min(dataset.image_shape[1:]) < SMALLEST:
-        raise SanaError(f"{dataset.directory}: its images are smaller than {SMALLEST} pixels, too small to judge")
-    rows = np.arange(min(len(dataset), MOST_IMAGES))
-    images, labels = dataset.pixels(rows), labels[: len(rows)].long()
-    if held_out is None:
-        tenth = torch.from_numpy(rows % 10 == 9)
-        real, real_labels, images, labels = images[tenth], labels[tenth], images[~tenth], labels[~tenth]
-    else:
-        found = held_out.labels()
-        if found is None:
-            raise SanaError(f"{held_out.directory} has no labels", "embed it again, or set data.held_out_split=null")
-        real, real_labels = held_out.pixels(np.arange(len(held_out))), found.long()
+        raise SanaError(
+            f"{dataset.directory}: its images are smaller than {SMALLEST} pixels, too small to judge"
+        )
+    training, test = _split(dataset, labels, held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = Classifier(dataset.image_shape[0], classes)
-    yield from _train(classifier, images, labels, device)
-    bare = Judge(classifier, Moments(torch.empty(0), torch.empty(0)), torch.empty(0), torch.empty(0), 0.0, 1.0)
-    _, features = bare.look(images)
-    scale = float((VARIANCE / features.double().var(0).mean()) ** 0.5)
-    answers, real_features = bare.look(real)
-    each = [scatter(features[labels == label] * scale) if (labels == label).sum() > 1 else math.nan for label in range(classes)]
-    judge = Judge(
-        classifier,
-        Moments.of(features * scale),
-        torch.tensor(each, dtype=torch.float64),
-        real_features * scale,
-        float((answers == real_labels).float().mean()),
-        scale,
-    )
+    yield from _train(classifier, training, device)
+    judge = _measure(classifier, training, test)
     _save(path, judge, about)
     yield judge
 
 
-def _sha256(dataset: Dataset | None) -> str:
-    return "" if dataset is None else str(dataset.index["sha256"])
+@dataclass(frozen=True)
+class _Images:
+    pixels: Tensor  # (n, C, H, W), uint8
+    labels: Tensor  # (n,)
 
 
-def _train(classifier: Classifier, images: Tensor, labels: Tensor, device: torch.device) -> Iterator[JudgeStep]:
-    """Cross-entropy with smoothed labels on slightly turned, scaled, slanted and shifted images; AdamW, one cycle.
+def _split(dataset: Dataset, labels: Tensor, held_out: Dataset | None) -> tuple[_Images, _Images]:
+    """Images to train on, and images to test on."""
+    rows = np.arange(min(len(dataset), MOST_IMAGES))
+    pixels, labels = dataset.pixels(rows), labels[: len(rows)].long()
+    if held_out is None:
+        tenth = torch.from_numpy(rows % 10 == 9)
+        return _Images(pixels[~tenth], labels[~tenth]), _Images(pixels[tenth], labels[tenth])
+    found = held_out.labels()
+    if found is None:
+        raise SanaError(
+            f"{held_out.directory} has no labels", "embed it again, or set data.held_out_split=null"
+        )
+    return _Images(pixels, labels), _Images(held_out.pixels(np.arange(len(held_out))), found.long())
 
-    `images` are uint8 (n, C, H, W). It draws from a generator of its own.
+
+def _measure(classifier: Classifier, training: _Images, test: _Images) -> Judge:
+    """The judge of a trained classifier: its accuracy, and the statistics of its features."""
+    empty = torch.empty(0)
+    unscaled = Judge(classifier, Moments(empty, empty), empty, empty, accuracy=0.0, scale=1.0)
+    _, features = unscaled.classify(training.pixels)
+    answers, real = unscaled.classify(test.pixels)
+    scale = float((VARIANCE / features.double().var(0).mean()) ** 0.5)
+    of_labels = [features[training.labels == label] * scale for label in range(classifier.head.out_features)]
+    scatters = [scatter(found) if len(found) > 1 else math.nan for found in of_labels]
+    return Judge(
+        classifier,
+        reference=Moments.of(features * scale),
+        scatter=torch.tensor(scatters, dtype=torch.float64),
+        real=real * scale,
+        accuracy=float((answers == test.labels).float().mean()),
+        scale=scale,
+    )
+
+
+def _train(classifier: Classifier, images: _Images, device: torch.device) -> Iterator[JudgeStep]:
+    """Minimise cross-entropy with smoothed labels on distorted images, by AdamW in one cycle.
+
+    Random numbers come from a generator of its own.
     """
     generator = torch.Generator().manual_seed(0)
     classifier.to(device).train()
-    each = max(1, len(images) // BATCH)
+    batches = max(1, len(images.labels) // BATCH)  # of an epoch
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=LR, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=EPOCHS * each, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LR, total_steps=EPOCHS * batches, pct_start=0.15
+    )
     for epoch in range(EPOCHS):
-        order = torch.randperm(len(images), generator=generator)
-        for number in range(each):
+        order = torch.randperm(len(images.labels), generator=generator)
+        for number in range(batches):
             rows = order[number * BATCH : (number + 1) * BATCH]
-            pixels = _distorted(images[rows].float() / 127.5 - 1, generator).to(device)
-            loss = F.cross_entropy(classifier(pixels)[0], labels[rows].to(device), label_smoothing=0.05)
+            pixels = _distort(images.pixels[rows].float() / 127.5 - 1, generator).to(device)
+            logits, _ = classifier(pixels)
+            loss = F.cross_entropy(logits, images.labels[rows].to(device), label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            yield JudgeStep(epoch * each + number + 1, EPOCHS * each)
+            yield JudgeStep(epoch * batches + number + 1, EPOCHS * batches)
     classifier.eval()
 
 
-def _distorted(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture under a small affine map of its own; what comes in at the border is the border's."""
+def _distort(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn, scale, stretch and shift each picture a little. Empty parts repeat its border."""
     count = len(pixels)
 
     def between(bound: float) -> Tensor:
@@ -278,34 +315,38 @@ def _distorted(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 def _save(path: Path, judge: Judge, about: dict[str, str]) -> None:
     tensors = {f"classifier.{name}": tensor.cpu() for name, tensor in judge.classifier.state_dict().items()}
-    tensors |= {"mean": judge.reference.mean, "covariance": judge.reference.covariance, "scatter": judge.scatter}
-    tensors |= {"real": judge.real, "numbers": torch.tensor([judge.accuracy, judge.scale], dtype=torch.float64)}
+    tensors |= {"mean": judge.reference.mean, "covariance": judge.reference.covariance}
+    tensors |= {"scatter": judge.scatter, "real": judge.real}
+    tensors["numbers"] = torch.tensor([judge.accuracy, judge.scale], dtype=torch.float64)
     with files.whole_file(path) as partial:
         files.write_tensors(partial, tensors, about)
 
 
-def _load(path: Path, channels: int, classes: int, about: dict[str, str], device: torch.device) -> Judge | None:
-    """The judge kept at `path`; None if it is of another dataset, of another version, or cannot be read: it is made anew."""
+def _load(
+    path: Path, channels: int, classes: int, about: dict[str, str], device: torch.device
+) -> Judge | None:
+    """The judge in a file. None: it is of another dataset or version, or cannot be read."""
     try:
         if {key: files.read_metadata(path).get(key) for key in about} != about:
             return None
         tensors = {name: tensor.clone() for name, tensor in files.read_tensors(path).items()}
-        classifier = Classifier(channels, classes)
-        prefix = "classifier."
-        classifier.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        classifier, prefix = Classifier(channels, classes), "classifier."
+        names = [name for name in tensors if name.startswith(prefix)]
+        classifier.load_state_dict({name.removeprefix(prefix): tensors[name] for name in names})
         accuracy, scale = tensors["numbers"].tolist()
         moments = Moments(tensors["mean"], tensors["covariance"])
-        return Judge(classifier.eval().to(device), moments, tensors["scatter"], tensors["real"], accuracy, scale)
+        classifier.eval().to(device)
+        return Judge(classifier, moments, tensors["scatter"], tensors["real"], accuracy, scale)
     except (SanaError, OSError, KeyError, ValueError, RuntimeError):
         return None
 
 
-# --- a verdict ---------------------------------------------------------------------------------------------------------
+# --- verdicts ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Share:
-    """How many of `count` pictures show what their caption means, with the 95 % confidence interval of that share."""
+    """How many of `count` pictures show what their caption means."""
 
     name: str
     hits: int
@@ -318,26 +359,26 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's."""
+        """Its 95 % confidence interval (Wilson)."""
         return wilson(self.hits, self.count)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of pictures."""
+    """A judge's results for a set of pictures."""
 
     total: Share
     captions: tuple[Share, ...]
     labels: tuple[Share, ...]
-    distance: float  # Fréchet, to the dataset
+    distance: float  # Fréchet, to the dataset; NaN for one picture
     distance_spread: float  # its standard deviation
     real_distance: float  # of as many real images
-    diversity: float  # scatter of features within a caption over that of real images of its label; 1 is as diverse
+    diversity: float  # scatter of features within a caption, over that of real images of its label
 
 
-def give(judge: Judge, pixels: Tensor, captions: Sequence[str], meaning: dict[str, int]) -> Verdict:
-    """A judge's verdict on pictures (n, C, H, W) of `captions`, whose labels are in `meaning`."""
-    answers, features = judge.look(pixels)
+def verdict_on(judge: Judge, pixels: Tensor, captions: Sequence[str], meaning: dict[str, int]) -> Verdict:
+    """Judge pictures (n, C, H, W) of n captions, whose labels are in `meaning`."""
+    answers, features = judge.classify(pixels)
     asked = torch.tensor([meaning[caption] for caption in captions])
     right, names = answers == asked, np.array(captions, dtype=object)
 

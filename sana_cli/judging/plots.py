@@ -1,4 +1,7 @@
-"""Plots of what `sana eval` found, by matplotlib (the `plot` extra), which is imported only here. It computes nothing."""
+"""Plot the results of `sana eval`. It computes nothing.
+
+Only this module imports matplotlib (the `plot` extra).
+"""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -18,11 +21,13 @@ def check_matplotlib() -> None:
         SanaError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise SanaError("--plot needs matplotlib", "install it with: pip install 'sana-cli[plot]', or leave --plot out")
+        raise SanaError(
+            "`plot` needs matplotlib", "install it with: pip install 'sana-cli[plot]', or leave `plot` out"
+        )
 
 
 def evaluation(record: Mapping[str, Any], path: Path) -> None:
-    """What `commands.eval.record` gives, as a picture: curves over the guidance scale, or bars for one setting alone."""
+    """Plot a record of `commands.eval`: several results by guidance scale, one by caption."""
     results = record["results"]
     if len(results) > 1:
         _sweep(results, path, str(record["target"]))
@@ -31,7 +36,10 @@ def evaluation(record: Mapping[str, Any], path: Path) -> None:
 
 
 def _sweep(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Accuracy, Fréchet distance and diversity over the guidance scale, a curve for each solver and number of steps."""
+    """Accuracy, Fréchet distance and diversity over the guidance scale.
+
+    There is a curve for each solver and number of steps.
+    """
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         settings = result["settings"]
@@ -42,13 +50,24 @@ def _sweep(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
         shares = [point["accuracy"] for point in points]
         low = [100 * (share["accuracy"] - share["low"]) for share in shares]
         high = [100 * (share["high"] - share["accuracy"]) for share in shares]
-        panels[0].errorbar(scales, [100 * share["accuracy"] for share in shares], [low, high], marker="o", capsize=2, label=name)
+        panels[0].errorbar(
+            scales,
+            [100 * share["accuracy"] for share in shares],
+            [low, high],
+            marker="o",
+            capsize=2,
+            label=name,
+        )
         distances = [point["frechet_distance"] for point in points]
-        panels[1].errorbar(scales, distances, [point["frechet_distance_spread"] for point in points], marker="o", capsize=2)
+        panels[1].errorbar(
+            scales, distances, [point["frechet_distance_spread"] for point in points], marker="o", capsize=2
+        )
         panels[2].plot(scales, [point["diversity"] for point in points], marker="o")
     panels[1].axhline(results[0]["real_frechet_distance"], color="grey", linestyle="--", label="real images")
     panels[2].axhline(1, color="grey", linestyle="--", label="real images")
-    for panel, label in zip(panels, ("read as prompted, %", "Fréchet distance", "diversity within a caption"), strict=True):
+    for panel, label in zip(
+        panels, ("read as prompted, %", "Fréchet distance", "diversity within a caption"), strict=True
+    ):
         panel.set(xlabel="guidance scale", ylabel=label)
         panel.legend(fontsize="small")
     panels[1].set_ylim(bottom=0)
@@ -57,7 +76,7 @@ def _sweep(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 
 
 def _captions(result: Mapping[str, Any], path: Path, title: str) -> None:
-    """Accuracy of each caption with its confidence interval."""
+    """Accuracy of each caption, with its confidence interval."""
     shares = result["captions"]
     figure, (panel,) = _panels(1, width=max(WIDTH, 0.4 * len(shares)))
     heights = [100 * share["accuracy"] for share in shares]
@@ -69,13 +88,26 @@ def _captions(result: Mapping[str, Any], path: Path, title: str) -> None:
     _save(figure, path, title)
 
 
-def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], real_distance: float, path: Path) -> None:
-    """Accuracy and Fréchet distance over training time, a curve for each run of points `seconds`, `accuracy`, `distance`, ..."""
+def training_curves(
+    runs: Mapping[str, Sequence[Mapping[str, float]]], real_distance: float, path: Path
+) -> None:
+    """Plot accuracy and Fréchet distance over training time, a curve for each run.
+
+    Args:
+        runs: points by name, with `seconds`, `accuracy`, its `low` and `high`, `distance`.
+        real_distance: the Fréchet distance of real images.
+        path: the picture to write.
+    """
     figure, panels = _panels(2)
     for name, points in runs.items():
         seconds = [point["seconds"] for point in points]
-        error = [[100 * (p["accuracy"] - p["low"]) for p in points], [100 * (p["high"] - p["accuracy"]) for p in points]]
-        panels[0].errorbar(seconds, [100 * point["accuracy"] for point in points], error, marker="o", capsize=2, label=name)
+        error = [
+            [100 * (p["accuracy"] - p["low"]) for p in points],
+            [100 * (p["high"] - p["accuracy"]) for p in points],
+        ]
+        panels[0].errorbar(
+            seconds, [100 * point["accuracy"] for point in points], error, marker="o", capsize=2, label=name
+        )
         panels[1].plot(seconds, [point["distance"] for point in points], marker="o", label=name)
     panels[1].axhline(real_distance, color="grey", linestyle="--", label="real test images")
     for panel, label in zip(panels, ("read as prompted, %", "Fréchet distance"), strict=True):
@@ -87,7 +119,7 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], real_dist
 
 
 def _panels(count: int, width: float = WIDTH) -> tuple[Any, Sequence[Any]]:
-    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+    from matplotlib.figure import Figure  # pyplot would look for a screen
 
     figure = Figure(figsize=(width * count, HEIGHT), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]
@@ -100,4 +132,4 @@ def _save(figure: Any, path: Path, title: str) -> None:
     if title:
         figure.suptitle(title, fontsize="small")
     with files.whole_file(path) as partial:
-        figure.savefig(partial, dpi=130, format=outputs.format_of("--plot", path, outputs.PLOTS))
+        figure.savefig(partial, dpi=130, format=outputs.format_of("`plot`", path, outputs.PLOTS))

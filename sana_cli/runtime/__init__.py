@@ -1,1 +1,1 @@
-"""What a process runs on: devices, other processes, files, the hub. It knows no model and no picture."""
+"""What a process runs on: devices, other processes, files, the hub. It knows no model."""

@@ -1,4 +1,7 @@
-"""Devices, precisions and memory: which there are, and which a config means. It knows no model."""
+"""Devices, precisions and memory: what the machine has, and what a config selects.
+
+It knows no model.
+"""
 
 import contextlib
 import ctypes
@@ -6,7 +9,7 @@ import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,15 +18,16 @@ import torch
 from sana_cli.choices import Precision
 from sana_cli.errors import SanaError
 
-resource: Any = importlib.import_module("resource") if importlib.util.find_spec("resource") else None  # Windows has none
+# not on Windows
+resource: Any = importlib.import_module("resource") if importlib.util.find_spec("resource") else None
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt (malloc.h)
-KEPT_PIECE = 1 << 25  # bytes of the largest tensor whose memory is kept when it is freed: older glibc allow no more
-KEPT = 1 << 30  # bytes kept in all
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # parameters of glibc's mallopt (malloc.h)
+MAX_KEPT_BLOCK = 1 << 25  # bytes: larger tensors return their memory when freed; older glibc allow no more
+MAX_KEPT = 1 << 30  # bytes kept in all
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else the CPU; anything else must be there. Freed memory is kept from here on.
+    """Resolve a device name; `auto` is CUDA, MPS or the CPU. Also call `keep_freed_memory`.
 
     Raises:
         SanaError: this machine has no such device.
@@ -35,21 +39,27 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise SanaError(f"no device {name!r}", "devices are auto, cpu, mps, cuda and cuda:N", exit_code=2) from error
-    here = {"cpu": True, "cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps}
-    if not here.get(device.type, False):
-        raise SanaError(f"this machine has no device {name}", f"it has: {', '.join(devices())}; auto takes the best of them")
+        raise SanaError(
+            f"no device {name!r}", "devices are auto, cpu, mps, cuda and cuda:N", exit_code=2
+        ) from error
+    has_cuda = cuda and (device.index or 0) < torch.cuda.device_count()
+    available = {"cpu": True, "cuda": has_cuda, "mps": mps}
+    if not available.get(device.type, False):
+        raise SanaError(
+            f"this machine has no device {name}",
+            f"it has: {', '.join(devices())}; auto takes the best of them",
+        )
     return device
 
 
 def devices() -> list[str]:
-    """The names of this machine's devices, the CPU first."""
+    """List the names of this machine's devices, the CPU first."""
     cuda = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether bf16 products run in hardware rather than by conversion: then bf16 is the faster choice."""
+    """Whether the hardware multiplies in bf16, which makes bf16 the faster choice."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -58,31 +68,36 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies in bf16: AVX-512 or AMX on x86-64, the bf16 instructions on ARM."""
+    """Whether this CPU multiplies in bf16: AVX-512 or AMX on x86-64, or bf16 on ARM."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the device has it natively, else fp32.
+    """Resolve a precision; `auto` is bf16 if the device has it natively, else fp32.
 
     Raises:
-        SanaError: it is none of `choices.Precision`.
+        SanaError: it is not one of `choices.Precision`.
     """
     if name not in get_args(Precision):
         raise SanaError(f"precision: {name!r} is not one of {', '.join(get_args(Precision))}", exit_code=2)
     return ("bf16" if has_native_bf16(device) else "fp32") if name == "auto" else name
 
 
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bf16 autocast, or none for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: allocated on CUDA, resident in this process otherwise."""
+    """Peak bytes so far: allocated on CUDA, otherwise resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that could still be taken on the device, or None where the system does not tell."""
+    """Bytes still available on the device; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -94,7 +109,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device, or the system, has no room for a tensor: CUDA has a class for it, others words."""
+    """Whether an error means out of memory: a class on CUDA, elsewhere only a message."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
@@ -102,12 +117,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory now, or have been at most where the system does not tell."""
+    """Resident bytes of this process now; the peak if the system does not report it."""
     return _status("VmRSS")
 
 
 def _status(field: str) -> int:
-    with contextlib.suppress(OSError, StopIteration, IndexError, ValueError):  # Linux: of this program, not of its parent as well
+    """Read a field of Linux's /proc/self/status, in bytes; elsewhere the peak resident size."""
+    # ru_maxrss is inherited from the parent process on Linux
+    with contextlib.suppress(OSError, StopIteration, IndexError, ValueError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
     if resource is None:
@@ -120,21 +137,24 @@ T = TypeVar("T")
 
 
 class Stage:
-    """The models of one command on one device: one at a time (`offload`), or each kept once it is there.
+    """The models of one command on one device: all kept, or with `offload` one at a time.
 
-    A model is loaded straight on to the device when it is first needed and dropped when its turn is over; nobody needs it
-    a second time. `report` is told of each coming and going.
+    Each model is loaded straight onto the device and used once. `report` is called with "load"
+    or "free" and the model's name.
     """
 
     def __init__(
-        self, device: torch.device, offload: bool, report: Callable[[str, str], None] = lambda _what, _name: None
+        self,
+        device: torch.device,
+        offload: bool,
+        report: Callable[[str, str], None] = lambda _what, _name: None,
     ) -> None:
         self.device, self.offload, self.report = device, offload, report
         self.kept: dict[str, Any] = {}
 
     @contextmanager
     def hold(self, name: str, load: Callable[[], T]) -> Iterator[T]:
-        """What `load` gives, for as long as the block lasts. The block must keep no other reference to it."""
+        """Load a model for the block, which must keep no other reference to it."""
         model = load()
         self.report("load", name)
         try:
@@ -149,33 +169,33 @@ class Stage:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what tensors on the CPU free, for the next ones; `return_memory` still gives it back.
+    """Keep the memory of freed CPU tensors for later ones. `return_memory` still returns it.
 
-    glibc by itself returns it to the system after nearly every operation, and a third of the time of drawing went into the page faults
-    of taking it again.
+    By default glibc returns it to the system after nearly every operation. A third of the
+    sampling time then went into page faults.
     """
-    _glibc("mallopt", MMAP_THRESHOLD, KEPT_PIECE)
-    _glibc("mallopt", TRIM_THRESHOLD, KEPT)
+    _glibc("mallopt", MMAP_THRESHOLD, MAX_KEPT_BLOCK)
+    _glibc("mallopt", TRIM_THRESHOLD, MAX_KEPT)
 
 
 def _glibc(function: str, *arguments: int) -> None:
-    """Call a function of the C library, where it is glibc."""
+    """Call a function of the C library if it is glibc."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
 
 
 def release_memory(device: torch.device) -> None:
-    """Free what only cycles still hold, and give all back to the system, so that the next model finds room."""
+    """Collect reference cycles and return freed memory, to make room for a model."""
     gc.collect()
     return_memory(device)
 
 
 def return_memory(device: torch.device) -> None:
-    """Give back to the system what freed tensors held."""
+    """Return the memory of freed tensors to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
     else:
-        _glibc("malloc_trim", 0)  # it keeps what was freed until it is told
+        _glibc("malloc_trim", 0)

@@ -1,6 +1,6 @@
-"""Several processes, as torchrun starts them: which one this is, what they agree on, and a model spread over them.
+"""Several processes, as torchrun starts them: ranks, communication, DDP and FSDP.
 
-One process needs none of it, and no environment variables. It reads torchrun's and knows no model, dataset or file.
+A single process needs no environment variables. This module knows no model, dataset or file.
 """
 
 import json
@@ -17,69 +17,69 @@ from torch import Tensor, nn
 from sana_cli.errors import SanaError
 from sana_cli.runtime.launch import launch
 
-WAIT = timedelta(days=7)  # for another process: a share of an embedding, a checkpoint or a grid of samples
+WAIT = timedelta(days=7)  # for another process to embed its share, or write a checkpoint or a grid
 
-# Groups that have been left, which are never freed. Freeing one waits for gloo's threads while it holds the interpreter, which
-# a thread that is letting go of its last tensor waits for in turn: one end of a run in a hundred would hang.
-_left: list[Any] = []
+# Old process groups are never freed. Freeing one waits for gloo's threads with the GIL held,
+# while such a thread may need the GIL to free its last tensor: one run in a hundred would hang.
+_old_groups: list[Any] = []
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its equals. Every method but `first` is to be called by all of them."""
+    """The rank of this process, and communication: every rank must call each method."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that speaks and writes what is written once."""
+        """Whether this is rank 0, which prints and writes shared files."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Go on once all processes are here.
+        """Wait until all ranks are here.
 
         Raises:
             SanaError: another one has ended.
         """
         if self.size > 1:
-            with others_gone():
+            with _connection_errors():
                 torch.distributed.barrier()
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of all processes' tensors, on the CPU."""
+        """Sum a CPU tensor over all ranks, in place."""
         if self.size > 1:
-            with others_gone():
+            with _connection_errors():
                 torch.distributed.all_reduce(values)
         return values
 
     def largest(self, value: int) -> int:
-        """The largest of all processes' numbers."""
+        """The maximum over all ranks."""
         if self.size == 1:
             return value
         values = torch.tensor([value])
-        with others_gone():
+        with _connection_errors():
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
         return int(values)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has to say, as JSON, at all of them."""
+        """The values of all ranks, in order, on every rank; a value must be JSON."""
         if self.size == 1:
             return [value]
-        said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        room = torch.zeros(self.largest(len(said)), dtype=torch.uint8)
-        room[: len(said)] = said
-        heard = [torch.empty_like(room) for _ in range(self.size)]
-        with others_gone():
-            torch.distributed.all_gather(heard, room)
-        return [json.loads(bytes(one.tolist()).rstrip(b"\0")) for one in heard]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        padded = torch.zeros(self.largest(len(text)), dtype=torch.uint8)
+        padded[: len(text)] = text
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        with _connection_errors():
+            torch.distributed.all_gather(gathered, padded)
+        return [json.loads(bytes(one.tolist()).rstrip(b"\0")) for one in gathered]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all processes do, with no word among them in it, and leave together: what goes wrong in one stops all.
+        """Run a block, without communication inside, on every rank. If one fails, all raise.
 
         Raises:
-            SanaError: what the block raised in some processes, told by the first.
+            SanaError: the error of the lowest failing rank; only rank 0 prints it.
         """
         problem: SanaError | None = None
         try:
@@ -92,22 +92,23 @@ class World:
             raise problem
 
     def _agree(self, problem: SanaError | None) -> None:
-        said = self.gather(None if problem is None else [str(problem), problem.exit_code])
-        wrong = {rank: text_and_code for rank, text_and_code in enumerate(said) if text_and_code is not None}
-        if not wrong:
+        """Raise the first problem of any rank on all of them."""
+        gathered = self.gather(None if problem is None else [str(problem), problem.exit_code])
+        failed = {rank: entry for rank, entry in enumerate(gathered) if entry is not None}
+        if not failed:
             return
-        rank, (text, code) = next(iter(wrong.items()))
+        rank, (text, code) = next(iter(failed.items()))
         lines = text.splitlines()
-        if len(wrong) < self.size:
+        if len(failed) < self.size:
             lines[0] = f"process {rank} of {self.size}: {lines[0]}"
         error = SanaError(*lines, exit_code=code)
-        error.told = not self.first
+        error.silent = not self.first
         raise error
 
 
 @contextmanager
-def others_gone() -> Iterator[None]:
-    """Words for what a broken connection means.
+def _connection_errors() -> Iterator[None]:
+    """Turn a broken connection into an error message.
 
     Raises:
         SanaError: another process has ended.
@@ -119,22 +120,22 @@ def others_gone() -> Iterator[None]:
         if not broken:
             raise
         gone = SanaError("another process of this run has stopped; its message says why")
-        gone.told = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+        gone.silent = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
         raise gone from error
 
 
 @contextmanager
 def world(cuda: bool = False) -> Iterator[World]:
-    """The processes of this run, connected for as long as the block lasts; alone without torchrun.
+    """Connect the processes of this run during the block; without torchrun, just this one.
 
-    They talk through gloo; with `cuda`, tensors on GPUs go through NCCL.
+    They communicate through gloo; with `cuda`, GPU tensors go through NCCL.
     """
     process = launch()
     if process.size == 1:
         yield World()
         return
     if cuda:
-        torch.cuda.set_device(process.local_rank)  # where NCCL and FSDP look for it
+        torch.cuda.set_device(process.local_rank)  # NCCL and FSDP read it
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
     here = World(torch.distributed.get_rank(), process.size)
     try:
@@ -143,40 +144,36 @@ def world(cuda: bool = False) -> Iterator[World]:
         error.process = here.rank
         raise
     finally:
-        _left.append(torch.distributed.group.WORLD)
+        _old_groups.append(torch.distributed.group.WORLD)
         torch.distributed.destroy_process_group()
 
 
-class Spread:
-    """A model spread over the processes: a replica in each (`ddp`), or a shard of every parameter (`fsdp`).
+class Replicas:
+    """A model in DDP; unwrapped with one process or shards. Call `model` for training."""
 
-    `model` is what to call for training.
-    """
-
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], kind: str, here: World, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, world: World | None, device: torch.device) -> None:
         self.model, self._replica = model, None
-        if here.size > 1 and kind == "fsdp":
-            shard(model, blocks, device)
-        elif here.size > 1:
+        if world is not None and world.size > 1:
             own = [device.index] if device.type == "cuda" else None
-            # of a depthwise convolution's weight (C, 1, 3, 3), whose memory is the same whichever strides it is given
+            # about depthwise weights (C, 1, 3, 3), whose memory is the same for either strides
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             self._replica = nn.parallel.DistributedDataParallel(model, device_ids=own)
             self.model = self._replica
 
     @contextmanager
     def gradients(self, last: bool) -> Iterator[None]:
-        """Around a micro-batch's forward and backward pass. Replicas exchange gradients in the last of a step only.
+        """Wrap a forward and backward pass. DDP syncs gradients in a step's `last` micro-batch.
 
-        Shards exchange them in each: what is not exchanged would have to be kept whole, which is what shards are to avoid.
+        Shards sync in every micro-batch: otherwise each rank would have to hold whole
+        gradients.
         """
-        wait = self._replica.no_sync() if self._replica is not None and not last else nullcontext()
-        with wait, others_gone():
+        no_sync = self._replica.no_sync() if self._replica is not None and not last else nullcontext()
+        with no_sync, _connection_errors():
             yield
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
-    """FSDP2: each block's parameters, and the rest's, are shards in each process, gathered when the block runs."""
+    """Shard a model with FSDP2. Each block's parameters are gathered when it runs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -187,13 +184,13 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded. To be called by all processes."""
+    """Gather a tensor that may be sharded. Every rank must call this."""
     gather = cast("Callable[[], Tensor] | None", getattr(tensor, "full_tensor", None))
     return tensor if gather is None else gather()
 
 
 def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, which every process has, on the parameter's device: all of it, or this process's shard."""
+    """Copy a whole `tensor` to the parameter's device; only this rank's shard if sharded."""
     tensor = tensor.to(parameter.device, copy=True)
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:

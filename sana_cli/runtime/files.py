@@ -1,4 +1,4 @@
-"""Files that are whole or not there: synced writes, JSON that knows its own hash, folders that appear at once.
+"""Atomic and synced writes of files and folders, JSON with its own hash, and locks.
 
 It knows nothing of what the files hold.
 """
@@ -25,21 +25,21 @@ from torch import Tensor
 from sana_cli.errors import SanaError, one_line
 from sana_cli.units import as_json
 
-# Windows has none: there nothing keeps a second process from the same directory
+# not on Windows, where nothing stops two processes from writing one directory
 fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
-_UNSEALED = '"sha256": ""'
+_EMPTY_HASH = '"sha256": ""'
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hash the bytes of a file: hex digest."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Push a file's or a folder's bytes to the disk, so that a rename after it cannot overtake them."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    """Flush a file or folder to the disk, so that a later rename cannot overtake it."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -58,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """Readable JSON."""
+    """Format readable JSON."""
     return as_json(content, indent=2) + "\n"
 
 
@@ -67,10 +67,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json_text(content))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write and sync a safetensors file."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path.touch()  # the umask says its mode; the library writes through a private temporary file
+    path.touch()  # takes its mode from the umask; the library replaces it by a private temporary file
     mode = stat.S_IMODE(path.stat().st_mode)
     try:
         safetensors.torch.save_file(whole, path, metadata=None if metadata is None else dict(metadata))
@@ -79,13 +81,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    with suppress(OSError):  # a file system that knows no modes
+    with suppress(OSError):  # a file system without modes
         path.chmod(mode)
     sync(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, memory-mapped.
+    """Read all tensors of a safetensors file, memory-mapped.
 
     Raises:
         SanaError: it is missing or damaged.
@@ -98,7 +100,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself.
+    """Read the metadata of a safetensors file.
 
     Raises:
         SanaError: it is missing or damaged.
@@ -111,7 +113,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: the length of a JSON header, and that header.
+    """Whether a file begins like safetensors: the length of a JSON header, then the header.
 
     Raises:
         SanaError: it cannot be read.
@@ -127,12 +129,12 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_lfs_pointer(beginning: bytes) -> bool:
-    """Whether a file's first bytes are those of a Git LFS pointer: the note that stands for a file until `git lfs pull`."""
+    """Whether a file's first bytes are a Git LFS pointer, its stand-in until `git lfs pull`."""
     return beginning.startswith(LFS_POINTER)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         SanaError: it is missing or not JSON.
@@ -147,15 +149,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON whose last field `sha256` is the hash of the file's own text with that field empty."""
+    """Write JSON whose last field `sha256` hashes its own text with that field empty."""
     text = json_text({**content, "sha256": ""})
     digest = hashlib.sha256(text.encode()).hexdigest()
-    head, _, tail = text.rpartition(_UNSEALED)
+    head, _, tail = text.rpartition(_EMPTY_HASH)
     write_text(path, f'{head}"sha256": "{digest}"{tail}')
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
-    """What `write_sealed_json` wrote.
+    """Read what `write_sealed_json` wrote.
 
     Raises:
         SanaError: the file is damaged.
@@ -165,7 +167,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
         content = json.loads(text)
         digest = content["sha256"]
         head, found, tail = text.rpartition(f'"sha256": "{digest}"')
-        whole = found and hashlib.sha256(f"{head}{_UNSEALED}{tail}".encode()).hexdigest() == digest
+        whole = found and hashlib.sha256(f"{head}{_EMPTY_HASH}{tail}".encode()).hexdigest() == digest
     except (ValueError, KeyError, TypeError, RecursionError):
         whole, content = False, {}
     if not whole:
@@ -174,7 +176,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
 
 def check_size(path: Path, expected: int) -> None:
-    """Refuse a file that is missing or has not `expected` bytes.
+    """Refuse a file that is missing or does not have `expected` bytes.
 
     Raises:
         SanaError: naming the file.
@@ -187,7 +189,7 @@ def check_size(path: Path, expected: int) -> None:
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Refuse a file whose bytes are not those that were written.
+    """Refuse a file whose bytes have changed since they were written.
 
     Raises:
         SanaError: naming the file.
@@ -196,39 +198,43 @@ def check_hash(path: Path, expected: str) -> None:
         raise SanaError(f"{path} is damaged: its bytes do not match the sha256 on record")
 
 
-_DESCRIPTORS = re.compile(r"/dev/(fd/.*|stdin|stdout|stderr)|/proc/[^/]+/fd/.*")
-_OURS = re.compile(r"/dev/fd/(\d+)|/proc/(?:self|\d+)/fd/(\d+)")
-_NAMED = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+_ANY_DESCRIPTOR = re.compile(r"/dev/(fd/.*|stdin|stdout|stderr)|/proc/[^/]+/fd/.*")
+_OWN_DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/(?:self|\d+)/fd/(\d+)")
+_STANDARD_STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
 def descriptor_of(target: Path) -> int | None:
-    """The number of the descriptor of this process that a path means, such as 1 for /dev/stdout; None for other paths."""
-    whole = os.path.abspath(target)  # noqa: PTH100 (which follows no link)
-    found = _OURS.fullmatch(whole.replace(f"/proc/{os.getpid()}/", "/proc/self/"))
-    if whole.startswith("/proc/") and not whole.startswith(("/proc/self/", f"/proc/{os.getpid()}/")):
+    """Our descriptor that a path means, such as 1 for /dev/stdout; None for other paths."""
+    path = os.path.abspath(target)  # noqa: PTH100 (resolve() would follow links)
+    found = _OWN_DESCRIPTOR.fullmatch(path.replace(f"/proc/{os.getpid()}/", "/proc/self/"))
+    if path.startswith("/proc/") and not path.startswith(("/proc/self/", f"/proc/{os.getpid()}/")):
         return None
-    return _NAMED.get(whole) if found is None else int(found[1] or found[2])
+    return _STANDARD_STREAMS.get(path) if found is None else int(found[1] or found[2])
 
 
 def regular_file(target: Path) -> Path | None:
-    """The regular file, there or not yet, that a path means through all links; None if it is a device, a pipe or a descriptor.
+    """Follow links to a regular file, existing or not; None for a device, pipe or descriptor.
 
     Raises:
         OSError: it is a folder, or links lead in a circle.
     """
     try:
         kind = target.stat().st_mode
-    except FileNotFoundError:  # or a link to what is not there yet
+    except FileNotFoundError:  # or a link to a file that does not exist yet
         return Path(os.path.realpath(target))
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    if not stat.S_ISREG(kind) or _DESCRIPTORS.fullmatch(os.path.abspath(target)):  # noqa: PTH100 (which follows no link)
+    path = os.path.abspath(target)  # noqa: PTH100 (resolve() would follow links)
+    if not stat.S_ISREG(kind) or _ANY_DESCRIPTOR.fullmatch(path):
         return None
     return Path(os.path.realpath(target))
 
 
 def _open_special(target: Path) -> IO[bytes]:
-    """A pipe, a device or a descriptor, to write into. A descriptor is written where it stands: opened anew it would begin again."""
+    """Open a pipe, a device or a descriptor for writing.
+
+    A descriptor is duplicated, which keeps its position: opening it again would start at 0.
+    """
     number = descriptor_of(target)
     if number is None:
         return target.open("wb")
@@ -240,18 +246,19 @@ def _open_special(target: Path) -> IO[bytes]:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write a file at, which becomes `target` once it is whole; until then what was there stays.
+    """Write a file at the yielded path; it replaces `target` at the end of the block.
 
-    A link is followed, and the file that it leads to is replaced. A device or a pipe is never replaced: it is written into, once
-    all is there. A killed process loses nothing by that. What has to outlive a power cut is written by a writer that syncs.
+    A link is followed, and its target is replaced. A device or a pipe is not replaced but
+    written at the end. A killed process leaves the old file intact. To survive a power cut, the
+    caller must sync.
     """
     real = regular_file(target)
     if real is None:
         with tempfile.TemporaryDirectory() as folder:
             partial = Path(folder) / target.name
             yield partial
-            with partial.open("rb") as whole, _open_special(target) as into:
-                shutil.copyfileobj(whole, into)
+            with partial.open("rb") as source, _open_special(target) as sink:
+                shutil.copyfileobj(source, sink)
         return
     real.parent.mkdir(parents=True, exist_ok=True)
     partial = real.with_name(real.name + ".partial")
@@ -267,10 +274,10 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(target: Path, partial: Path) -> Iterator[Path]:
-    """An empty folder at `partial` to write into, which becomes `target` at the end, or is removed on an error.
+    """Write into the empty folder `partial`, which replaces `target` at the end of the block.
 
-    `partial` must be on the file system of `target`. A killed process leaves it behind, for the next one to replace. A
-    `target` that is there already is put aside only now that the new one is whole, and then deleted.
+    Both must be on one file system. On an error, `partial` is removed. A killed process leaves
+    it behind, and the next one removes it. An existing `target` is deleted only at the end.
     """
     try:
         if partial.exists():
@@ -284,9 +291,9 @@ def whole_folder(target: Path, partial: Path) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, target: Path) -> None:
-    """A whole folder becomes `target`, on the same file system; one that was there is deleted once it is replaced."""
+    """Sync a folder and rename it to `target`, on one file system; delete an old `target`."""
     aside = partial.with_name(partial.name + ".replaced")
-    if target.exists() and aside.exists():  # what a killed process did not finish deleting
+    if target.exists() and aside.exists():  # left by a killed process
         shutil.rmtree(aside)
     for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
         sync(folder)
@@ -300,14 +307,15 @@ def put_in_place(partial: Path, target: Path) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Be the only process that writes a directory. The system ends the claim with the process, however that ends.
+    """Lock a directory for writing. The system releases the lock when the process ends.
 
-    The lock lies beside the directory, `.NAME.lock`, since the directory itself may be replaced; it says who holds it.
+    The lock file is `.NAME.lock` beside the directory, which may itself be replaced. It names
+    the process that holds it.
 
     Raises:
-        SanaError: another process has it; says which.
+        SanaError: another process holds the lock; says which.
     """
-    path = _lock_of(directory)
+    path = _lock_path(directory)
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,10 +323,10 @@ def locked(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise storage_error(error, f"writing {directory}") from error
         with file:
-            _claim(file, directory)
-            if not _lies_at(path, file):
-                continue  # the one before has just removed it
-            with suppress(OSError):  # a full disk: nobody will read it, and the claim holds
+            _lock(file, directory)
+            if not _is_at(path, file):
+                continue  # the previous holder has just removed it
+            with suppress(OSError):  # a full disk: the lock holds without the text
                 file.truncate(0)
                 file.write(f"process {os.getpid()}\n".encode())
             try:
@@ -330,28 +338,30 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def check_unlocked(directory: Path) -> None:
-    """Refuse a directory that another process writes, without a trace.
+    """Refuse a directory that another process is writing. Create no lock file.
 
     Raises:
-        SanaError: one does; says which.
+        SanaError: another process holds the lock; says which.
     """
-    with suppress(OSError), _lock_of(directory).open("rb") as file:  # no lock, or no folder for one: then nobody writes there
-        _claim(file, directory, shared=True)
+    with suppress(OSError), _lock_path(directory).open("rb") as file:  # no lock file: nobody writes
+        _lock(file, directory, shared=True)
 
 
-def _lock_of(directory: Path) -> Path:
-    whole = directory.resolve()
-    return whole.with_name(f".{whole.name}.lock")
+def _lock_path(directory: Path) -> Path:
+    path = directory.resolve()
+    return path.with_name(f".{path.name}.lock")
 
 
-def _lies_at(path: Path, file: IO[bytes]) -> bool:
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _claim(file: IO[bytes], directory: Path, shared: bool = False) -> None:
+def _lock(file: IO[bytes], directory: Path, shared: bool = False) -> None:
+    """Lock an open lock file of `directory`, or refuse."""
     if fcntl is None:
         return
     try:
@@ -360,15 +370,18 @@ def _claim(file: IO[bytes], directory: Path, shared: bool = False) -> None:
         file.seek(0)
         holder = one_line(file.read(100).decode(errors="replace").strip()) or "another process"
         raise SanaError(
-            f"{directory} is being written by {holder}", "wait until it is done, or end it; or choose another directory"
+            f"{directory} is being written by {holder}",
+            "wait until it is done, or end it; or choose another directory",
         ) from None
     except OSError:  # a network file system without locks
         pass
 
 
 def storage_error(error: OSError, doing: str) -> SanaError:
-    """One message for a full disk, a read-only folder and their kin."""
-    where = error.filename or ""
+    """Return the error for a full disk, a read-only folder and the like."""
     if error.errno == errno.ENOSPC:
-        return SanaError(f"the disk is full: {doing}", "free some space and run the command again; what was whole still is")
-    return SanaError(f"{doing}: {error.strerror or error}" + (f": {where}" if where else ""))
+        todo = "free some space and run the command again; finished work is kept"
+        return SanaError(f"the disk is full: {doing}", todo)
+    return SanaError(
+        f"{doing}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    )

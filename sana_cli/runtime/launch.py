@@ -1,8 +1,9 @@
-"""Which of several processes this is, as a launcher says it in the environment: torchrun, or one that sets the same variables.
+"""Which of several processes this is, from the environment of torchrun or a similar launcher.
 
-A job system may set `RANK` or `LOCAL_RANK` for purposes of its own, and a shell inside a distributed job has inherited them. So
-they count only for `sana embed` and `sana train`, and only where a launcher has set all that processes need to meet. It imports
-no torch and connects nothing.
+A job system may set `RANK` or `LOCAL_RANK` for its own purposes, and a shell inside a
+distributed job inherits them. So they count only for `sana embed` and `sana train`, and only if
+a launcher has set all variables that processes need to connect. It imports no torch and
+connects nothing.
 """
 
 import os
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 from sana_cli.errors import SanaError
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"
-MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torch.distributed's env:// needs
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torch.distributed's env:// needs
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One process of `size`: number `rank` of them all, number `local_rank` on its machine."""
+    """Process `rank` of `size`, and `local_rank` on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -26,31 +27,33 @@ class Launch:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that speaks for all."""
+        """Whether this is rank 0, which prints."""
         return self.rank == 0
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """What the environment says. One process, unless it is torchrun's or has all of `MEETING`.
+    """Read the environment. One process unless torchrun or all of `RENDEZVOUS` are in it.
 
     Raises:
-        SanaError: one of the variables is no number, or the rank is not below the size.
+        SanaError: a variable is not a number, or the rank is not below the size.
     """
     by_torchrun = TORCHRUN in environment
-    if not by_torchrun and any(name not in environment for name in MEETING):
+    if not by_torchrun and any(name not in environment for name in RENDEZVOUS):
         return Launch()
     numbers = {}
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         value = environment.get(name, default)
         if not value.isdecimal():
-            raise SanaError(f"{name} is {value!r} in the environment, not a number", f"unset {name}, or start with torchrun")
+            what = f"{name} is {value!r} in the environment, not a number"
+            raise SanaError(what, f"unset {name}, or start with torchrun")
         numbers[name] = int(value)
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
     if size < 1 or rank >= size:
-        raise SanaError(f"RANK is {rank} and WORLD_SIZE {size} in the environment", "unset both, or start with torchrun")
+        what = f"RANK is {rank} and WORLD_SIZE {size} in the environment"
+        raise SanaError(what, "unset both, or start with torchrun")
     return Launch(rank, size, numbers["LOCAL_RANK"], by_torchrun)
 
 
 def launch() -> Launch:
-    """`read_launch` of this process."""
+    """Read the environment of this process."""
     return read_launch(os.environ)

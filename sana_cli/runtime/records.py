@@ -1,16 +1,14 @@
-"""The JSON files that are ours, as types: what a dataset's index, a checkpoint's records and a picture's chunk must hold.
+"""Types of our JSON files: a dataset's index, a checkpoint's records, a picture's chunk.
 
-They may come from a stranger, so they are checked when they are read, and everyone else can rely on them. Keys that are not
-listed here are let through: a later version may write more. It knows no file but by its content.
+Their content may be untrusted, so it is checked once, when it is read. Keys without a field are
+kept, since a later version may write more. This module opens no file.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # typing's own is of no use to pydantic before Python 3.12
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sana_cli.errors import SanaError, one_line
 
@@ -19,14 +17,20 @@ Size = Annotated[int, Field(gt=0, le=65536)]
 
 
 def _is_inside(name: str) -> str:
-    """A file's name or relative path that leads nowhere but down."""
+    """Refuse a path that is absolute or could lead out of the folder."""
     parts = name.split("/")
-    if not name or not name.isprintable() or "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or ":" in name
+        or any(part in ("", ".", "..") for part in parts)
+    ):
         raise ValueError("must be the name of a file inside the folder")
     return name
 
 
 def _is_name(name: str) -> str:
+    """Refuse a path that is not a plain file name."""
     if "/" in _is_inside(name):
         raise ValueError("must be the name of a file in the same folder")
     return name
@@ -36,33 +40,57 @@ Inside = Annotated[str, AfterValidator(_is_inside)]
 Name = Annotated[str, AfterValidator(_is_name)]
 
 
-class Open(TypedDict):
-    """Strict in what it lists, and open to more."""
+class Record(BaseModel):
+    """A JSON object, strict about its fields, open to other keys, written back unchanged."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that were given, as plain JSON values."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def but(self, **fields: Any) -> Self:
+        """A copy with these fields replaced."""
+        return self.model_copy(update=fields)
 
 
-class Image(Open):
-    """What a sample is."""
+class Image(Record):
+    """The samples of a dataset: pixels, or latents with sides `factor` times smaller."""
 
     kind: Literal["pixels", "latents"]
     channels: Size
     height: Size
     width: Size
-    factor: NotRequired[Size]
-    autoencoder: NotRequired[str]
+    fit: str = "crop"
+    factor: Size = 1
+    autoencoder: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return self.height * self.factor, self.width * self.factor
 
 
-class Encoder(Open):
-    """The fingerprint of a caption encoder."""
+class Encoder(Record):
+    """The fingerprint of a caption encoder (`text.load_encoder`)."""
 
     encoder: str
     architecture: str
     weights: str
     dtype: str
 
+    @property
+    def in_words(self) -> str:
+        """The encoder in one line."""
+        return f"{self.encoder} ({self.architecture}, {self.dtype}, {self.weights[:12]})"
 
-class Shard(Open):
+
+class Shard(Record):
     """A file of a dataset."""
 
     file: Name
@@ -71,17 +99,39 @@ class Shard(Open):
     sha256: str
 
 
-class Counts(Open):
-    """Of a dataset."""
+class CaptionShard(Shard):
+    """A file of captions, as a window's record has it."""
+
+    tokens: Count
+
+
+class LeftOut(Record):
+    """An entry of the source that could not be used."""
+
+    name: str
+    reason: str
+
+
+class Window(Record):
+    """`window-00000.json` of a dataset that is being written."""
+
+    captions: list[CaptionShard]
+    images: list[Shard]
+    skipped: list[LeftOut]
+    cut: Count  # captions longer than text.max_length
+
+
+class Counts(Record):
+    """The size of a dataset."""
 
     images: Count
     captions: Count
     tokens: Count
-    skipped: NotRequired[Count]
-    cut: NotRequired[Count]  # captions longer than text.max_length
+    skipped: Count = 0
+    cut: Count = 0  # captions longer than text.max_length
 
 
-class Index(Open):
+class Index(Record):
     """`index.json` of a dataset."""
 
     format_version: int
@@ -92,33 +142,39 @@ class Index(Open):
     source: dict[str, Any]
     one_word_captions: bool
     null_caption: Count
-    skipped_sha256: NotRequired[str | None]
+    skipped_sha256: str | None = None
     captions: list[Shard]
     images: list[Shard]
+    sha256: str = ""
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All its files."""
+        return [*self.captions, *self.images]
 
 
-class Entry(Open):
+class Entry(Record):
     """A file in a manifest."""
 
     bytes: Count
     sha256: str
 
 
-class Manifest(Open):
+class Manifest(Record):
     """`manifest.json` of a checkpoint."""
 
     files: dict[Inside, Entry]
 
 
-class Origin(Open):
+class Origin(Record):
     """The dataset that a checkpoint was trained on."""
 
     sha256: str
     images: Count
 
 
-class Score(Open):
-    """What a judge said of the pictures of a checkpoint that is given away."""
+class Score(Record):
+    """A judge's results for a released checkpoint."""
 
     accuracy: float
     images: Count
@@ -126,67 +182,85 @@ class Score(Open):
     real_frechet_distance: float
 
 
-class Checkpoint(Open):
+class CheckpointRecord(Record):
     """`sana.json` of a checkpoint."""
 
     version: int
     made_by: str
     step: Count
+    parameters: Count = 0
     encoder: Encoder
     one_word_captions: bool
     example_captions: list[str]
-    words: NotRequired[list[str]]  # of all captions, in lower case
+    words: list[str] | None = None  # of all captions, in lower case; None: not on record
     image: Image
     autoencoder: str | None
     precision: Literal["bf16", "fp32"]
     sample: dict[str, Any]
     dataset: Origin
-    score: NotRequired[Score]
-    config: NotRequired[dict[str, dict[str, Any]]]
+    score: Score | None = None
+    config: dict[str, dict[str, Any]] | None = None
 
 
-class State(Open):
+class State(Record):
     """`training/state.json` of a checkpoint."""
 
     step: Annotated[int, Field(gt=0, lt=2**48)]
     samples_seen: Annotated[int, Field(gt=0, lt=2**62)]
     precision: str
     dataset_sha256: str
+    window: dict[str, Any] = {}
+    last: dict[str, float] = {}
     config: dict[str, dict[str, Any]]
-    window: NotRequired[dict[str, Any]]
-    last: NotRequired[dict[str, float]]
+
+    @property
+    def images(self) -> int:
+        """Images in a step."""
+        return self.samples_seen // self.step
 
 
-class Drawn(Open):
+class Drawn(Record):
     """An image of a picture."""
 
     prompt: str
     seed: int
 
 
-class Picture(Open):
+class Picture(Record):
     """The `sana` chunk of a PNG."""
 
     made_by: str
     checkpoint: str
     settings: dict[str, Any]
+    weights: str | None = None
+    size: list[int] | None = None  # channels, height, width of an image
+    precision: str | None = None
+    autoencoder: str | None = None
+    weights_sha256: str | None = None
+    negative_prompt: str | None = None
     images: list[list[Drawn]]
 
+    @property
+    def cells(self) -> list[Drawn]:
+        """All images, row by row."""
+        return [image for row in self.images for image in row]
 
-@lru_cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+
+T = TypeVar("T", bound=Record)
 
 
-def checked(kind: type, content: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """`content`, found to be a record of this kind.
+def checked(kind: type[T], content: Mapping[str, Any], where: Path) -> T:
+    """Check `content` and return it as a record of this kind.
 
     Raises:
-        SanaError: it is not; names the first key that is missing or cannot be.
+        SanaError: names the first key that is missing or impossible, and `where` it is.
     """
     try:
-        return dict(_adapter(kind).validate_python(content))
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        key, said = one_line(".".join(map(str, first["loc"]))[:80]), first["msg"].removeprefix("Value error, ")
-        raise SanaError(f"{where} is not what sana writes: {key}: {said[0].lower()}{said[1:]}") from error
+        key = one_line(".".join(map(str, first["loc"]))[:80])
+        problem = first["msg"].removeprefix("Value error, ")
+        raise SanaError(
+            f"{where} is not what sana writes: {key}: {problem[0].lower()}{problem[1:]}"
+        ) from error

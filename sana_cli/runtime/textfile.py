@@ -1,8 +1,8 @@
-r"""Text files, read in one way: captions, prompts, metadata, configs.
+r"""Text files: captions, prompts, metadata, configs. It knows nothing of what the text means.
 
-They are UTF-8, with or without a byte order mark. Lines end at \n, \r\n or \r, and nowhere else: other characters that some
-programs break lines at are part of the text. UTF-16 and UTF-32 are recognised and refused by name. It knows nothing of what
-the text means.
+Files are UTF-8, with or without a byte order mark. Lines end at \n, \r\n or \r only; unlike in
+`str.splitlines`, other separators are part of the text. UTF-16 and UTF-32 are recognised and
+refused.
 """
 
 import codecs
@@ -11,45 +11,45 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-_MARKS = (  # the longer first: UTF-32's begins as UTF-16's does
+_MARKS = (  # UTF-32 first, since its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 _LINE_END = re.compile(r"\r\n|\n|\r")
-_LOOKED_AT = 256  # bytes in which the zeros of UTF-16 without a mark are looked for
+_SAMPLE = 256  # bytes that are searched for the zeros of UTF-16 without a mark
 
 
 class NotTextError(ValueError):
-    """Bytes that are not UTF-8. The text says why: "UTF-16; save it as UTF-8", or where the first wrong byte is."""
+    """Bytes that are not UTF-8. The text is "UTF-16; save it as UTF-8", or the bad byte."""
 
 
 def other_encoding(raw: bytes) -> str | None:
-    """The name of the Unicode encoding, not UTF-8, that a file's first bytes are in; None if they do not show one."""
+    """Detect UTF-16 or UTF-32 from the first bytes of a file; None if neither."""
     for mark, name in _MARKS:
         if raw.startswith(mark):
             return name
-    beginning = raw[:_LOOKED_AT]
+    beginning = raw[:_SAMPLE]
     zeros = [position % 2 for position, byte in enumerate(beginning) if byte == 0]
-    # mostly Latin text in UTF-16: a zero in every second byte, and in no other
+    # Latin text in UTF-16 has a zero in most even or most odd bytes, and only there
     if len(zeros) > len(beginning) // 4 and len(set(zeros)) == 1:
         return "UTF-16"
     return None
 
 
 def check_encoding(raw: bytes) -> None:
-    """Refuse the beginning of a file in UTF-16 or UTF-32.
+    """Refuse the first bytes of a file in UTF-16 or UTF-32.
 
     Raises:
-        NotTextError: it is one.
+        NotTextError: they are in one of these.
     """
     if name := other_encoding(raw):
         raise NotTextError(f"{name}; save it as UTF-8")
 
 
 def decode(raw: bytes) -> str:
-    """The text of a file's bytes, without a byte order mark.
+    """Decode the bytes of a file, without a byte order mark.
 
     Raises:
         NotTextError: they are not UTF-8; says why.
@@ -61,33 +61,23 @@ def decode(raw: bytes) -> str:
         raise NotTextError(f"{error.reason} at byte {error.start}") from error
 
 
-def decode_loosely(raw: bytes) -> str:
-    """The same, but bytes that are not UTF-8 become lone surrogates, which `is_whole` finds: one bad line spoils itself only.
-
-    Raises:
-        NotTextError: it is UTF-16 or UTF-32, of which no line can be read.
-    """
-    check_encoding(raw)
-    return raw.decode("utf-8-sig", errors="surrogateescape")
-
-
-def is_whole(text: str) -> bool:
-    """Whether text from `decode_loosely` or `read_lines` was UTF-8."""
-    return not any("\udc80" <= character <= "\udcff" for character in text)
+def is_utf8(line: str) -> bool:
+    """Whether a line from `read_lines` was valid UTF-8."""
+    return not any("\udc80" <= character <= "\udcff" for character in line)
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text, without their ends. A last line needs none."""
+    """Split text into lines, without their ends. The last line needs no end."""
     lines = _LINE_END.split(text)
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def read(path: Path, most_bytes: int | None = None) -> str:
-    """All of a text file.
+    """Read a text file.
 
     Raises:
         OSError: it cannot be read.
-        NotTextError: it is not UTF-8, or is longer than `most_bytes`; says why.
+        NotTextError: it is not UTF-8 or exceeds `most_bytes`; says why.
     """
     with path.open("rb") as file:
         raw = file.read() if most_bytes is None else file.read(most_bytes + 1)
@@ -97,7 +87,9 @@ def read(path: Path, most_bytes: int | None = None) -> str:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file one after another, however long it is; see `decode_loosely` for bytes that are not UTF-8.
+    """Yield the lines of a text file of any size. Bytes outside UTF-8 become lone surrogates.
+
+    So a bad line, which `is_utf8` finds, does not spoil the others.
 
     Raises:
         OSError: it cannot be read.
@@ -105,6 +97,6 @@ def read_lines(path: Path) -> Iterator[str]:
     """
     file = path.open("rb")
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=None) as text:
-        check_encoding(file.peek(_LOOKED_AT)[:_LOOKED_AT])  # one opening: of a pipe there is no second
+        check_encoding(file.peek(_SAMPLE)[:_SAMPLE])  # a pipe can be opened only once
         for line in text:
             yield line.removesuffix("\n")

@@ -1,1 +1,1 @@
-"""From a transformer and caption states to pictures: what stands around it, the loop, the files."""
+"""From a transformer and caption states to pictures: its pipeline, the sampling loop, files."""

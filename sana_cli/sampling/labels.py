@@ -1,29 +1,58 @@
-r"""Labels of grids: text that a person can read, in any script, in lines of a given width. It knows no image.
+r"""Labels of grids: legible text in any script, in lines of a given width. It knows no image.
 
-Pillow brings one font, which has ASCII and little else. Other letters are looked for in the fonts that lie on most machines:
-DejaVu Sans, which comes with matplotlib (the `plot` extra), and the systems' own. What no font has is spelt out, as \u4e2d.
+Pillow's own font has little more than ASCII. For other letters the fonts of most machines are
+tried: DejaVu Sans, which comes with matplotlib (the `plot` extra), and those of the operating
+system. A letter that no font has is written as its code, such as \u4e2d.
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import ImageFont
 
-MOST_CHARACTERS = 400  # of a label that are looked at
+SMALLEST_FONT, LARGEST_FONT = 12, 20  # pixels
+MOST_CHARACTERS = 400  # of a label; the rest is left out
 MOST_LINES = 6
-NO_CHARACTER = "\uffff"  # which no font has: it is drawn as a font draws what it lacks
-SYSTEM_FONTS = (  # by the names under which Pillow finds them on Linux, macOS and Windows
-    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc",
-    "Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "arial.ttf", "msyh.ttc", "YuGothM.ttc", "malgun.ttf", "seguisym.ttf",
+NO_CHARACTER = "\uffff"  # in no font: drawn as a font draws any letter that it lacks
+SYSTEM_FONTS = (  # as Pillow finds them on Linux, macOS and Windows
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf",
+    "wqy-microhei.ttc", "Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "arial.ttf", "msyh.ttc",
+    "YuGothM.ttc", "malgun.ttf", "seguisym.ttf",
 )  # fmt: skip
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
+@dataclass(frozen=True)
+class Label:
+    """A font, and the lines to draw with it."""
+
+    font: Font
+    lines: list[str]
+
+    @property
+    def line_height(self) -> int:
+        """Pixels from one line to the next."""
+        return int(self.font.getbbox("Aygj")[3]) + 4
+
+
+def fit(text: str, size: int, width: int) -> Label:
+    """A label in a font of `size` pixels, in lines of at most `width` pixels."""
+    font, text = readable(one_line(text), size)
+    return Label(font, wrap(text, font, width))
+
+
+def length(text: str, size: int) -> float:
+    """Pixels that a label takes on one line, in a font of `size` pixels."""
+    font, text = readable(one_line(text), size)
+    return font.getlength(text)
+
+
 def _matplotlibs_font() -> str | None:
-    """DejaVu Sans inside matplotlib, which is not imported for it."""
+    """DejaVu Sans of matplotlib, found without importing it."""
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or spec.origin is None:
         return None
@@ -33,7 +62,7 @@ def _matplotlibs_font() -> str | None:
 
 @lru_cache(maxsize=8)
 def fonts(size: int) -> tuple[Font, ...]:
-    """Pillow's own font and whatever others are here, in the order in which they are tried."""
+    """Pillow's own font and the others of this machine, in the order that they are tried in."""
     found: list[Font] = [ImageFont.load_default(size)]
     for name in filter(None, (_matplotlibs_font(), *SYSTEM_FONTS)):
         try:
@@ -52,20 +81,23 @@ def _has(font: Font, character: str) -> bool:
 
 
 def readable(text: str, size: int) -> tuple[Font, str]:
-    """A font and the text to draw with it: the first font that has every letter, or the one that lacks fewest, and these spelt out."""
-    here, letters = fonts(size), set(text)
-    best = min(here, key=lambda font: sum(not _has(font, letter) for letter in letters))
-    spelt = (c if _has(best, c) else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-    return best, "".join(spelt)
+    """The first font that lacks fewest letters of a text, and the text with these as codes."""
+    letters = set(text)
+    best = min(fonts(size), key=lambda font: sum(not _has(font, letter) for letter in letters))
+    legible = (c if _has(best, c) else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return best, "".join(legible)
 
 
 def one_line(label: str) -> str:
-    """A label without line breaks, control characters and runs of white space."""
+    """A label cut to `MOST_CHARACTERS`, without control characters and runs of white space."""
     return " ".join("".join(c if c.isprintable() else " " for c in label[:MOST_CHARACTERS]).split())
 
 
 def wrap(text: str, font: Font, width: int, most_lines: int = MOST_LINES) -> list[str]:
-    """Lines of at most `width` pixels, broken between words, and inside those that are wider. What is over ends in an ellipsis."""
+    """Lines of at most `width` pixels, broken between words, or inside a word that is wider.
+
+    If there are more than `most_lines`, the last one ends in an ellipsis.
+    """
     lines = list(_lines(text, font, width))
     if len(lines) > most_lines:
         last = lines[most_lines - 1]
@@ -88,8 +120,8 @@ def _lines(text: str, font: Font, width: int) -> Iterator[str]:
     yield line
 
 
-def _pieces(word: str, font: Font, width: int) -> Sequence[str]:
-    """A word in pieces that fit; one character at least in each."""
+def _pieces(word: str, font: Font, width: int) -> list[str]:
+    """Pieces of a word that fit, or of one character each."""
     pieces, piece = [], ""
     for character in word:
         if piece and font.getlength(piece + character) > width:

@@ -12,10 +12,12 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from sana_cli.config.file import load_config
-from sana_cli.config.keys import ModelConfig, SampleConfig, TextConfig
-from sana_cli.errors import SanaError
+from sana_cli.choices import PredictionType
+from sana_cli.config.file import load_run_config
+from sana_cli.config.keys import Architecture, SampleConfig, TextConfig
+from sana_cli.errors import SanaError, first_line
 from sana_cli.runtime import files
+from sana_cli.runtime.records import CheckpointRecord
 from sana_cli.text import UNGATED_GEMMA, text_config
 from sana_cli.weights import checkpoint, configs
 from sana_cli.weights.reader import read_weights
@@ -53,7 +55,8 @@ class Pipeline:
     place: Path  # what `checkpoint.find_checkpoint` found
     kind: str  # checkpoint (ours), pipeline (diffusers), or transformer (alone: the rest is its family's)
     origin: str  # of the weights: diffusers, official or lesson
-    model: ModelConfig
+    model: Architecture
+    prediction_type: PredictionType
     text: TextConfig | None
     fingerprint: Mapping[str, Any] | None  # of the encoder, where it is on record
     null_caption: Tensor | None  # (tokens, D), where there is one on record
@@ -64,7 +67,9 @@ class Pipeline:
     sample_shape: tuple[int, int, int]  # channels, height and width of a sample, as trained
     precision: str  # bf16, fp32 or auto
     sample: SampleConfig
-    words: frozenset[str] | None = None  # of all captions that it was trained on, in lower case; None: not on record
+    words: frozenset[str] | None = (
+        None  # of all captions that it was trained on, in lower case; None: not on record
+    )
     unknown_scheduler: SanaError | None = None  # why the pipeline's own solver cannot be had; another can
 
     @property
@@ -93,44 +98,52 @@ def open_pipeline(
         SanaError: nothing is there, or it cannot be understood.
     """
     around = _around(place)
-    pipeline = _ours(place, around) if (around / checkpoint.RECORD).is_file() else _theirs(place, around, weights)
+    pipeline = (
+        _ours(place, around) if (around / checkpoint.RECORD).is_file() else _theirs(place, around, weights)
+    )
     text = pipeline.text
     if encoder is not None:
         text = TextConfig(encoder=encoder) if text is None else text.model_copy(update={"encoder": encoder})
     if instruction is not None:
         if pipeline.fingerprint is not None:
-            raise SanaError("--instruction: this checkpoint records how its captions were encoded", exit_code=2)
+            raise SanaError(
+                "`instruction`: this checkpoint records how its captions were encoded", exit_code=2
+            )
         text = None if text is None else text.model_copy(update={"instruction": instruction or None})
     if autoencoder is not None and not pipeline.latents:
-        raise SanaError(f"--autoencoder: {place} draws pixels, not latents", exit_code=2)
+        raise SanaError(f"`autoencoder`: {place} draws pixels, not latents", exit_code=2)
     return replace(pipeline, text=text, autoencoder=autoencoder or pipeline.autoencoder)
 
 
 def given_settings(pipeline: Pipeline, base: Mapping[str, Any], given: Mapping[str, Any]) -> SampleConfig:
-    """Sampling settings of a pipeline with what the command line says instead.
+    """The sampling settings `base` of a pipeline, overridden by `given`.
 
     Raises:
-        SanaError: naming each option that cannot be.
+        SanaError: names each setting that is wrong.
     """
     try:
         settings = SampleConfig.model_validate({**base, **given})
     except ValidationError as error:
-        lines = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
+        lines = [f"`{e['loc'][0]}`: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
         raise SanaError(*lines, exit_code=2) from error
     low, high = settings.guidance_interval
     if low >= high:
-        raise SanaError(f"--guidance-interval: {low} must be below {high}", exit_code=2)
+        raise SanaError(f"`guidance_interval`: {low} must be below {high}", exit_code=2)
     if pipeline.model.guidance_embeds and settings.solver != "scm":
-        raise SanaError(f"--solver: a Sprint model is for scm, not {settings.solver}", exit_code=2)
+        raise SanaError(f"`solver`: a Sprint model is for scm, not {settings.solver}", exit_code=2)
     if settings.solver == "scm" and not pipeline.model.guidance_embeds:
-        raise SanaError("--solver: scm is for Sprint models, which this is not; choose dpm++, euler or heun", exit_code=2)
+        raise SanaError(
+            "`solver`: scm is for Sprint models, which this is not; choose dpm++, euler or heun", exit_code=2
+        )
     return settings
 
 
 def _around(place: Path) -> Path:
     """The folder whose records speak of `place`: a file or folder named inside a pipeline has that pipeline around it."""
     folder = (place if place.is_dir() else place.parent).absolute()
-    if folder.name == "transformer" and any((folder.parent / name).is_file() for name in (checkpoint.RECORD, INDEX)):
+    if folder.name == "transformer" and any(
+        (folder.parent / name).is_file() for name in (checkpoint.RECORD, INDEX)
+    ):
         return folder.parent
     return folder
 
@@ -142,28 +155,30 @@ def _ours(place: Path, folder: Path) -> Pipeline:
         return _from_record(place, folder, record)
     except (KeyError, TypeError, ValueError) as error:
         raise SanaError(
-            f"{folder / checkpoint.RECORD} is damaged: {type(error).__name__} {str(error).splitlines()[0]}"
+            f"{folder / checkpoint.RECORD} is damaged: {type(error).__name__} {first_line(error)}"
         ) from error
 
 
-def _from_record(place: Path, folder: Path, record: Mapping[str, Any]) -> Pipeline:
-    image, fingerprint = record["image"], record["encoder"]
+def _from_record(place: Path, folder: Path, record: CheckpointRecord) -> Pipeline:
+    fingerprint = record.encoder.as_json()
+    model, predicted = configs.read_model_config(folder / "transformer")
     return Pipeline(
         place=place,
         kind="checkpoint",
         origin="diffusers",
-        model=configs.read_model_config(folder / "transformer"),
-        text=text_config(fingerprint, _whereabouts(folder, "encoder", str(fingerprint["encoder"]))),
+        model=model,
+        prediction_type=predicted,
+        text=text_config(fingerprint, _whereabouts(folder, "encoder", record.encoder.encoder)),
         fingerprint=fingerprint,
         null_caption=files.read_tensors(folder / checkpoint.NULL_CAPTION)["states"],
-        one_word_captions=record["one_word_captions"],
-        example_captions=tuple(record["example_captions"]),
-        latents=image["kind"] == "latents",
-        autoencoder=record["autoencoder"] and _whereabouts(folder, "autoencoder", record["autoencoder"]),
-        sample_shape=(image["channels"], image["height"], image["width"]),
-        precision=record["precision"],
-        sample=SampleConfig.model_validate(record["sample"]),
-        words=frozenset(record["words"]) if "words" in record else None,
+        one_word_captions=record.one_word_captions,
+        example_captions=tuple(record.example_captions),
+        latents=record.image.kind == "latents",
+        autoencoder=record.autoencoder and _whereabouts(folder, "autoencoder", record.autoencoder),
+        sample_shape=record.image.shape,
+        precision=record.precision,
+        sample=SampleConfig.model_validate(record.sample),
+        words=None if record.words is None else frozenset(record.words),
     )
 
 
@@ -172,7 +187,7 @@ def _whereabouts(folder: Path, what: str, name: str) -> str:
     path = folder.resolve().parents[1] / "config.yaml"
     if name != "tiny" and path.is_file():
         try:
-            config = load_config(str(path))
+            config = load_run_config(path.parent)
         except SanaError:  # not a config of ours, so it says nothing
             return name
         there = Path((config.text.encoder if what == "encoder" else config.data.autoencoder) or "")
@@ -192,7 +207,9 @@ def _theirs(place: Path, folder: Path, weights: StoredWeights | None) -> Pipelin
     if is_pipeline:
         kind = files.read_json(folder / INDEX).get("_class_name")
         if kind not in PIPELINES:
-            raise SanaError(f"{folder} is a {kind}; the pipelines that can be sampled are {' and '.join(PIPELINES)}")
+            raise SanaError(
+                f"{folder} is a {kind}; the pipelines that can be sampled are {' and '.join(PIPELINES)}"
+            )
         scheduler = folder / "scheduler" / "scheduler_config.json"
         if scheduler.is_file():
             try:
@@ -200,20 +217,25 @@ def _theirs(place: Path, folder: Path, weights: StoredWeights | None) -> Pipelin
             except SanaError as error:
                 unknown = error
         if (folder / "text_encoder").is_dir():
-            text = TextConfig(encoder=str(folder.resolve()), instruction=DIFFUSERS_INSTRUCTION, lowercase=True)
+            text = TextConfig(
+                encoder=str(folder.resolve()), instruction=DIFFUSERS_INSTRUCTION, lowercase=True
+            )
         if (folder / "vae").is_dir():
             autoencoder = str(folder.resolve())
-    side = model.sample_size or 1
+    side = model.sample_size
     return Pipeline(
         place=place,
         kind="pipeline" if is_pipeline else "transformer",
         origin=weights.origin,
         model=model,
+        prediction_type=weights.prediction_type,
         text=text,
         fingerprint=None,
         null_caption=None if weights.null_caption is None else weights.null_caption.clone(),
         one_word_captions=weights.origin == "lesson",
-        example_captions=("4", "two", "six") if weights.origin == "lesson" else ("a red cube on a blue sphere",),
+        example_captions=("4", "two", "six")
+        if weights.origin == "lesson"
+        else ("a red cube on a blue sphere",),
         latents=autoencoder is not None or model.in_channels not in (1, 3),
         autoencoder=autoencoder,
         sample_shape=(model.in_channels, side, side),
@@ -231,8 +253,11 @@ def _family_sampling(weights: StoredWeights) -> SampleConfig:
         return SampleConfig(solver="scm", steps=2, guidance_scale=4.5, flow_shift=1.0)
     if weights.model.in_channels in (1, 3):  # pixels: nobody published any, so what suits ours
         return SampleConfig()
-    shift = 6.0 if (weights.model.sample_size or 0) >= 128 else 3.0  # 6 for the 4K model
-    if weights.origin == "official" and (configs.family(weights.model), weights.model.sample_size) == ("Sana 0.6B", 32):
+    shift = 6.0 if weights.model.sample_size >= 128 else 3.0  # 6 for the 4K model
+    if weights.origin == "official" and (configs.family(weights.model), weights.model.sample_size) == (
+        "Sana 0.6B",
+        32,
+    ):
         shift = 4.0  # NVlabs/Sana `Sana_600M_img1024.yaml`; its copy in diffusers' format says 3
     return SampleConfig(solver="dpm++", steps=20, guidance_scale=4.5, flow_shift=shift)
 

@@ -1,54 +1,67 @@
-"""From caption states and seeds to pictures: the sampling loop around a transformer, and PNG grids with their record.
+"""From caption states and seeds to images: the sampling loop around a transformer.
 
-`train` and `sample` draw with the same function. It knows neither where captions were encoded nor where weights came from.
+All commands sample with `sample_images`. This module does not know where captions were encoded
+or where weights came from.
 
-Shapes: B images drawn, C H W of a sample, L caption tokens, D caption width.
+Shapes: B images, b of one batch, C H W of a sample, K distinct captions, L caption tokens,
+D caption width.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sana_cli import flow
-from sana_cli.config.keys import ModelConfig, SampleConfig
+from sana_cli.choices import PredictionType
+from sana_cli.config.keys import Architecture, SampleConfig
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer
-from sana_cli.runtime.device import free_memory, is_out_of_memory, release_memory
+from sana_cli.runtime.device import autocast, free_memory, is_out_of_memory, release_memory
 from sana_cli.text import pad_states
 
-FALLBACK_IMAGES = 64  # at once, where the system does not say how much memory is free
-MOST_IMAGES = 256  # at once: more are no faster, and say later how far they are
-SHARE_OF_FREE_MEMORY = 0.5
+FALLBACK_IMAGES = 64  # in a batch, if the free memory is unknown
+MOST_IMAGES = 256  # in a batch: more are no faster, and show progress later
+SHARE_OF_FREE_MEMORY = 0.5  # for a batch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are sampled, the same for all of them."""
+
+    settings: SampleConfig
+    shape: tuple[int, int, int]  # channels, height and width of a sample
+    prediction_type: PredictionType
+    precision: str  # bf16 or fp32
 
 
 @dataclass(frozen=True)
 class SampledStep:
-    """After each solver step of each batch: how far, and the images so far."""
+    """A solver step of one batch: progress, and the batch's images so far."""
 
     done: int  # solver steps done, over all batches
     total: int
     images: Tensor  # (b, C, H, W) of this batch, at its noise level
-    x_0: Tensor  # (b, C, H, W), the data this step points at
+    x_0: Tensor  # (b, C, H, W), predicted from this step
     first: int  # index of the batch's first image
     sigma: float
 
 
 class NoRoomError(SanaError):
-    """Not even one image fits into memory. What to do about it depends on the command."""
+    """Not even one image fits into memory. Commands add what to do."""
 
 
 class Noise:
-    """Standard normal noise for images of `seeds`, (b, C, H, W) at each call.
+    """Standard normal noise for images with these seeds, (b, C, H, W) at each call.
 
-    Every image has a CPU generator of its own, so that it gets the same numbers on every device and in any batch.
+    Each image has its own CPU generator, so its noise does not depend on device or batch.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu"
+    ) -> None:
         self.generators, self.shape = [torch.Generator().manual_seed(seed) for seed in seeds], shape
         self.device = device
 
@@ -58,16 +71,20 @@ class Noise:
         return torch.stack(drawn).to(self.device)
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """bf16 autocast, or none for fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+def images_at_once(
+    config: Architecture, shape: tuple[int, int, int], branches: int, device: torch.device
+) -> int:
+    """How many images of `shape` (C, H, W) fit into the free memory as one batch, at least 1.
 
+    A pass without gradients holds the residual stream and a few tensors as wide. It also holds
+    the Mix-FFN's hidden tensor three times: before its convolution, after it, and in the
+    convolution's workspace.
 
-def images_at_once(config: ModelConfig, shape: tuple[int, int, int], branches: int, device: torch.device) -> int:
-    """How many images of `shape` fit beside one another in the memory that is free, 1 at least.
-
-    What lives at once in a pass without gradients is the residual stream, a few tensors as wide, and the Mix-FFN's hidden one
-    three times: before its convolution, after it, and in the convolution's own memory.
+    Args:
+        config: of the transformer.
+        shape: of a sample.
+        branches: passes for one image: 2 with guidance, else 1.
+        device: where it runs.
     """
     free = free_memory(device)
     if free is None:
@@ -81,25 +98,24 @@ def images_at_once(config: ModelConfig, shape: tuple[int, int, int], branches: i
 @torch.inference_mode()
 def sample_images(
     model: SanaTransformer,
-    captions: Sequence[Tensor],
-    null_captions: Sequence[Tensor],
+    captions: Sequence[Tensor],  # (L, D) each
+    null_captions: Sequence[Tensor],  # (L, D) each
     seeds: Sequence[int],
-    shape: tuple[int, int, int],
-    settings: SampleConfig,
-    precision: str,
+    recipe: Recipe,
 ) -> Iterator[SampledStep]:
-    """Draw one image for each of `captions`, states (tokens, D), with the null caption and the seed beside it.
+    """Sample one image for each caption, with its null caption and its seed.
 
-    Where guidance is used, the conditional and the null branch run as one batch, each with its own caption mask. A model
-    with `guidance_embeds` is told the scale instead and has no null branch. An image depends on its caption, seed and
-    settings, and on nothing else in the call beyond floating-point rounding. Where memory runs out, half as many are drawn at
-    once, from the batch on that had no room: a batch may so be yielded twice in part, the second time with fewer images.
+    With guidance, the conditional and the null branch run as one batch, each with its own
+    caption mask. A model with `guidance_embeds` gets the scale instead and has no null branch.
+    Apart from floating-point rounding, an image depends only on its caption, seed and recipe.
+    On out-of-memory the batch size is halved and the batch restarted, so some of its steps may
+    be yielded twice.
 
     Raises:
         NoRoomError: there is no room for one image.
     """
     assert len(captions) == len(null_captions) == len(seeds), "one of each for every image"
-    device = next(model.parameters()).device
+    device, settings, shape = next(model.parameters()).device, recipe.settings, recipe.shape
     may_guide = not model.config.guidance_embeds and settings.guidance_scale != 1
     at_once = images_at_once(model.config, shape, 2 if may_guide else 1, device)
     sigmas = flow.solver_sigmas(settings.solver, settings.steps, settings.flow_shift)
@@ -109,7 +125,7 @@ def sample_images(
         given = captions[first:end], null_captions[first:end] if may_guide else [], seeds[first:end]
         total, fits = done + settings.steps * -(-(len(captions) - first) // at_once), True
         try:
-            for number, step in enumerate(_sample_batch(model, *given, shape, settings, precision, sigmas), 1):
+            for number, step in enumerate(_sample_batch(model, *given, recipe, sigmas), 1):
                 yield SampledStep(done + number, total, step.x, step.x_0, first, step.sigma)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -121,7 +137,7 @@ def sample_images(
             fits = False
         if fits:
             first, done = end, done + settings.steps
-        else:  # this batch again; not in the handler, whose traceback holds the tensors that were too many
+        else:  # this batch again; outside the handler, whose traceback keeps the tensors alive
             at_once = -(-(end - first) // 2)
             release_memory(device)
 
@@ -131,44 +147,47 @@ def _sample_batch(
     captions: Sequence[Tensor],
     null_captions: Sequence[Tensor],
     seeds: Sequence[int],
-    shape: tuple[int, int, int],
-    settings: SampleConfig,
-    precision: str,
+    recipe: Recipe,
     sigmas: Sequence[float],
 ) -> Iterator[flow.SolverStep]:
-    """The images of one batch, after each solver step. Without `null_captions` there is no guidance."""
-    device, count = next(model.parameters()).device, len(captions)
+    """Sample one batch. Without `null_captions` there is no guidance."""
+    device, count, settings = next(model.parameters()).device, len(captions), recipe.settings
     scale, embeds = settings.guidance_scale, model.config.guidance_embeds
     wanted = [*captions, *null_captions]
     distinct = {id(state): state for state in wanted}  # images that share a caption share its tensor
-    place = {key: number for number, key in enumerate(distinct)}
+    number_of = {key: number for number, key in enumerate(distinct)}
     states, mask = (t.to(device) for t in pad_states(list(distinct.values())))  # (K, L, D), (K, L)
-    index = torch.tensor([place[id(state)] for state in wanted], device=device)
-    with autocast(device, precision):
+    index = torch.tensor([number_of[id(state)] for state in wanted], device=device)
+    with autocast(device, recipe.precision):
         both = model.captions(states.float(), mask, index)
     alone = both.rows(0, count)
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         guided = bool(null_captions) and flow.in_interval(sigma, settings.guidance_interval)
         time = flow.model_timestep(settings.solver, sigma, model.config.timestep_scale)
-        told = torch.tensor([scale * model.config.guidance_embeds_scale], device=device) if embeds else None
-        with autocast(device, precision):
+        embedded = (
+            torch.tensor([scale * model.config.guidance_embeds_scale], device=device) if embeds else None
+        )
+        with autocast(device, recipe.precision):
             output = model(
-                torch.cat([x, x]) if guided else x, both if guided else alone, torch.tensor([time], device=device), guidance=told
+                torch.cat([x, x]) if guided else x,
+                both if guided else alone,
+                torch.tensor([time], device=device),
+                guidance=embedded,
             ).float()
         prediction = flow.guide(output[:count], output[count:], scale) if guided else output
-        return flow.velocity_of(prediction, x, sigma, model.config.prediction_type)
+        return flow.velocity_of(prediction, x, sigma, recipe.prediction_type)
 
-    noise = Noise(seeds, shape, device)
+    noise = Noise(seeds, recipe.shape, device)
     yield from flow.SOLVERS[settings.solver](velocity, noise(), sigmas, noise)
 
 
 def final_images(drawn: Iterable[SampledStep]) -> Tensor:
-    """The images (B, C, H, W) of all batches, in order, from what `draw` yielded."""
+    """The final images (B, C, H, W), in order, from the steps that `sample_images` yielded."""
     last = {step.first: step.images for step in drawn}
     return torch.cat([last[first].cpu() for first in sorted(last)])
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """[-1, 1] to uint8, (B, C, H, W), on the CPU."""
+    """Turn images (B, C, H, W) in [-1, 1] into uint8 pixels on the CPU."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)

@@ -1,20 +1,23 @@
-"""Sources of images and captions: what there is to embed, entry by entry, in a fixed order.
+"""Sources of images and captions, read entry by entry in a fixed order.
 
-    idx.py          MNIST, and files like it
-    folder.py       images in folders: metadata.jsonl or .csv, name.txt beside name.png, or class-named sub-folders
-    webdataset.py   tar shards, read in stream
+    entry.py        what a source yields
+    captions.py     captions and their weights, from a field, a row or a text file
+    idx.py          MNIST and files like it
+    folder.py       images in folders, with metadata, .txt files or class folders
+    webdataset.py   tar shards, read as a stream
     huggingface.py  Hugging Face datasets
-    walk.py         what lies below a folder: links, hidden entries, names in another spelling
+    windows.py      any of these in fixed runs of entries, decoded ahead
+    walk.py         the files below a folder: links, hidden entries, names in another spelling
     metadata.py     rows of metadata.jsonl and .csv
     splits.py       which part of a source a split is
-    strays.py       what else lies among images, and why it is not read
-    images.py       from a file's bytes to pixels that fit
-    containers.py   what of a file the decoders see
-    depth.py        brightness and transparency of pixels of any depth
+    strays.py       other files among images, and why they are not read
+    images.py       from the bytes of a file to pixels of the right size
+    containers.py   which bytes of a file the decoders see
+    depth.py        brightness and transparency of pixels of any bit depth
     colour.py       colour profiles
 
-A source yields an `Entry` for each image, whose bytes nobody has decoded yet, or says why one was left out (`Skipped`).
-It knows nothing of encoders, nor of how a dataset is stored.
+A source yields an `Entry` for each image, still encoded, or the reason it was skipped
+(`Skipped`). It knows nothing of encoders, nor of how a dataset is stored.
 """
 
 from collections.abc import Callable
@@ -29,8 +32,8 @@ from sana_cli.sources.images import decode_image, fit_image
 from sana_cli.sources.webdataset import WebDataset
 
 __all__ = [
-    "ASSETS", "DIGIT_WORDS", "MNIST", "BadImage", "Entry", "Folder", "HuggingFace", "IdxFiles", "Skipped", "Source", "WebDataset",
-    "decode_image", "fit_image", "open_source", "read_idx",
+    "ASSETS", "DIGIT_WORDS", "MNIST", "BadImage", "Entry", "Folder", "HuggingFace", "IdxFiles",
+    "Skipped", "Source", "WebDataset", "decode_image", "fit_image", "open_source", "read_idx",
 ]  # fmt: skip
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
@@ -43,13 +46,15 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
 
 
 def open_source(data: DataConfig) -> Source:
-    """The source that a config names.
+    """Open the source that a config names.
 
     Raises:
-        SanaError: it is not there, or not what it should be.
+        SanaError: it is missing, or of another kind.
     """
     if data.source != "mnist" and data.path is None:
         raise SanaError(
-            f"data.path: the {data.source} source needs to know where to read", "give --set data.path=PATH", exit_code=2
+            f"data.path: the {data.source} source needs to know where to read",
+            "give --set data.path=PATH",
+            exit_code=2,
         )
     return SOURCES[data.source](data)

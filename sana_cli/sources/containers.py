@@ -1,7 +1,7 @@
-"""What of an image file the decoders get to see, and what a file is that none of them takes.
+"""Which bytes of an image file the decoders see, and what a file is that no decoder accepts.
 
-What lies beside the pixels (text, previews, records of cameras) is not handed on at all: it cannot spoil an image, nor fill the
-memory. The colour profile and what tells the orientation are read here, and given beside it.
+Text, previews and camera data are removed, so that they can neither break decoding nor fill the
+memory. The colour profile and the orientation are read here and returned separately.
 """
 
 import io
@@ -15,64 +15,65 @@ from typing import Any, BinaryIO
 
 from PIL import features
 
-MAX_PROFILE_BYTES = 16 * 2**20  # of a colour profile; those of printing presses have up to four million
-MAX_REMARK_BYTES = 2**20  # of an orientation's record in a PNG
+MAX_PROFILE_BYTES = 16 * 2**20  # of a colour profile; those of printing presses have up to 4 MB
+MAX_INFO_BYTES = 2**20  # of EXIF or XMP in a PNG
 
-_Pieces = list[bytes | tuple[int, int]]  # of a file: bytes in place of its own, or its own from one position to another
+_Pieces = list[bytes | tuple[int, int]]  # replacement bytes, or (start, end) in the original file
 
 
 class _Joined(io.RawIOBase):
-    """Pieces of a file as a file: no copy of them is made."""
+    """A file made of pieces of another, without a copy."""
 
     def __init__(self, file: BinaryIO, pieces: _Pieces) -> None:
-        self.file, self.pieces, self.at = file, pieces, 0
-        self.ends = list(accumulate(len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces))
+        self.file, self.pieces, self.position = file, pieces, 0
+        lengths = (len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
+        self.ends = list(accumulate(lengths))
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position."""
-        at = offset + (0, self.at, self.ends[-1])[whence]
-        if at < 0:
-            raise ValueError(f"negative position {at}")
-        self.at = at
-        return at
+        """Set the position."""
+        position = offset + (0, self.position, self.ends[-1])[whence]
+        if position < 0:
+            raise ValueError(f"negative position {position}")
+        self.position = position
+        return position
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, up to the end of a piece."""
-        index = bisect_right(self.ends, self.at)
+        index = bisect_right(self.ends, self.position)
         if index == len(self.ends):
             return 0
-        piece, start = self.pieces[index], self.at - (self.ends[index - 1] if index else 0)
+        piece, start = self.pieces[index], self.position - (self.ends[index - 1] if index else 0)
         if isinstance(piece, bytes):
             found = piece[start : start + len(buffer)]
         else:
             self.file.seek(piece[0] + start)
             found = self.file.read(min(len(buffer), piece[1] - piece[0] - start))
         buffer[: len(found)] = found
-        self.at += len(found)
+        self.position += len(found)
         return len(found)
 
 
-def bare(file: BinaryIO, beginning: bytes, size: int) -> tuple[BinaryIO, dict[str, Any]]:
-    """The file without what its pixels do not need, and of that the profile and the orientation, by Pillow's names for them."""
-    pieces, remarks = _Pieces(), dict[str, Any]()
-    for pattern, strip in _STRIP:
+def strip_metadata(file: BinaryIO, beginning: bytes, size: int) -> tuple[BinaryIO, dict[str, Any]]:
+    """Keep what pixels need. Also return profile and orientation, by Pillow's names."""
+    pieces, info = _Pieces(), dict[str, Any]()
+    for pattern, strip in _STRIPPERS:
         if re.match(pattern, beginning, re.DOTALL):
-            pieces, remarks = strip(file, size)
+            pieces, info = strip(file, size)
     if not pieces or pieces == [(0, size)]:
-        return file, remarks
-    return io.BufferedReader(_Joined(file, pieces)), remarks
+        return file, info
+    return io.BufferedReader(_Joined(file, pieces)), info
 
 
 def _keep(pieces: _Pieces, start: int, end: int) -> None:
-    """Add a part of the file; what lies side by side is one piece."""
+    """Add a range of the file, joined to the last one if adjacent."""
     last = pieces[-1]
     if isinstance(last, tuple) and last[1] == start:
         pieces[-1] = last[0], end
@@ -80,55 +81,56 @@ def _keep(pieces: _Pieces, start: int, end: int) -> None:
         pieces.append((start, end))
 
 
-def _bare_png(file: BinaryIO, size: int) -> tuple[_Pieces, dict[str, Any]]:
-    """Without any chunk that may be left out but the transparency. One that is damaged or too large is as if not there."""
-    pieces, remarks, at = _Pieces([(0, 8)]), dict[str, Any](), 8
-    while at < size:
-        file.seek(at)
+def _strip_png(file: BinaryIO, size: int) -> tuple[_Pieces, dict[str, Any]]:
+    """Remove ancillary chunks except transparency. Ignore info that is damaged or too large."""
+    pieces, info, start = _Pieces([(0, 8)]), dict[str, Any](), 8
+    while start < size:
+        file.seek(start)
         head = file.read(8)
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        end = at + 12 + length
+        end = start + 12 + length
         if not (len(kind) == 4 and kind.isalpha() and kind[0] & 32) or kind == b"tRNS":
-            _keep(pieces, at, min(end, size))  # a decoder may not pass over it; if it is damaged, the image is
-        elif kind in _PNG_REMARKS and length <= MAX_PROFILE_BYTES:
+            _keep(pieces, start, min(end, size))  # decoders need it: if it is damaged, so is the image
+        elif kind in _PNG_INFO and length <= MAX_PROFILE_BYTES:
             data, check = file.read(length), file.read(4)
             if zlib.crc32(kind + data).to_bytes(4, "big") == check:
-                remarks = _PNG_REMARKS[kind](data) | remarks
+                info = _PNG_INFO[kind](data) | info
         if kind == b"IEND":
             break
-        at = end
-    return pieces, remarks
+        start = end
+    return pieces, info
 
 
 def _png_profile(data: bytes) -> dict[str, Any]:
-    profile = _unfolded(data.partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
+    profile = _inflate(data.partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
     return {} if profile is None else {"icc_profile": profile}
 
 
 def _png_text(data: bytes) -> dict[str, Any]:
-    """The two texts that may tell an orientation: XMP, and EXIF as ImageMagick wrote it before there was a chunk for it."""
+    """Read XMP, and EXIF in text as older ImageMagick wrote it, for the orientation."""
     key, _, rest = data.partition(b"\0")
     if key == b"XML:com.adobe.xmp":
         parts = rest[2:].split(b"\0", 2)
-        text = _unfolded(parts[-1], MAX_REMARK_BYTES) if rest[:1] == b"\1" else parts[-1]
-        return {"xmp": text} if text is not None and len(text) <= MAX_REMARK_BYTES else {}
+        text = _inflate(parts[-1], MAX_INFO_BYTES) if rest[:1] == b"\1" else parts[-1]
+        return {"xmp": text} if text is not None and len(text) <= MAX_INFO_BYTES else {}
     if key == b"Raw profile type exif":
-        text = _unfolded(rest[1:], MAX_REMARK_BYTES) if rest[:1] == b"\0" else rest
-        return {key.decode(): text.decode("latin-1")} if text is not None and len(text) <= MAX_REMARK_BYTES else {}
+        text = _inflate(rest[1:], MAX_INFO_BYTES) if rest[:1] == b"\0" else rest
+        if text is not None and len(text) <= MAX_INFO_BYTES:
+            return {key.decode(): text.decode("latin-1")}
     return {}
 
 
-_PNG_REMARKS: dict[bytes, Callable[[bytes], dict[str, Any]]] = {
+_PNG_INFO: dict[bytes, Callable[[bytes], dict[str, Any]]] = {
     b"iCCP": _png_profile,
-    b"eXIf": lambda data: {"exif": b"Exif\0\0" + data} if len(data) <= MAX_REMARK_BYTES else {},
+    b"eXIf": lambda data: {"exif": b"Exif\0\0" + data} if len(data) <= MAX_INFO_BYTES else {},
     b"iTXt": _png_text,
     b"zTXt": _png_text,
     b"tEXt": _png_text,
 }
 
 
-def _unfolded(packed: bytes, most: int) -> bytes | None:
-    """What was packed by zlib; None if that is damaged, or more than `most` bytes."""
+def _inflate(packed: bytes, most: int) -> bytes | None:
+    """Decompress zlib data; None if it is damaged or longer than `most` bytes."""
     stream = zlib.decompressobj()
     try:
         found = stream.decompress(packed, most)
@@ -137,93 +139,99 @@ def _unfolded(packed: bytes, most: int) -> bytes | None:
     return found if stream.eof else None
 
 
-def _bare_jpeg(file: BinaryIO, size: int) -> tuple[_Pieces, dict[str, Any]]:
-    """Without comments and applications' segments but the two that say how colours are stored."""
-    pieces, remarks, at = _Pieces([(0, 2)]), dict[str, Any](), 2
+def _strip_jpeg(file: BinaryIO, size: int) -> tuple[_Pieces, dict[str, Any]]:
+    """Remove comments and application segments except JFIF and Adobe (the colour space)."""
+    pieces, info, start = _Pieces([(0, 2)]), dict[str, Any](), 2
     profile: dict[int, bytes] = {}
     parts = 0
     while True:
-        file.seek(at)
+        file.seek(start)
         head = file.read(4)
-        if len(head) == 4 and not (head[0] == 0xFF and 0 < head[1] < 0xFF):  # decoders go on to the next marker
-            file.seek(at)
+        if len(head) == 4 and not (head[0] == 0xFF and 0 < head[1] < 0xFF):
+            file.seek(start)  # as decoders do, skip to the next marker
             if found := re.search(rb"\xff[\x01-\xfe]", file.read(2**16)):
-                at += found.start()
+                start += found.start()
                 continue
         marker, length = head[1] if len(head) == 4 else 0, int.from_bytes(head[2:], "big")
-        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2 or at + 2 + length > size:  # pixels begin, or it is damaged
-            _keep(pieces, at, size)
+        end = start + 2 + length
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2 or end > size:  # pixels begin, or damage
+            _keep(pieces, start, size)
             break
         if marker == 0xFE or 0xE0 <= marker <= 0xEF:
             data = file.read(length - 2)
-            if (marker == 0xE0 and data[:5] == b"JFIF\0" and length >= 16) or (
-                marker == 0xEE and data[:5] == b"Adobe" and length >= 14
-            ):
-                _keep(pieces, at, at + 2 + length)
+            is_jfif = marker == 0xE0 and data[:5] == b"JFIF\0" and length >= 16
+            is_adobe = marker == 0xEE and data[:5] == b"Adobe" and length >= 14
+            if is_jfif or is_adobe:
+                _keep(pieces, start, end)
             elif marker == 0xE1 and data[:6] == b"Exif\0\0":
-                remarks["exif"] = remarks["exif"] + data[6:] if "exif" in remarks else data
+                info["exif"] = info["exif"] + data[6:] if "exif" in info else data
             elif marker == 0xE1 and data.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
-                remarks["xmp"] = data.partition(b"\0")[2]
+                info["xmp"] = data.partition(b"\0")[2]
             elif marker == 0xE2 and data.startswith(b"ICC_PROFILE\0") and len(data) >= 14:
                 profile[data[12]], parts = data[14:], data[13]
         else:
-            _keep(pieces, at, at + 2 + length)
-        at += 2 + length
+            _keep(pieces, start, end)
+        start = end
     if profile and sorted(profile) == list(range(1, parts + 1)):
-        remarks["icc_profile"] = b"".join(profile[part] for part in sorted(profile))
-    return pieces, remarks
+        info["icc_profile"] = b"".join(profile[part] for part in sorted(profile))
+    return pieces, info
 
 
-_TIFF_REMARKS = frozenset((269, 270, 271, 272, 282, 283, 285, 290, 291, 296, 297, 305, 306, 315, 316, 330, 333, 337))
+_TIFF_UNUSED = frozenset(  # text, units, sub-images and the like
+    (269, 270, 271, 272, 282, 283, 285, 290, 291, 296, 297, 305, 306, 315, 316, 330, 333, 337)
+)
 _TIFF_XMP, _TIFF_PROFILE = 700, 34675
 
 
-def _bare_tiff(file: BinaryIO, size: int) -> tuple[_Pieces, dict[str, Any]]:
-    """With only those tags in its first directory that pixels, profile and orientation need, and without further ones."""
+def _strip_tiff(file: BinaryIO, size: int) -> tuple[_Pieces, dict[str, Any]]:
+    """Keep only the first directory, with the tags for pixels, profile and orientation."""
     file.seek(0)
     head = file.read(16)
     order = "<" if head[:1] == b"I" else ">"
-    large = 43 in head[2:4]  # BigTIFF
-    at = struct.unpack(order + ("8xQ" if large else "4xL8x"), head)[0] if len(head) == 16 else size
-    number, entry = ("Q", "HHQ8s") if large else ("H", "HHL4s")
+    is_big = 43 in head[2:4]  # BigTIFF
+    start = struct.unpack(order + ("8xQ" if is_big else "4xL8x"), head)[0] if len(head) == 16 else size
+    number, entry = ("Q", "HHQ8s") if is_big else ("H", "HHL4s")
     width = struct.calcsize("<" + entry)
-    file.seek(min(at, size))
+    file.seek(min(start, size))
     found = file.read(struct.calcsize("<" + number))
     count = struct.unpack(order + number, found)[0] if len(found) == struct.calcsize("<" + number) else 2**16
     entries = file.read(count * width) if count < 2**16 else b""
     if not entries or len(entries) < count * width:
-        return [], {}  # damaged: let the decoder say how
+        return [], {}  # damaged: the decoder says how
     kept = []
-    for start in range(0, len(entries), width):
-        tag, kind = struct.unpack_from(order + "HH", entries, start)
-        text = kind in (1, 7)  # bytes
-        if (tag == _TIFF_PROFILE and text) or (tag < 2**15 and tag not in _TIFF_REMARKS and (tag != _TIFF_XMP or text)):
-            kept.append(entries[start : start + width])
+    for offset in range(0, len(entries), width):
+        tag, kind = struct.unpack_from(order + "HH", entries, offset)
+        is_bytes = kind in (1, 7)
+        is_needed = tag < 2**15 and tag not in _TIFF_UNUSED and (tag != _TIFF_XMP or is_bytes)
+        if is_needed or (tag == _TIFF_PROFILE and is_bytes):
+            kept.append(entries[offset : offset + width])
     if len(kept) == count:
         return [], {}
-    directory = struct.pack(order + number, len(kept)) + b"".join(kept) + bytes(8 if large else 4)
-    return [(0, at), directory, (at + len(directory), max(size, at + len(directory)))], {}
+    directory = struct.pack(order + number, len(kept)) + b"".join(kept) + bytes(8 if is_big else 4)
+    end = start + len(directory)
+    return [(0, start), directory, (end, max(size, end))], {}
 
 
-def _bare_avif(file: BinaryIO, size: int) -> tuple[_Pieces, dict[str, Any]]:
-    """With its EXIF under another name: a broken one is fatal to the decoder, and the orientation is told elsewhere."""
+def _strip_avif(file: BinaryIO, size: int) -> tuple[_Pieces, dict[str, Any]]:
+    """Hide EXIF: the decoder fails on a broken one, and orientation is stored elsewhere."""
     file.seek(0)
-    pieces, at = _Pieces(), 0
-    for match in re.finditer(rb"infe.{8}(?=Exif)", file.read(2**20), re.DOTALL):  # the table of contents, which comes first
-        pieces += [(at, match.end()), b"free"]
-        at = match.end() + 4
-    return [*pieces, (at, size)], {}
+    pieces, start = _Pieces(), 0
+    contents = file.read(2**20)  # the table of contents is first
+    for match in re.finditer(rb"infe.{8}(?=Exif)", contents, re.DOTALL):
+        pieces += [(start, match.end()), b"free"]
+        start = match.end() + 4
+    return [*pieces, (start, size)], {}
 
 
-_STRIP: tuple[tuple[bytes, Callable[[BinaryIO, int], tuple[_Pieces, dict[str, Any]]]], ...] = (
-    (rb"\x89PNG\r\n\x1a\n", _bare_png),
-    (rb"\xff\xd8\xff", _bare_jpeg),
-    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", _bare_tiff),
-    (rb"....ftyp", _bare_avif),
+_STRIPPERS: tuple[tuple[bytes, Callable[[BinaryIO, int], tuple[_Pieces, dict[str, Any]]]], ...] = (
+    (rb"\x89PNG\r\n\x1a\n", _strip_png),
+    (rb"\xff\xd8\xff", _strip_jpeg),
+    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", _strip_tiff),
+    (rb"....ftyp", _strip_avif),
 )
 
 
-# --- what a file is, where it is no image that is read ----------------------------------------------------------------
+# --- files that no decoder accepts ------------------------------------------------------------
 
 _KINDS = (
     (rb"\x89PNG\r\n\x1a\n", "PNG"),
@@ -250,12 +258,13 @@ _OTHERS = (
 )
 
 
-def what_it_is(beginning: bytes) -> str:
-    """The reason for a file that no decoder takes, from its first bytes."""
+def why_undecodable(beginning: bytes) -> str:
+    """Why no decoder accepts a file, from its first bytes."""
     for pattern, name in _KINDS:
         if re.match(pattern, beginning, re.DOTALL):
             if name in ("AVIF", "WebP") and not features.check(name.lower()):
-                return f"{name} pictures are not read by this build of Pillow: install Pillow's wheel, or convert it to PNG"
+                todo = "install Pillow's wheel, or convert it to PNG"
+                return f"{name} pictures are not read by this build of Pillow: {todo}"
             return f"damaged, or a kind of {name} that is not read: convert it to PNG"
     for pattern, name in _OTHERS:
         if re.match(pattern, beginning, re.DOTALL):

@@ -1,6 +1,7 @@
-"""Hugging Face datasets, by id or local path, with the `datasets` extra. Images are taken as they are stored, undecoded.
+"""Hugging Face datasets, by id or local path, with the `datasets` extra. Images stay encoded.
 
-Captions are texts, lists of texts, or classes (`ClassLabel`), whose names go into `data.caption_template`.
+Captions are texts, lists of texts, or classes (`ClassLabel`), whose names fill
+`data.caption_template`.
 """
 
 import io
@@ -10,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.config.keys import DataConfig
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, first_line
 from sana_cli.runtime.files import is_lfs_pointer
-from sana_cli.sources.entry import BadImage, Entry, Skipped, captions_of
+from sana_cli.sources.captions import captions_of
+from sana_cli.sources.entry import BadImage, Entry, Skipped
 from sana_cli.sources.images import MAX_FILE_BYTES
 
-TABLES = (".parquet", ".arrow", ".json", ".jsonl", ".csv")  # files that hold a dataset's rows
+TABLES = (".parquet", ".arrow", ".json", ".jsonl", ".csv")  # files with a dataset's rows
 
 
 class HuggingFace:
-    """The rows of a dataset's split."""
+    """The rows of one split of a dataset."""
 
     def __init__(self, data: DataConfig) -> None:
         try:
@@ -32,25 +34,27 @@ class HuggingFace:
         self.data, path = data, data.path
         assert path is not None
         self.rows = _load(path, data.split)
-        for key, field, kind in (
-            ("data.image_field", data.image_field, datasets.Image),
-            ("data.caption_field", data.caption_field, datasets.ClassLabel),
-        ):
-            if field not in self.rows.column_names:
-                _check_pointers(path)
-                fit = [name for name, feature in self.rows.features.items() if isinstance(_inner(feature), kind)]
-                columns = ", ".join(self.rows.column_names)
-                hint = [f"use {' or '.join(fit)}, for example --set {key}={fit[0]}"] if fit else []
-                raise SanaError(f"{key}: {path} has no column {field}; it has {columns}", *hint, exit_code=2)
+        self._check_column("data.image_field", data.image_field, datasets.Image)
+        self._check_column("data.caption_field", data.caption_field, datasets.ClassLabel)
         if isinstance(self.rows.features[data.image_field], datasets.Image):
             self.rows = self.rows.cast_column(data.image_field, datasets.Image(decode=False))
-        feature = self.rows.features[data.caption_field]
-        is_class = isinstance(_inner(feature), datasets.ClassLabel)
-        self.classes: list[str] | None = _inner(feature).names if is_class else None
+        feature = _inner(self.rows.features[data.caption_field])
+        self.classes: list[str] | None = feature.names if isinstance(feature, datasets.ClassLabel) else None
         self.roots = [path.resolve(), Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()]
 
+    def _check_column(self, key: str, field: str, kind: type) -> None:
+        """Refuse a column that the dataset lacks. Suggest columns of `kind`."""
+        if field not in self.rows.column_names:
+            path = self.data.path
+            assert path is not None
+            _check_pointers(path)
+            fit = [name for name, feature in self.rows.features.items() if isinstance(_inner(feature), kind)]
+            columns = ", ".join(self.rows.column_names)
+            hint = [f"use {' or '.join(fit)}, for example --set {key}={fit[0]}"] if fit else []
+            raise SanaError(f"{key}: {path} has no column {field}; it has {columns}", *hint, exit_code=2)
+
     def count(self) -> int | None:
-        """Rows of the split."""
+        """Count the rows of the split."""
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Entry | Skipped]:
@@ -66,13 +70,16 @@ class HuggingFace:
                 yield Skipped(name, str(error))
 
     def _of_classes(self, value: Any, names: Sequence[str]) -> tuple[Any, int | None]:
-        """The captions of a class, or of several, and the class's number where it is one. Those without a name have none."""
-        captions = [
-            self.data.caption_template.replace("{}", names[number].replace("_", " "))
-            if isinstance(number, int) and 0 <= number < len(names)
-            else ""
-            for number in (value if isinstance(value, list) else [value])
-        ]
+        """The captions of one class or a list of them, and the label of a single class.
+
+        The caption of a class without a name is "".
+        """
+
+        def caption(number: Any) -> str:
+            named = isinstance(number, int) and 0 <= number < len(names)
+            return self.data.caption_template.replace("{}", names[number].replace("_", " ")) if named else ""
+
+        captions = [caption(number) for number in (value if isinstance(value, list) else [value])]
         if isinstance(value, list):
             return captions, None
         if not captions[0]:
@@ -80,7 +87,7 @@ class HuggingFace:
         return captions, value
 
     def fingerprint(self) -> dict[str, Any]:
-        """The library's own fingerprint of the table, and which columns are used; how classes become captions."""
+        """The library's own fingerprint, the columns, and how classes become captions."""
         columns = json.dumps([self.data.image_field, self.data.caption_field])
         rows = {"source": "datasets", "split": self.data.split, "rows": len(self.rows), "columns": columns}
         if self.classes is not None:
@@ -90,61 +97,65 @@ class HuggingFace:
 
 
 def _load(path: Path, split: str) -> Any:
-    """A dataset's split: saved by the library on the disk, or whatever else the library loads.
+    """Load a split: of a folder that `save_to_disk` wrote, or of any source of `load_dataset`.
 
     Raises:
-        SanaError: there is none, or no such split.
+        SanaError: the dataset or the split does not exist.
     """
     import datasets
 
     try:
-        if (path / "dataset_info.json").is_file():  # what save_to_disk wrote
+        if (path / "dataset_info.json").is_file():  # one dataset
             loaded = datasets.load_from_disk(str(path))
-            there = [] if loaded.split is None else [part.partition("[")[0] for part in str(loaded.split).split("+")]
-            known = split == "train" or split in there  # a folder without splits is all of train
-        elif (path / "dataset_dict.json").is_file():
+            saved = "" if loaded.split is None else str(loaded.split)
+            splits = [part.partition("[")[0] for part in saved.split("+") if part]
+            known = split == "train" or split in splits  # a folder without splits is all of train
+        elif (path / "dataset_dict.json").is_file():  # one per split
             parts = datasets.load_from_disk(str(path))
-            there, known = list(parts), split in parts
+            splits, known = list(parts), split in parts
             loaded = parts.get(split)
         else:
-            loaded, there, known = datasets.load_dataset(str(path), split=split), [split], True
-    except Exception as error:  # the library's, the hub's and the network's
+            loaded, splits, known = datasets.load_dataset(str(path), split=split), [split], True
+    except Exception as error:  # of the library, the hub or the network
         _check_pointers(path)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if reason.startswith("Unknown split"):
             raise SanaError(f"data.split: {path}: {reason}", exit_code=2) from error
-        raise SanaError(f"data.path: {path} is no dataset that can be loaded: {reason}", f"its split is {split}") from error
+        what = f"data.path: {path} is no dataset that can be loaded: {reason}"
+        raise SanaError(what, f"its split is {split}") from error
     if not known:
-        has = f"it has {', '.join(there)}; choose one with --set data.split=NAME" if there else "it was saved without splits"
+        choose = f"it has {', '.join(splits)}; choose one with --set data.split=NAME"
+        has = choose if splits else "it was saved without splits"
         raise SanaError(f"data.split: {path} has no split {split}", has, exit_code=2)
     return loaded
 
 
 def _inner(feature: Any) -> Any:
-    """What a column holds, be it one of them or a list of them in each row."""
+    """The feature of a column, or of the items if the column holds lists."""
     if isinstance(feature, list) and feature:
         return feature[0]
     return getattr(feature, "feature", feature)
 
 
 def _check_pointers(path: Path) -> None:
-    """Refuse a folder, or a file, that Git LFS has not fetched.
+    """Refuse a folder or file that Git LFS has not fetched.
 
     Raises:
-        SanaError: it names the file.
+        SanaError: naming the file.
     """
     try:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.suffix in TABLES and file.is_file():
                 with file.open("rb") as opened:
                     if is_lfs_pointer(opened.read(64)):
-                        raise SanaError(f"data.path: {file} is a Git LFS pointer, not the file", "fetch it with: git lfs pull")
+                        what = f"data.path: {file} is a Git LFS pointer, not the file"
+                        raise SanaError(what, "fetch it with: git lfs pull")
     except OSError:
         return
 
 
 def _bytes(value: Any, roots: Sequence[Path]) -> bytes:
-    """An image cell's encoded bytes: as stored, from the file it names, or of a picture, losslessly encoded again."""
+    """The encoded bytes of an image cell: stored, in a file, or of a decoded picture as PNG."""
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
             return value["bytes"]

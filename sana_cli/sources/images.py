@@ -1,6 +1,8 @@
-"""From a file's bytes to pixels that fit: bounded, upright, in sRGB, in the channels asked for. It runs in worker processes.
+"""From the bytes of a file to pixels: bounded, upright, sRGB, of given size and channels.
 
-What of a file the decoders see is a matter of `containers.py`, brightness and transparency of `depth.py`, colours of `colour.py`.
+`containers.py` decides which bytes the decoders see, `depth.py` handles brightness and
+transparency, `colour.py` colour profiles. It runs in worker processes.
+
 Shapes: H W height and width in pixels, C channels.
 """
 
@@ -13,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, first_line
 from sana_cli.runtime.files import is_lfs_pointer
 from sana_cli.sources import colour, containers, depth
 from sana_cli.sources.entry import BadImage
@@ -22,7 +24,7 @@ SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-UNREAD = {  # pictures of other kinds: not read, but not passed over in silence either
+UNREAD = {  # other formats: not read, but reported
     ".arw", ".cr2", ".cr3", ".cur", ".dcm", ".dds", ".dib", ".djvu", ".dng", ".emf", ".eps", ".exr", ".fits",
     ".hdr", ".heic", ".heics", ".heif", ".heifs", ".hif", ".icns", ".ico", ".j2c", ".j2k", ".jp2", ".jpc",
     ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".kra", ".nef", ".orf", ".pam", ".pcx", ".pdf", ".pfm", ".psb",
@@ -33,18 +35,20 @@ MAX_FILE_BYTES = 512 * 2**20
 
 
 def unread_reason(name: str) -> str | None:
-    """Why a picture of that name is not read; None where it is, or is no picture."""
+    """Why a picture with this suffix is not read; None if it is read or is no picture."""
     suffix = Path(name).suffix.lower()
     return f"pictures of {suffix} are not read: convert it to PNG or JPEG" if suffix in UNREAD else None
 
 
 def decode_image(image: bytes | Path | np.ndarray) -> Image.Image:
-    """The picture in a file or its bytes: whole, the right way up, RGB or grey in sRGB, transparency over white.
+    """Decode a file, its bytes or pixels: upright, L or RGB in sRGB, transparency over white.
 
-    Of several frames, the first. Black and white go by the kind of image, never by its values: white is 255, 65535, or 1.0.
+    Only the first frame is decoded. White depends on the data type (255, 65535 or 1.0), never
+    on the values.
 
     Raises:
-        BadImage: it is none, is cut short, is larger than `MAX_PIXELS` or `MAX_FILE_BYTES`, or its values make no picture.
+        BadImage: it is not an image or is damaged, is over `MAX_PIXELS` or `MAX_FILE_BYTES`, or
+            has values out of range.
         OSError: the file cannot be read.
     """
     if isinstance(image, np.ndarray):
@@ -60,42 +64,42 @@ def decode_image(image: bytes | Path | np.ndarray) -> Image.Image:
         if is_lfs_pointer(beginning):
             raise BadImage("a Git LFS pointer, not the image: run git lfs pull")
         try:
-            with warnings.catch_warnings(action="ignore"):  # remarks on odd files
-                return _decode(*containers.bare(file, beginning, size))
+            with warnings.catch_warnings(action="ignore"):  # about unusual files
+                return _decode(*containers.strip_metadata(file, beginning, size))
         except BadImage:
             raise
         except UnidentifiedImageError as error:
-            raise BadImage(containers.what_it_is(beginning)) from error
+            raise BadImage(containers.why_undecodable(beginning)) from error
         except Image.DecompressionBombError as error:
             raise BadImage(f"more than {MAX_PIXELS:,} pixels") from error
         except MemoryError as error:
             raise BadImage("too large for memory") from error
-        except Exception as error:  # decoders raise whatever they stumble over
-            raise BadImage(f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        except Exception as error:  # decoders raise many kinds
+            raise BadImage(f"damaged: {first_line(error)}") from error
 
 
-def _decode(file: BinaryIO, remarks: Mapping[str, Any]) -> Image.Image:
-    """Eight bits, L or RGB. `remarks` go by Pillow's names: the colour profile, and what may tell the orientation."""
+def _decode(file: BinaryIO, info: Mapping[str, Any]) -> Image.Image:
+    """Decode to 8 bits, L or RGB. `info` has profile and orientation by Pillow's names."""
     with Image.open(file, formats=depth.FORMATS) as opened:
         width, height = opened.size
         if width * height > MAX_PIXELS:
             raise BadImage(f"{width:,} x {height:,} pixels; the most is {MAX_PIXELS:,} in all")
-        opened.info.update(remarks)
-        opened.tile = tiles = depth.mend_tiles(opened)
+        opened.info.update(info)
+        opened.tile = tiles = depth.fix_tiles(opened)
         opened.load()
         profile = opened.info.get("icc_profile")
-        numbers = depth.numbers_of(opened)
-        if numbers is not None:
-            image = depth.from_numbers(numbers, opened.info.get("transparency"), profile)
+        deep = depth.deep_grey(opened)
+        if deep is not None:
+            image = depth.to_8_bits(deep, opened.info.get("transparency"), profile)
         else:
             if tiles and opened.mode in ("RGB", "RGBA", "CMYK"):
                 depth.refuse_faint_colours(opened, tiles[0], file)
-            image = colour.in_srgb(depth.with_alpha(opened, tiles, file), profile)
+            image = colour.to_srgb(depth.with_alpha(opened, tiles, file), profile)
         turn = _TURNS.get(_orientation(opened))
     if image.mode in ("LA", "RGBA"):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
-    plain = image.copy() if image is opened else image  # no longer the file's
+    plain = image.copy() if image is opened else image  # independent of the file
     plain = plain if turn is None else plain.transpose(turn)
     plain.info = {}
     return plain
@@ -113,29 +117,29 @@ _TURNS = {
 
 
 def _orientation(opened: Image.Image) -> Any:
-    """What the camera's record says, from 1 to 8; 1 where it cannot be read. Of a TIFF, Pillow has seen to it already."""
+    """The EXIF orientation, 1 to 8; 1 if it cannot be read. Pillow already rotates TIFF."""
     try:
         value = opened.getexif().get(ExifTags.Base.Orientation, 1)
         hash(value)
-    except Exception:  # whatever a broken record makes of its reader: the image is taken as it stands
+    except Exception:  # a broken EXIF raises many kinds: the image is used as it is
         return 1
     return value
 
 
-# --- fitting ----------------------------------------------------------------------------------------------------------
+# --- fitting ----------------------------------------------------------------------------------
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str = "crop") -> np.ndarray:
     """Resize (bicubic, antialiased) and convert: (C, H, W) uint8.
 
-    "crop" covers `size` and cuts the centre out; "pad" fits the whole image in, on white.
+    "crop" covers `size` and cuts out the centre; "pad" fits the whole image in, on white.
     """
     height, width = size
     if channels not in (1, 3):
         raise SanaError(f"model.in_channels: images have 1 or 3 channels, not {channels}", exit_code=2)
     image = image.convert("L" if channels == 1 else "RGB")
     ratios = height / image.height, width / image.width
-    if fit == "crop":  # the box that will be seen is resized, and nothing else, however long the image is
+    if fit == "crop":  # resize only the visible box: the image may be very long
         scale = max(ratios)
         inner = min(image.width, width / scale), min(image.height, height / scale)
         left, top = (image.width - inner[0]) / 2, (image.height - inner[1]) / 2
@@ -144,7 +148,10 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str
             image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     else:
         scale = min(ratios)
-        inside = min(width, max(1, round(image.width * scale))), min(height, max(1, round(image.height * scale)))
+        inside = (
+            min(width, max(1, round(image.width * scale))),
+            min(height, max(1, round(image.height * scale))),
+        )
         if inside != image.size:
             image = image.resize(inside, Image.Resampling.BICUBIC)
         if inside != (width, height):
@@ -158,7 +165,7 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str
 def decode_all(
     images: Sequence[bytes | Path | np.ndarray], size: tuple[int, int], channels: int, fit: str
 ) -> list[np.ndarray | str]:
-    """Each image as (C, H, W) uint8, or the reason why it cannot be used."""
+    """Decode and fit each image: (C, H, W) uint8, or the reason it cannot be used."""
     found: list[np.ndarray | str] = []
     for image in images:
         try:
@@ -169,6 +176,6 @@ def decode_all(
             raise
         except OSError as error:
             found.append(f"cannot be read: {error.strerror or error}")
-        except (Exception, MemoryError) as error:  # whatever an odd image makes of the library
+        except (Exception, MemoryError) as error:  # an unusual image can raise anything
             found.append(f"cannot be used: {type(error).__name__}")
     return found

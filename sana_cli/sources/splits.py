@@ -1,4 +1,4 @@
-"""Which part of a source a split is: a sub-folder of its name, or the shards that are named after it."""
+"""Which part of a source a split is: the sub-folder or the shards with its name."""
 
 import re
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ WORDS = ("train", "training", "val", "valid", "validation", "dev", "test", "test
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """The sub-folder of a split's name, in the disk's spelling; None where `train` has none: then the folder itself is it.
+    """Find the sub-folder of a split. None for `train` without a sub-folder: use `root` itself.
 
     Raises:
-        SanaError: there is no such split, or it is a link that leads out.
+        SanaError: the split does not exist, or is a link that leads out.
     """
     inner = find_folder(root, split)
     if inner is None and split != "train":
@@ -23,7 +23,7 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 
 def find_folder(root: Path, split: str) -> Path | None:
-    """The sub-folder of a split's name, in the disk's spelling; None without one.
+    """Find the sub-folder with a split's name, spelt as on the disk; None without one.
 
     Raises:
         SanaError: it is a link that leads out, or the folder cannot be listed.
@@ -32,26 +32,33 @@ def find_folder(root: Path, split: str) -> Path | None:
         names = {path.name for path in root.iterdir()}
     except OSError as error:
         raise SanaError(f"data.path: {root} cannot be listed: {error.strerror}", exit_code=2) from error
-    named = [split] if split in names else [name for name in names if fold(name) == fold(split)]
-    folders = [root / name for name in named if (root / name).is_dir()]
+    matches = [split] if split in names else [name for name in names if fold(name) == fold(split)]
+    folders = [root / name for name in matches if (root / name).is_dir()]
     if len(folders) != 1:
         return None
     if not folders[0].resolve().is_relative_to(root.resolve()):
-        raise SanaError(f"data.split: {folders[0]} is {LEADS_OUT.removesuffix('the source')}{root}", exit_code=2)
+        raise SanaError(
+            f"data.split: {folders[0]} is {LEADS_OUT.removesuffix('the source')}{root}", exit_code=2
+        )
     return folders[0]
 
 
 def no_split(root: Path, split: str) -> SanaError:
-    """The error for a split that a folder does not have."""
-    there = sorted(path.name for path in root.iterdir() if path.name.lower() in WORDS and path.is_dir())
-    has = f"it has {', '.join(there[:MOST_LISTED])}; " if there else ""
-    return SanaError(f"data.split: {root} has no folder {split}", f"{has}leave it out for a folder without splits", exit_code=2)
+    """Return the error for a split that a folder does not have."""
+    found = sorted(path.name for path in root.iterdir() if path.name.lower() in WORDS and path.is_dir())
+    has = f"it has {', '.join(found[:MOST_LISTED])}; " if found else ""
+    return SanaError(
+        f"data.split: {root} has no folder {split}",
+        f"{has}leave it out for a folder without splits",
+        exit_code=2,
+    )
 
 
 def split_of(name: str, split: str) -> str | None:
-    """The split that a shard belongs to by its name, in lower case: one of the usual words, or `split`; None without one.
+    """Read the split of a shard from its name, in lower case: one of `WORDS`, `split`, or None.
 
-    A folder of that name says it, or else the last such word in the file's own: `imagenet-train-0001.tar` is of `train`.
+    The innermost folder with such a name counts first, then the last such word of the file
+    name: `imagenet-train-0001.tar` belongs to `train`.
     """
     words = {*WORDS, split.lower()}
     for folder in reversed(parent(name).lower().split("/")):
@@ -63,6 +70,6 @@ def split_of(name: str, split: str) -> str | None:
 
 
 def only_other_splits(names: Iterable[str]) -> list[str]:
-    """The top folders of all these files, if they are named as splits are; nothing if one is not, or a file lies in none."""
+    """List the top folders of these files if all are named as splits; else an empty list."""
     tops = {name.partition("/")[0] if "/" in name else "" for name in names}
     return sorted(tops) if tops and all(top.lower() in WORDS for top in tops) else []

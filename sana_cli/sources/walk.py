@@ -1,6 +1,6 @@
-"""What lies below a folder: each sub-folder listed once, links followed that stay inside, hidden entries passed over.
+"""The files below a folder. Each folder is listed once. Links that stay inside are followed.
 
-It knows nothing of images and captions.
+Hidden entries are ignored. This module knows nothing of images and captions.
 """
 
 import difflib
@@ -15,40 +15,40 @@ from pathlib import Path
 from sana_cli.errors import SanaError
 from sana_cli.sources.entry import BadImage
 
-# Left by macOS, Windows, NAS boxes and file systems; so are all names that begin with a dot.
+# Written by macOS, Windows, NAS devices and file systems, as are names that begin with a dot.
 SYSTEM = frozenset({
-    "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "__macosx", "lost+found", "$recycle.bin",
-    "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
+    "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "__macosx",
+    "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
 })  # fmt: skip
 LEADS_OUT = "a link that leads out of the source"
 NOWHERE = "a link that leads nowhere"
 CIRCLE = "a link in a circle"
-HINTS = 100  # names for which a file of nearly that name is looked for; beyond that many, all names are wrong in one way
-MOST_COMPARED = 500  # names that one of them is compared with
-ALIKE = 0.75  # how near a name is, from 0 to 1 (difflib's ratio)
+MAX_HINTS = 100  # missing names that get a suggestion; if more are missing, they share a cause
+MAX_COMPARED = 500  # file names compared with each of them
+MIN_SIMILARITY = 0.75  # difflib's ratio, 0 to 1
 
 
 def is_hidden(name: str) -> bool:
-    """Whether programs and systems, not people, make entries of that name: `.git`, `._1.jpg`, `@eaDir`, `Thumbs.db`."""
+    """Whether a program made this entry, not a person: `.git`, `._1.jpg`, `Thumbs.db`."""
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM
 
 
 def fold(name: str) -> str:
-    """The name as a file system that ignores letter case and Unicode's forms sees it."""
+    """Normalise letter case and Unicode form, as some file systems do."""
     if name.isascii():
         return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def suffix(name: str) -> str:
-    """The last suffix in lower case: ".png" of "a/1.PNG"."""
+    """The last suffix in lower case: "a/1.PNG" -> ".png"."""
     last = basename(name)
     dot = last.rfind(".")
     return last[dot:].lower() if dot > 0 else ""
 
 
 def stem(name: str) -> str:
-    """The name without its last suffix, folders kept: "a/1" of "a/1.png"."""
+    """The name without its last suffix, with its folders: "a/1.png" -> "a/1"."""
     return name[: len(name) - len(suffix(name))]
 
 
@@ -58,15 +58,15 @@ def basename(name: str) -> str:
 
 
 def parent(name: str) -> str:
-    """The folder of a name; "" at the top."""
+    """The folder of a name; "" for the top."""
     return name.rpartition("/")[0]
 
 
 class Tree:
-    """The files below a folder, by their names relative to it, spelt as on the disk, with "/" between the parts.
+    """The files below a folder, by relative name, spelt as on the disk, with "/" as separator.
 
-    Folders and files that are links are read where they lead to something inside `boundary`, and no folder is read twice.
-    `hinted` has the suffixes of files that are named when others are not found.
+    Links are followed if they lead inside `boundary`. No folder is read twice. Only files with
+    a suffix in `hinted` are suggested for a missing name.
 
     Raises:
         SanaError: the folder cannot be listed.
@@ -75,21 +75,21 @@ class Tree:
     def __init__(self, root: Path, boundary: Path, hinted: Collection[str] = ()) -> None:
         self.root, self._boundary, self._hinted = root, boundary.resolve(), hinted
         self.folders: set[str] = set()
-        self.left_out: dict[str, str] = {}  # links, folders and special files that are not read, and why
-        self._read: dict[str, str] = {}  # real paths of the folders, and the names they are read by
-        self._aliases: dict[str, str] = {}  # links to folders that are read by other names, and those
-        self._links: list[tuple[str, str]] = []  # a heap: names, and the real paths of the folders that they lie in
+        self.left_out: dict[str, str] = {}  # links, folders and special files: name -> reason
+        self._read: dict[str, str] = {}  # real path of a folder -> its name
+        self._aliases: dict[str, str] = {}  # link to a folder -> the name it was read by
+        self._links: list[tuple[str, str]] = []  # a heap: (name, real path of its folder)
         found: list[str] = []
         self._list("", str(root.resolve()), found)
-        while self._links:  # only now, so that a folder is read by its own name rather than by a link's
+        while self._links:  # last, so that a folder is read by its own name, not by a link's
             self._follow(*heapq.heappop(self._links), found)
         self.files = dict.fromkeys(sorted(found))
         self._folded: dict[str, list[str]] = {}
-        self._by_key: dict[str, list[str]] = {}  # by the digits of the name, and by its last part
+        self._by_key: dict[str, list[str]] = {}  # by the name's digits, and by "/" + its last part
         self._hints: dict[str, str | None] = {}
 
     def _list(self, name: str, real: str, found: list[str]) -> None:
-        """All of a folder, without its links."""
+        """Add the files below a folder to `found`, and its links to the heap."""
         stack = [(name, real)]
         while stack:
             name, real = stack.pop()
@@ -115,11 +115,13 @@ class Tree:
                             self.left_out[full] = "not a regular file"
             except OSError as error:
                 if not name:
-                    raise SanaError(f"data.path: {self.root} cannot be listed: {error.strerror}", exit_code=2) from error
+                    raise SanaError(
+                        f"data.path: {self.root} cannot be listed: {error.strerror}", exit_code=2
+                    ) from error
                 self.left_out[name] = f"cannot be listed: {error.strerror}"
 
     def _follow(self, name: str, folder: str, found: list[str]) -> None:
-        """What a link leads to."""
+        """Read the target of a link."""
         try:
             target = Path(folder, basename(name)).resolve(strict=True)
             if not target.is_relative_to(self._boundary):
@@ -134,19 +136,20 @@ class Tree:
                 self._list(name, str(target), found)
         except (FileNotFoundError, NotADirectoryError):
             self.left_out[name] = NOWHERE
-        except RuntimeError:  # so said before Python 3.13
+        except RuntimeError:  # a loop, before Python 3.13
             self.left_out[name] = CIRCLE
         except OSError as error:
-            self.left_out[name] = CIRCLE if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
+            is_loop = error.errno == errno.ELOOP
+            self.left_out[name] = CIRCLE if is_loop else f"cannot be read: {error.strerror}"
 
     def find(self, name: str, folder: str = "") -> str:
-        """The file that somebody called `name`, seen from `folder`: by the disk's spelling, relative to the tree.
+        """Find the file that `name`, relative to `folder`, means. Return its name in `files`.
 
-        Letter case, Unicode's forms, backslashes, `./` and `//` may differ, where exactly one file is meant. Hidden files are
-        found by their exact names alone: who writes such a name down wants the file.
+        Letter case, Unicode form, backslashes, `./` and `//` may differ if exactly one file
+        matches. A hidden file is found by its exact name only: the user asked for it.
 
         Raises:
-            BadImage: the name leads out, or no file or several are meant; says why.
+            BadImage: the name leads out, or matches no file or several; says why.
         """
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if not parts or "\x00" in name:
@@ -158,19 +161,21 @@ class Tree:
             return full
         if full in self.folders:
             raise BadImage("not a regular file")
-        places = full.split("/")
-        for length in range(1, len(places) + 1):
-            place = "/".join(places[:length])
-            if place in self._aliases and length < len(places):
-                return self.find("/".join(places[length:]), self._aliases[place])
-            if place in self.left_out:
-                raise BadImage(self.left_out[place])
+        levels = full.split("/")
+        for depth in range(1, len(levels) + 1):
+            prefix = "/".join(levels[:depth])
+            if prefix in self._aliases and depth < len(levels):
+                return self.find("/".join(levels[depth:]), self._aliases[prefix])
+            if prefix in self.left_out:
+                raise BadImage(self.left_out[prefix])
         if re.match(r"[A-Za-z]:[\\/]", name):
             raise BadImage("its name leads out of the source")
-        if "\\" in name:  # as Windows parts names
+        if "\\" in name:  # the Windows separator
             return self.find(name.replace("\\", "/"), folder)
-        if any(map(is_hidden, parts)):
-            return self._hidden(full)
+        return self._hidden(full) if any(map(is_hidden, parts)) else self._only_alike(full)
+
+    def _only_alike(self, full: str) -> str:
+        """The one file that is spelt nearly so."""
         alike = self.alike(full)
         if len(alike) == 1:
             return alike[0]
@@ -180,7 +185,10 @@ class Tree:
         raise BadImage(f"no such file; is it {nearest}?" if nearest else "no such file")
 
     def alike(self, name: str) -> list[str]:
-        """The files whose names differ from `name` in letter case and Unicode's forms at most; the same in case go first."""
+        """The files that differ from `name` only in letter case and Unicode form.
+
+        If some have the same letter case, only these.
+        """
         if not self._folded:
             for file in self.files:
                 self._folded.setdefault(fold(file), []).append(file)
@@ -189,7 +197,7 @@ class Tree:
         return [file for file in found if unicodedata.normalize("NFC", file) == composed] or found
 
     def _hidden(self, full: str) -> str:
-        """A file that was not listed, if it is one."""
+        """Check a hidden file, which was not listed."""
         path = self.root / full
         try:
             if not path.resolve().is_relative_to(self._boundary):
@@ -198,26 +206,27 @@ class Tree:
                 raise BadImage("not a regular file" if path.exists() else "no such file")
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
-        except (ValueError, RuntimeError) as error:  # names that no file system takes; links in a circle
+        except (ValueError, RuntimeError) as error:  # an impossible name; a loop of links
             raise BadImage("not a file name" if isinstance(error, ValueError) else CIRCLE) from error
         return full
 
     def _nearest(self, full: str) -> str | None:
-        """A file of nearly that name. Its digits are the same: "0007.png" is no misspelt "0008.png"."""
-        if full not in self._hints and len(self._hints) < HINTS:
+        """A file with a similar name and equal digits: "0007.png" is no misspelt "0008.png"."""
+        if full not in self._hints and len(self._hints) < MAX_HINTS:
             if not self._by_key:
                 for file in self.files:
                     if suffix(file) in self._hinted:
                         self._by_key.setdefault(_digits(file), []).append(file)
                         self._by_key.setdefault("/" + fold(basename(file)), []).append(file)
-            same = self._by_key.get(_digits(full), [])
-            deeper = [
-                file for file in self._by_key.get("/" + fold(basename(full)), []) if _is_end(full, file) or _is_end(file, full)
-            ]
-            near = [file for file in same if fold(stem(file)) == fold(stem(full))] or deeper
+            same_digits = self._by_key.get(_digits(full), [])
+            same_end = self._by_key.get("/" + fold(basename(full)), [])
+            near = [file for file in same_digits if fold(stem(file)) == fold(stem(full))]
+            near = near or [file for file in same_end if _ends_with(file, full) or _ends_with(full, file)]
             if not near:
-                folded = {fold(file): file for file in same[:MOST_COMPARED] if _is_near(parent(file), parent(full))}
-                near = [folded[match] for match in difflib.get_close_matches(fold(full), folded, 1, ALIKE)]
+                compared = same_digits[:MAX_COMPARED]
+                folded = {fold(file): file for file in compared if _is_near(parent(file), parent(full))}
+                matches = difflib.get_close_matches(fold(full), folded, 1, MIN_SIMILARITY)
+                near = [folded[match] for match in matches]
             self._hints[full] = near[0] if near else None
         return self._hints.get(full)
 
@@ -226,9 +235,10 @@ def _digits(name: str) -> str:
     return "".join(filter(str.isdigit, name))
 
 
-def _is_end(name: str, longer: str) -> bool:
+def _ends_with(longer: str, name: str) -> bool:
     return fold(longer).endswith("/" + fold(name))
 
 
 def _is_near(folder: str, other: str) -> bool:
-    return fold(folder) == fold(other) or difflib.SequenceMatcher(None, fold(folder), fold(other)).ratio() >= ALIKE
+    folder, other = fold(folder), fold(other)
+    return folder == other or difflib.SequenceMatcher(None, folder, other).ratio() >= MIN_SIMILARITY

@@ -1,119 +1,115 @@
-"""Micro-batches: which images a step sees, and all that is drawn for each of them. It knows no model and no optimizer.
+"""Micro-batches: which images a step sees, and all that is drawn for each. It knows no model and no optimizer.
 
-Every draw (row of the dataset, caption, dropout, noise level, noise) is a pure function of the seed and the image's number
-in the run. So a run does not depend on how its steps are cut into micro-batches or shared out over processes, and resuming
-one needs a step number and no random state.
+Every draw (row, caption, noise level, noise) is a pure function of the seed and the image's number in
+the run. So a run does not depend on how its steps are cut into micro-batches or shared out over
+processes, and resuming one needs a step number and no random state.
 
-Shapes: B images of a micro-batch, K distinct captions among theirs, C H W of an image, L caption tokens, D caption width.
+Shapes: B images of a micro-batch, K distinct captions among theirs, C H W of a sample, L caption tokens,
+D caption width, n images of a step.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sana_cli import flow
-from sana_cli.config.keys import TrainConfig
-from sana_cli.dataset.order import sample_rows
-from sana_cli.dataset.reader import Dataset
+from sana_cli.dataset.trainset import TrainSet
+from sana_cli.runtime.distributed import World
 from sana_cli.text import pad_states
+from sana_cli.training.objective import Batch, Objective
 
-DRAWS, HELD_OUT, LEVELS = 1, 2, 3  # domains of the counter-based generator; the order of the data (`store.sample_rows`) has 0
-
+TRAINING, HELD_OUT, LEVELS = 1, 2, 3  # domains of the counter-based generator; the order of rows has 0
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
-class Block:
-    """Images `first` .. `first + count` of a step: a micro-batch of one process.
+class MicroBatch:
+    """Which images of a step go through the model together, in one process.
 
-    Processes run in step, so each has as many blocks as any other. One that has no image left is `padding`: it goes through
-    the model with another block's first image, and counts for nothing.
+    Processes run in step, so each has as many as any other. One that has no image left is `padding`: it
+    goes through the model with another's first image, and counts for nothing.
     """
 
-    first: int
-    count: int
+    numbers: np.ndarray  # (B,) of the step's images, from 0
     padding: bool = False
 
 
-def blocks(images: int, batch_size: int, rank: int, processes: int) -> list[Block]:
-    """The micro-batches of process `rank`: block m * processes + rank of the step's images, for m = 0, 1, ... (design).
+def cut(shape_numbers: np.ndarray, batch_size: int, world: World) -> list[MicroBatch]:
+    """The micro-batches of this process, from the shape of each image of a step (n,).
 
-    Blocks hold `batch_size` images; the last that has any may hold fewer.
+    Images are grouped by shape in the order of the step, and each group is cut into runs of `batch_size`
+    images or fewer. Run number m * processes + rank is micro-batch m of process `rank`.
     """
-    rounds = -(-images // (batch_size * processes))
-    firsts = [(m * processes + rank) * batch_size for m in range(rounds)]
-    return [Block(at, min(batch_size, images - at)) if at < images else Block(0, 1, padding=True) for at in firsts]
+    groups = [np.flatnonzero(shape_numbers == shape) for shape in np.unique(shape_numbers)]
+    runs = [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
+    rounds = -(-len(runs) // world.size)
+    places = range(world.rank, rounds * world.size, world.size)
+    return [
+        MicroBatch(runs[at]) if at < len(runs) else MicroBatch(runs[0][:1], padding=True) for at in places
+    ]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch, ready for the device: what the transformer sees and what it should answer."""
+def quantiles(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Where in the density of noise levels images of a run are, (n,) in (0, 1), by their numbers (n,).
 
-    rows: np.ndarray  # (B,) of the dataset
-    x_0: Tensor  # (B, C, H, W)
-    noise: Tensor  # (B, C, H, W)
-    sigma: Tensor  # (B,)
-    states: Tensor  # (K, L, D)
-    mask: Tensor  # (K, L)
-    caption_index: Tensor  # (B,) int64: which of the K is each image's
-    dropout_keys: Tensor  # (B,) int64
-
-
-def training_batch(dataset: Dataset, train: TrainConfig, first: int, count: int) -> Batch:
-    """Images `first` .. `first + count` of a run with everything drawn for them, from (seed, image number) alone."""
-    rows = sample_rows(first, count, len(dataset), train.seed)
-    return _draw(dataset, train, DRAWS, first, rows, train.caption_dropout, quantiles(first, count, train.seed))
-
-
-def quantiles(first: int, count: int, seed: int) -> np.ndarray:
-    """Where in the density of noise levels images `first` .. `first + count` of a run are, in (0, 1).
-
-    It is the golden ratio's sequence, from a start that depends on the seed. Each number is uniform, and any run of them covers
-    (0, 1) evenly: so a step sees all noise levels, and its loss and gradient vary less than with independent draws (Kingma
-    et al., arXiv 2107.00630, appendix I.1, do the same within a batch).
+    The golden ratio's sequence, from a start that depends on the seed. Each number is uniform, and any run
+    of them covers (0, 1) evenly: a step sees all noise levels, and its loss and gradient vary less than
+    with independent draws (Kingma et al., arXiv 2107.00630, appendix I.1, do the same within a batch).
     """
     start = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, LEVELS])).random()
-    return np.clip((start + np.arange(first, first + count) * GOLDEN) % 1, 1e-7, 1 - 1e-7)
+    return np.clip((start + numbers * GOLDEN) % 1, 1e-7, 1 - 1e-7)
 
 
-def held_out_batch(dataset: Dataset, train: TrainConfig, first: int, count: int, images: int) -> Batch:
-    """The same for held-out images: always the same `images` of them, spread evenly over the dataset.
+def training_batch(train_set: TrainSet, objective: Objective, seed: int, numbers: np.ndarray) -> Batch:
+    """Images of a run by their numbers (B,), with everything drawn for them from (seed, number) alone."""
+    rows = np.concatenate([train_set.rows(int(run[0]), len(run)) for run in _runs(numbers)])
+    levels = quantiles(numbers, seed)
+    return _draw(train_set, objective, seed, TRAINING, numbers, rows, levels, objective.caption_dropout)
 
-    Captions are not dropped, and the noise levels are the even quantiles of the training density: so that the loss depends on
-    the weights alone, and little on which images and levels they met.
+
+def held_out_batch(
+    train_set: TrainSet, objective: Objective, seed: int, numbers: np.ndarray, images: int
+) -> Batch:
+    """Held-out images by their numbers (B,) below `images`: spread evenly over the set, the same each time.
+
+    Captions are not dropped, and noise levels are the even quantiles of the training density. So the loss
+    depends on the weights alone.
     """
-    rows = np.arange(first, first + count) * len(dataset) // images
-    place = np.random.Generator(np.random.Philox(key=[train.seed, 0], counter=[0, 0, 0, HELD_OUT])).permutation(images)
-    return _draw(dataset, train, HELD_OUT, first, rows, 0.0, (place[first : first + count] + 0.5) / images)
+    rows = numbers * len(train_set) // images
+    order = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, HELD_OUT])).permutation(
+        images
+    )
+    return _draw(train_set, objective, seed, HELD_OUT, numbers, rows, (order[numbers] + 0.5) / images, 0.0)
+
+
+def _runs(numbers: np.ndarray) -> list[np.ndarray]:
+    """Consecutive numbers taken together."""
+    return np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
 
 
 def _draw(
-    dataset: Dataset, train: TrainConfig, domain: int, first: int, rows: np.ndarray, caption_dropout: float, levels: np.ndarray
-) -> Batch:
-    count, shape = len(rows), dataset.image_shape
-    choices = list(zip(dataset.caption_ids(rows), dataset.caption_weights(rows), strict=True))
+    train_set: TrainSet, objective: Objective, seed: int, domain: int, numbers: np.ndarray, rows: np.ndarray,
+    levels: np.ndarray, caption_dropout: float,
+) -> Batch:  # fmt: skip
+    x_0 = train_set.samples(rows)
     chosen: list[int] = []
-    noise, keys = np.empty((count, *shape), dtype=np.float32), np.empty(count, dtype=np.int64)
-    for i, (ids, weights) in enumerate(choices):
-        generator = np.random.Generator(np.random.Philox(key=[train.seed, first + i], counter=[0, 0, 0, domain]))
+    noise = np.empty(x_0.shape, dtype=np.float32)
+    for i, (number, (ids, weights)) in enumerate(
+        zip(numbers.tolist(), train_set.captions(rows), strict=True)
+    ):
+        generator = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, domain]))
         which, dropped = generator.random(2)
-        noise[i] = generator.standard_normal(shape, dtype=np.float32)
-        keys[i] = generator.integers(2**63)
-        chosen.append(dataset.index["null_caption"] if dropped < caption_dropout else ids[pick(which, weights, len(ids))])
-    drawn = torch.special.ndtri(torch.from_numpy(levels)).float()
-    sigma = flow.uniform(drawn)
-    if train.sigma_density == "logit_normal":
-        sigma = flow.logit_normal(drawn, train.logit_mean, train.logit_std)
-    sigma = flow.shift_sigma(sigma, train.flow_shift)
+        noise[i] = generator.standard_normal(x_0.shape[1:], dtype=np.float32)
+        chosen.append(
+            train_set.null_caption if dropped < caption_dropout else ids[pick(which, weights, len(ids))]
+        )
     distinct, index = np.unique(chosen, return_inverse=True)
-    states, mask = pad_states(dataset.states(distinct.tolist()))
-    x_0, drawn_noise = dataset.images(rows), torch.from_numpy(noise)
-    return Batch(rows, x_0, drawn_noise, sigma, states, mask, torch.from_numpy(index), torch.from_numpy(keys))
+    states, mask = pad_states(train_set.states(distinct.tolist()))
+    sigma = objective.noise_levels(torch.from_numpy(levels))
+    return Batch(rows, x_0, torch.from_numpy(noise), sigma, states, mask, torch.from_numpy(index))
 
 
 def pick(which: float, weights: Sequence[float] | None, count: int) -> int:
@@ -124,25 +120,54 @@ def pick(which: float, weights: Sequence[float] | None, count: int) -> int:
     return min(int(np.searchsorted(ends, which * ends[-1], side="right")), count - 1)
 
 
-class Reader:
-    """Makes micro-batches, each next one in a thread while the one before is trained on. `waited` is what that did not hide."""
+class StepBatches:
+    """The micro-batches of a run's steps in one process. A thread makes the next during training."""
 
-    def __init__(self, make: Callable[[int, int], Batch]) -> None:
-        self.make = make
-        self.waited = 0.0  # seconds
+    def __init__(
+        self, train_set: TrainSet, objective: Objective, seed: int, images: int, batch_size: int, world: World
+    ) -> None:
+        self.train_set, self.objective, self.seed, self.images = train_set, objective, seed, images
+        self.batch_size, self.world = batch_size, world
+        self.waited = 0.0  # seconds in which training waited for a batch
         # one thread of torch's in there: with as many as cores, two teams of them would spin against each other
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=lambda: torch.set_num_threads(1))
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="batches", initializer=lambda: torch.set_num_threads(1)
+        )
         self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
 
-    def get(self, wanted: tuple[int, int], following: tuple[int, int] | None) -> Batch:
-        """The micro-batch of `wanted` (first, count); `following` is begun at once."""
-        start = time.perf_counter()
-        ahead = self._ahead
-        batch = ahead[1].result() if ahead is not None and ahead[0] == wanted else self.make(*wanted)
-        self._ahead = None if following is None else (following, self._thread.submit(self.make, *following))
-        self.waited += time.perf_counter() - start
-        return batch
+    def cut(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of the step after `step` steps."""
+        rows = self.train_set.rows(step * self.images, self.images)
+        return cut(self.train_set.shape_numbers(rows), self.batch_size, self.world)
+
+    def of_step(self, step: int, is_last: bool) -> Iterator[tuple[MicroBatch, Batch]]:
+        """Each micro-batch of the step after `step` steps. With `is_last` none is made ahead for the next step."""
+        parts = self.cut(step)
+        for m, part in enumerate(parts):
+            start = time.perf_counter()
+            ahead, self._ahead = self._ahead, None
+            batch = (
+                ahead[1].result() if ahead is not None and ahead[0] == (step, m) else self._make(step, part)
+            )
+            if m + 1 < len(parts):
+                self._begin(step, m + 1, parts[m + 1])
+            elif not is_last:
+                self._begin(step + 1, 0, self.cut(step + 1)[0])
+            self.waited += time.perf_counter() - start
+            yield part, batch
+
+    def _begin(self, step: int, m: int, part: MicroBatch) -> None:
+        self._ahead = (step, m), self._thread.submit(self._make, step, part)
+
+    def _make(self, step: int, part: MicroBatch) -> Batch:
+        return training_batch(self.train_set, self.objective, self.seed, step * self.images + part.numbers)
+
+    def names(self, step: int, numbers: np.ndarray) -> list[str]:
+        """What the source calls images of the step after `step` steps, by their numbers in it."""
+        runs = _runs(step * self.images + numbers)
+        rows = [self.train_set.rows(int(run[0]), len(run)) for run in runs if len(run)]
+        return self.train_set.names(np.concatenate(rows))
 
     def close(self) -> None:
-        """Let the thread end."""
+        """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -1,30 +1,34 @@
-"""How much memory training will take, found by going through a step with tensors that have shapes and no numbers.
-
-It knows no dataset.
-"""
+"""How much memory training takes, found by a step with tensors that have shapes and no numbers."""
 
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sana_cli.config.keys import ModelConfig, TrainConfig
+from sana_cli.config.keys import Architecture, Config
+from sana_cli.dataset.reader import Dataset
+from sana_cli.kernels import arithmetic_as_asked
 from sana_cli.model import SanaTransformer, build
 from sana_cli.runtime.device import resident_memory
-from sana_cli.sampling import sampler
-from sana_cli.training.optim import Optimizer, WeightAverage, optimizer_numbers
+from sana_cli.sampling.sampler import MOST_IMAGES
+from sana_cli.training.objective import Batch, Objective, make_objective
+from sana_cli.training.optim import Optimizer, optimizer_numbers
+from sana_cli.training.trainable import Trainable, WeightAverage
+from sana_cli.training.trainer import Placement
+from sana_cli.weights.checkpoint import parameter_count
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, in one process. What is shared by others (`dataset`, mapped from its files) counts too."""
+    """Bytes at the peak, in one process. Shared memory (`dataset`, mapped from its files) counts too."""
 
     program: int  # Python and its libraries; 0 on CUDA, whose own memory holds tensors only
     weights: int
@@ -49,7 +53,11 @@ class _Peak(TorchDispatchMode):
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -70,84 +78,95 @@ class _Peak(TorchDispatchMode):
         self.live -= size
 
 
-def _pass(model: SanaTransformer, batch: int, side: tuple[int, int], tokens: int, precision: str, device: torch.device) -> Tensor:
-    """A pass on the CPU: in its own arithmetic if it is the `device` meant, else in the one asked for."""
-    config = model.config
-    assert config.caption_channels is not None, "resolved"
-    with sampler.autocast(torch.device("cpu"), precision):
-        prediction: Tensor = (model if device.type == "cpu" else model.predict)(
-            torch.empty(batch, config.in_channels, *side),
-            torch.empty(batch, tokens, config.caption_channels),
-            torch.empty(batch),
-            None,
-            torch.ones(batch, tokens, dtype=torch.bool),
-            dropout_keys=torch.zeros(batch, dtype=torch.int64),
-        )
-    return prediction
-
-
-def program_memory(config: ModelConfig, train: TrainConfig, precision: str) -> int:
-    """Bytes of this process once it has trained: Python, its libraries, and what those load when they are first used.
-
-    The least of models is trained for a step, in earnest.
-    """
-    least = {"num_layers": 1, "num_attention_heads": 1, "num_cross_attention_heads": 1, "attention_head_dim": 8}
-    side, patch = config.patch_size, config.patch_size
-    small = config.model_copy(
-        update=least | {"cross_attention_head_dim": 8, "sample_size": patch, "caption_channels": 8, "interpolation_scale": None}
+def _batch(model: Architecture, images: int, side: tuple[int, int], tokens: int) -> Batch:
+    """A batch of these sizes, with a caption of its own for each image."""
+    sample = torch.empty(images, model.in_channels, *side)
+    return Batch(
+        rows=np.arange(images),
+        x_0=sample,
+        noise=torch.empty_like(sample),
+        sigma=torch.empty(images),
+        states=torch.empty(images, tokens, model.caption_channels),
+        mask=torch.ones(images, tokens, dtype=torch.bool),
+        caption_index=torch.arange(images),
     )
-    model = build(small, seed=0)
-    optimizer, average = Optimizer(model, train, torch.device("cpu")), WeightAverage(model)
-    prediction = _pass(model, 1, (side, side), 1, precision, torch.device("cpu"))
-    prediction.float().square().mean().backward()
+
+
+def program_memory(model: Architecture, config: Config, precision: str) -> int:
+    """Bytes of this process once it has trained: Python, its libraries, and what they load at first use.
+
+    Trains a minimal model for one real step.
+    """
+    least = {
+        "num_layers": 1,
+        "num_attention_heads": 1,
+        "num_cross_attention_heads": 1,
+        "attention_head_dim": 8,
+    }
+    least |= {"cross_attention_head_dim": 8, "sample_size": model.patch_size, "caption_channels": 8}
+    small = build(model.model_copy(update=least | {"interpolation_scale": None}), seed=0)
+    optimizer = Optimizer(dict(small.named_parameters()), config.optim, torch.device("cpu"))
+    average = WeightAverage(small, Trainable())
+    objective = make_objective(config, small.config, precision)
+    objective.losses(small, _batch(small.config, 1, (model.patch_size, model.patch_size), 1)).sum().backward()
     optimizer.step(0.0)
-    average.update(model, 0.0)
+    average.update(0.0)
     return resident_memory()
 
 
 def training_memory(
-    config: ModelConfig, train: TrainConfig, side: tuple[int, int], tokens: int, precision: str, device: torch.device,
-    processes: int, dataset_bytes: int, drawn: int,
-) -> Memory:  # fmt: skip
-    """What a process needs to train.
+    model: Architecture,
+    config: Config,
+    objective: Objective,
+    dataset: Dataset,
+    placement: Placement,
+    drawn: int,
+) -> Memory:
+    """What one process needs to train.
 
     Args:
-        config: resolved.
-        train: the optimisation.
-        side: height and width of a sample.
-        tokens: of the longest caption.
-        precision: bf16 or fp32.
-        device: where.
-        processes: how many share the weights, if `train.parallel` is fsdp.
-        dataset_bytes: that are read, which stay mapped.
-        drawn: images of a sample grid, which are drawn at once.
+        model: the architecture.
+        config: its `optim`, `train` and batch.
+        objective: what a step minimises.
+        dataset: what is read, which stays mapped.
+        placement: device, precision and processes.
+        drawn: images of a sample grid, which are sampled at once.
     """
-    program = 0 if device.type == "cuda" else program_memory(config, train, precision)
-    with FakeTensorMode():  # as if on a CPU: the operations and their results are the same elsewhere
-        model = SanaTransformer(config)
-        model.train().activation_checkpointing = train.activation_checkpointing
-        parameters = sum(p.numel() for p in model.parameters())
+    train, device = config.train, placement.device
+    side, tokens = dataset.image_shape[1:], dataset.longest_caption()
+    program = 0 if device.type == "cuda" else program_memory(model, config, placement.precision)
+    as_asked = nullcontext() if device.type == "cpu" else arithmetic_as_asked()
+    with (
+        FakeTensorMode(),
+        as_asked,
+    ):  # as if on a CPU: the operations and their results are the same elsewhere
+        fake = SanaTransformer(model)
+        fake.train().activation_checkpointing = train.activation_checkpointing
+        parameters = parameter_count(fake.parameters())
+        batch, wide = (
+            _batch(model, train.batch_size, side, tokens),
+            _batch(model, 2 * min(drawn, MOST_IMAGES), side, tokens),
+        )
         peak = _Peak()
         with peak:
-            prediction = _pass(model, train.batch_size, side, tokens, precision, device)
-            F.mse_loss(prediction.float(), torch.empty_like(prediction)).backward()
+            objective.losses(fake, batch).sum().backward()
         gradients = 4 * parameters
         with_activations = peak.peak - gradients
-        for parameter in model.parameters():
+        for parameter in fake.parameters():
             parameter.grad = None
-        del prediction
         sampling = _Peak()
         with sampling, torch.no_grad():
-            _pass(model, 2 * min(drawn, sampler.MOST_IMAGES), side, tokens, precision, device)
-    shards = processes if train.parallel == "fsdp" else 1
-    moments = 4 * optimizer_numbers(model, train)
-    copy = 4 * parameters if processes > 1 and shards == 1 else 0  # DDP's buckets
+            objective.losses(fake, wide)
+    shards = placement.world.size if train.parallel == "fsdp" else 1
+    moments = 4 * optimizer_numbers(fake.named_parameters(), config.optim)
+    copy = 4 * parameters if placement.world.size > 1 and shards == 1 else 0  # DDP's buckets
+    read = min(1.0, train.steps * train.batch_size * train.accumulate / len(dataset))
     return Memory(
         program=program,
         weights=4 * parameters // shards,
         gradients=gradients // shards + copy,
-        average=4 * parameters // shards,
+        average=0 if config.optim.ema_decay is None else 4 * parameters // shards,
         optimizer=moments // shards,
         activations=max(with_activations, sampling.peak - gradients, 0),
-        dataset=0 if device.type == "cuda" else dataset_bytes,
+        dataset=0 if device.type == "cuda" else int(read * dataset.bytes),
     )

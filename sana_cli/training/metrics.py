@@ -1,4 +1,4 @@
-"""What a run says of itself: losses by noise level, lines of metrics.jsonl, TensorBoard. It knows no model.
+"""What a run records of itself: losses by noise level, lines of metrics.jsonl, TensorBoard. It knows no model.
 
 Shapes: n images.
 """
@@ -17,7 +17,7 @@ METRICS = "metrics.jsonl"
 
 
 class Losses:
-    """Sums of losses, over all images and in each bin of sigma; float64, and exact to save and take up again."""
+    """Sums of losses, over all images and in each bin of sigma: float64, saved and resumed exactly."""
 
     def __init__(self) -> None:
         self.sum = 0.0
@@ -28,23 +28,26 @@ class Losses:
         """Count images with their losses (n,) and noise levels (n,)."""
         for loss, sigma in zip(losses, sigmas, strict=True):
             self.sum += loss
-            place = min(int(sigma * SIGMA_BINS), SIGMA_BINS - 1)
-            self.bin_sums[place] += loss
-            self.bin_images[place] += 1
+            bin_ = min(int(sigma * SIGMA_BINS), SIGMA_BINS - 1)
+            self.bin_sums[bin_] += loss
+            self.bin_images[bin_] += 1
 
     @property
     def images(self) -> int:
-        """How many were counted."""
+        """How many images were counted."""
         return sum(self.bin_images)
 
     @property
     def mean(self) -> float:
-        """Mean loss of an image."""
+        """Mean loss per image."""
         return self.sum / self.images
 
     def bins(self) -> dict[str, list[Any]]:
-        """Mean loss (None where there was none) and images of each bin."""
-        means = [total / count if count else None for total, count in zip(self.bin_sums, self.bin_images, strict=True)]
+        """Mean loss (None without images) and images of each bin."""
+        means = [
+            total / count if count else None
+            for total, count in zip(self.bin_sums, self.bin_images, strict=True)
+        ]
         return {"loss": means, "images": list(self.bin_images)}
 
     def state(self) -> dict[str, Any]:
@@ -60,13 +63,12 @@ class Losses:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run takes again, and a last line that was cut short."""
+    """Drop the lines of steps after `step`, which a resumed run repeats, and an incomplete last line."""
     if not path.is_file():
         return
     kept = [json.dumps(line) for line in read(path) if line["step"] <= step]
-    partial = path.with_name(path.name + ".partial")
-    files.write_text(partial, "".join(f"{line}\n" for line in kept))
-    partial.replace(path)
+    with files.whole_file(path) as partial:
+        files.write_text(partial, "".join(f"{line}\n" for line in kept))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -83,7 +85,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """The open metrics.jsonl of a run, and TensorBoard's event file where it is asked for."""
+    """The open metrics.jsonl of a run, and TensorBoard's event file if asked for."""
 
     def __init__(self, run: Path, step: int, tensorboard: bool) -> None:
         """Go on after `step`.
@@ -96,7 +98,7 @@ class Log:
         self._board = _open_board(run, step) if tensorboard else None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """One line, on the disk at once as far as the system is concerned."""
+        """Write a line and flush it."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -127,21 +129,22 @@ def _scalars(line: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
             yield name, value
         elif isinstance(value, Mapping):
             means: Sequence[float | None] = value["loss"]
-            for place, mean in enumerate(means):
+            for bin_, mean in enumerate(means):
                 if mean is not None:
-                    yield f"{name}/{place / SIGMA_BINS:.1f}-{(place + 1) / SIGMA_BINS:.1f}", mean
+                    yield f"{name}/{bin_ / SIGMA_BINS:.1f}-{(bin_ + 1) / SIGMA_BINS:.1f}", mean
 
 
 def check_tensorboard() -> None:
-    """Refuse early what could not be done.
+    """Refuse `log.tensorboard` before a run begins.
 
     Raises:
-        SanaError: it is not installed.
+        SanaError: TensorBoard is not installed.
     """
     if find_spec("tensorboard") is None:
         raise SanaError(
-            "train.tensorboard: TensorBoard is not installed",
-            "pip install 'sana-cli[tensorboard]', or set train.tensorboard=false: metrics.jsonl and report.html need nothing",
+            "log.tensorboard: TensorBoard is not installed",
+            "pip install 'sana-cli[tensorboard]', or set log.tensorboard=false: "
+            "metrics.jsonl and report.html need nothing",
         )
 
 

@@ -1,7 +1,7 @@
-"""report.html of a run: one page with everything in it, that asks the network for nothing.
+"""report.html of a run: one page with everything in it, which needs no network.
 
-It reads what lies in the run directory (metrics.jsonl, samples/, config.yaml) and can be made again at any time. The page itself
-is `assets/report.html`; what goes into it is one JSON document.
+It reads the run directory (metrics.jsonl, samples/, config.yaml) and can be made again at any time. The
+page is `assets/report.html`; its data is one JSON document.
 """
 
 import base64
@@ -14,20 +14,22 @@ from typing import Any
 from PIL import Image
 
 from sana_cli import __version__
-from sana_cli.config.keys import ModelConfig
+from sana_cli.config.keys import Architecture
+from sana_cli.errors import SanaError, first_line
 from sana_cli.model import build, module_rows
 from sana_cli.runtime import files
 from sana_cli.training import metrics
+from sana_cli.weights.checkpoint import parameter_count
 
 REPORT = "report.html"
 MOST_LINES = 1000  # of metrics, on the page; more are averaged
 MOST_GRIDS = 40
 MOST_PIXELS = 1200  # to a side of a grid; larger ones become JPEG
-PLACE = "/*DATA*/null"
+DATA_MARK = "/*DATA*/null"
 
 
-def write(run: Path, model: ModelConfig) -> Path:
-    """Write a run's report.html anew, at once.
+def write(run: Path, model: Architecture) -> Path:
+    """Write report.html of a run, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -37,11 +39,20 @@ def write(run: Path, model: ModelConfig) -> Path:
     safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     target = run / REPORT
     with files.whole_file(target) as partial:
-        files.write_text(partial, page.replace(PLACE, safe, 1))
+        files.write_text(partial, page.replace(DATA_MARK, safe, 1))
     return target
 
 
-def collect(run: Path, model: ModelConfig) -> dict[str, Any]:
+def try_write(run: Path, model: Architecture, step: int) -> str | None:
+    """Bring report.html up to date, or say why that failed: a page is not worth a run."""
+    try:
+        write(run, model)
+    except (SanaError, OSError, ValueError) as error:
+        return f"no report at step {step}: {first_line(error)}"
+    return None
+
+
+def collect(run: Path, model: Architecture) -> dict[str, Any]:
     """What the page shows, as plain JSON values."""
     empty = build(model, seed=None)
     config, lines = run / "config.yaml", run / metrics.METRICS
@@ -49,7 +60,7 @@ def collect(run: Path, model: ModelConfig) -> dict[str, Any]:
     return {
         "name": run.absolute().name,
         "made_by": f"sana {__version__}",
-        "parameters": sum(p.numel() for p in empty.parameters()),
+        "parameters": parameter_count(empty.parameters()),
         "lines": _averaged(metrics.read(lines) if lines.is_file() else []),
         "grids": [{"step": step, "image": _embedded(path)} for step, path in shown],
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
@@ -68,7 +79,7 @@ def grids(run: Path) -> list[tuple[int, Path]]:
 
 
 def _evenly(rows: list[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
-    """At most so many, the first and the last among them."""
+    """At most `most` rows, evenly spaced, with the first and the last."""
     if len(rows) <= most:
         return rows
     return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
@@ -85,14 +96,14 @@ def _embedded(path: Path) -> str:
 
 
 def _bare_png(image: Image.Image) -> bytes:
-    """The picture without its text chunk, which names prompts once more."""
+    """The picture without its text chunk."""
     buffer = io.BytesIO()
     image.copy().save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def _averaged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs of lines as one, at the last one's step, so that there are at most `MOST_LINES`. Held-out losses are kept as they are."""
+    """At most `MOST_LINES` lines: runs of lines averaged, at the step of the last. Held-out losses stay."""
     width = -(-len(lines) // MOST_LINES)
     if width <= 1:
         return [_finite(line) for line in lines]
@@ -101,7 +112,7 @@ def _averaged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _mean(lines: list[dict[str, Any]]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
-    for line in lines:  # what is not averaged is the latest
+    for line in lines:  # the latest value of what is not averaged
         joined.update(line)
     for key in ("loss", "grad_norm", "samples_per_second", "data_wait"):
         values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
@@ -117,12 +128,14 @@ def _join_bins(binned: list[dict[str, Any]]) -> dict[str, Any]:
     images = [sum(counts) for counts in zip(*(one["images"] for one in binned), strict=True)]
     sums = [0.0] * len(images)
     for one in binned:
-        for place, (loss, count) in enumerate(zip(one["loss"], one["images"], strict=True)):
-            sums[place] += (loss or 0.0) * count
+        for bin_, (loss, count) in enumerate(zip(one["loss"], one["images"], strict=True)):
+            sums[bin_] += (loss or 0.0) * count
     means = [total / count if count else None for total, count in zip(sums, images, strict=True)]
     return {"loss": means, "images": images}
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON on a page has no NaN."""
-    return {key: None if isinstance(value, float) and value - value != 0 else value for key, value in line.items()}
+    """A line without NaN and infinity, which JSON on a page cannot hold."""
+    return {
+        key: None if isinstance(value, float) and value - value != 0 else value for key, value in line.items()
+    }

@@ -1,46 +1,58 @@
-"""All that moves during a run, in one process or many: weights, their average, the optimizer. It knows no files.
+"""One optimizer step, in one process or many: gradients, weights, their average. It knows no files.
 
-One step is the gradient of the mean loss over its images, whatever they are cut into: micro-batches, processes, shards.
+A step is the gradient of the mean loss over its images, whatever they are cut into: micro-batches,
+processes, shards.
+
+Shapes: n images of a step, B of a micro-batch.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_cli import flow
-from sana_cli.config.keys import ModelConfig, TrainConfig
-from sana_cli.dataset.reader import Dataset
+from sana_cli.config.keys import Config
+from sana_cli.dataset.trainset import TrainSet
 from sana_cli.errors import Interrupted, SanaError
-from sana_cli.model import SanaTransformer, build
-from sana_cli.runtime.distributed import Spread, World, shard, whole
-from sana_cli.sampling import sampler
-from sana_cli.training.batches import Batch, Block, Reader, blocks, held_out_batch, training_batch
+from sana_cli.model import SanaTransformer
+from sana_cli.runtime.distributed import Replicas, World, shard, shard_like, whole
+from sana_cli.training.batches import MicroBatch, StepBatches, cut, held_out_batch
 from sana_cli.training.metrics import Losses
-from sana_cli.training.optim import Optimizer, WeightAverage, ema_decay, lr_factor
+from sana_cli.training.objective import Batch, Objective
+from sana_cli.training.optim import Optimizer, average_decay, lr_factor
+from sana_cli.training.trainable import Trainable, WeightAverage
 
-SAMPLES_NAMED = 8  # in the message about a loss that is not finite
-Stop = Callable[[], int | None]  # the number of the signal that asks for an end, if one does
+MOST_NAMED = 8  # samples in the message about a loss that is not finite
+OBJECTIVE = "objective."  # before the names of parameters that an objective brings
+Stop = Callable[[], int | None]  # the number of the signal that asks for an end, or None
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where and how a run computes."""
 
     device: torch.device
     precision: str
-    here: World = World()  # noqa: RUF009 (frozen)
+    world: World = World()  # noqa: RUF009 (frozen)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and from what: all that a trainer is given of its subject."""
+
+    objective: Objective
+    train_set: TrainSet
+    held_out: TrainSet | None = None
+    trainable: Trainable = field(default_factory=Trainable)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer step was, the same in every process."""
+    """An optimizer step, the same in every process."""
 
     losses: np.ndarray  # (n,) of each image, float64
     sigma: np.ndarray  # (n,) float64
@@ -53,133 +65,132 @@ class Step:
         return float(self.losses.mean())
 
 
-def batch_loss(
-    model: nn.Module, batch: Batch, config: ModelConfig, sigma_floor: float, device: torch.device, precision: str
-) -> Tensor:
-    """The squared error of the velocity, for each image: (B,) in float32. Every noise level weighs the same (the paper's loss).
-
-    Where samples are predicted, levels below `sigma_floor` weigh less (`flow.prediction_error`).
-    """
-    x_0, noise, sigma = (t.to(device) for t in (batch.x_0, batch.noise, batch.sigma))
-    with sampler.autocast(device, precision):
-        prediction = model(
-            flow.interpolate(x_0, noise, sigma),
-            batch.states.to(device).float(),
-            sigma * flow.TRAIN_TIMESTEPS * config.timestep_scale,
-            encoder_attention_mask=batch.mask.to(device),
-            dropout_keys=batch.dropout_keys.to(device),
-            caption_index=batch.caption_index.to(device),
-        )
-    target = flow.prediction_target(x_0, noise, config.prediction_type)
-    error = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
-    return flow.prediction_error(error, sigma, config.prediction_type, sigma_floor)
-
-
 class NotFiniteError(SanaError):
-    """A loss or a gradient is not a number that can be learned from. The weights are those of the step before."""
+    """A loss or a gradient is not finite. The weights are those of the step before."""
+
+
+class _Minimised(nn.Module):
+    """Transformer and objective as one module whose output is losses, for DDP."""
+
+    def __init__(self, transformer: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.transformer, self.beside = transformer, nn.ModuleDict(objective.modules)
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of each image, (B,)."""
+        return self.objective.losses(self.transformer, batch)
 
 
 class Trainer:
-    """A model in training. Every method is to be called by all processes of a run, and gives all of them the same."""
+    """A model in training. All processes of a run call every method, and get the same from it."""
 
     def __init__(
         self,
-        model_config: ModelConfig,
-        train: TrainConfig,
-        place: Place,
-        dataset: Dataset,
+        model: SanaTransformer,
+        task: Task,
+        config: Config,
+        placement: Placement,
         images: int,
-        held_out: Dataset | None = None,
-        weights: Mapping[str, Tensor] | None = None,
         average: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Begin with the initial weights of `train.seed`, or with `weights`, and with their `average`.
+        """Train `model`, float32 on the CPU, which is moved and may be sharded.
 
         Args:
-            model_config: resolved.
-            train: the optimisation.
-            place: device, precision and processes.
-            dataset: what is trained on.
+            model: with the weights to begin with.
+            task: what is learned.
+            config: `optim`, `train` and `log` of it.
+            placement: device, precision and processes.
             images: how many a step sees, over all micro-batches and processes.
-            held_out: what `evaluate` takes the loss of.
-            weights: whole, by name.
-            average: whole, by name; None: a copy of the weights.
+            average: the averaged weights so far, by name; None: a copy of the model's.
         """
-        self.train, self.place, self.dataset, self.images, self.held_out = train, place, dataset, images, held_out
-        self.model_config = model_config
+        self.task, self.config, self.placement, self.images = task, config, placement, images
         self.step = 0
-        here, device = place.here, place.device
-        self.sharded = here.size > 1 and train.parallel == "fsdp"
-        model = build(model_config, train.seed if weights is None else None, train.init)
-        if weights is not None:  # drawing initial ones first, to overwrite them, would take seconds
-            copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
-            model.load_state_dict(copies, assign=True)
+        train, world, device = config.train, placement.world, placement.device
+        self.sharded = world.size > 1 and train.parallel == "fsdp"
         model = model.to("cpu" if self.sharded else device)  # shards go to the device block by block
-        self.average = WeightAverage(model)
-        if average is not None:
-            self.average.model.load_state_dict(average)
+        task.trainable.freeze_others(model)
         model.train().activation_checkpointing = train.activation_checkpointing
-        layers = list(model.transformer_blocks)
         if train.compile:
-            for layer in layers:
+            for layer in model.transformer_blocks:
                 layer.compile()
-        self.spread = Spread(model, layers, train.parallel, here, device)
         if self.sharded:
-            shard(self.average.model, list(self.average.model.transformer_blocks), device)
-        self.model: SanaTransformer = model
-        self.parameters = list(model.parameters())
-        self.optimizer = Optimizer(model, train, device)
-        self.blocks = blocks(images, train.batch_size, here.rank, here.size)
-        self.reader = Reader(partial(training_batch, dataset, train))
+            self.average = WeightAverage.of_shards(
+                model, task.trainable, lambda m: shard(m, list(m.transformer_blocks), device)
+            )
+            for module in task.objective.modules.values():
+                shard(module, [], device)
+        else:
+            self.average = WeightAverage(model, task.trainable)
+        if average is not None:
+            self.average.load(average)
+        self.model = model
+        self.minimised = _Minimised(model, task.objective)
+        if not self.sharded:
+            self.minimised.to(device)
+        self.replicas = Replicas(self.minimised, None if self.sharded else world, device)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named |= {f"{OBJECTIVE}{name}": p for name, p in self.minimised.beside.named_parameters()}
+        self.parameters = list(named.values())
+        self.optimizer = Optimizer(named, config.optim, device)
+        self.batches = StepBatches(
+            task.train_set, task.objective, train.seed, images, train.batch_size, world
+        )
 
-    def resume(self, optimizer: Mapping[str, Tensor], step: int) -> None:
-        """Go on after `step` steps, with what the optimizer remembered."""
+    def resume(self, optimizer: Mapping[str, Tensor], objective: Mapping[str, Tensor], step: int) -> None:
+        """Go on after `step` steps, with what the optimizer remembered and the objective had learned."""
+        for name, tensor in self.minimised.beside.state_dict().items():
+            tensor.copy_(shard_like(tensor, objective[name]))
         self.optimizer.load(optimizer, step)
         self.step = step
 
     # -- one step
 
     def _check_stop(self, stop: Stop) -> None:
-        if number := self.place.here.largest(stop() or 0):
+        if number := self.placement.world.largest(stop() or 0):
             raise Interrupted("interrupted", exit_code=128 + number)
 
     def advance(self, stop: Stop = lambda: None) -> Step:
         """One optimizer step over all its images.
 
         Raises:
-            Interrupted: `stop` said so, before a micro-batch; the gradients so far are dropped and the weights are those of
-                the last step.
+            Interrupted: `stop` asked for an end before a micro-batch. The gradients so far are dropped,
+                and the weights are those of the last step.
             NotFiniteError: a loss or the gradient is not finite; the weights are untouched.
         """
+        optim, steps = self.config.optim, self.config.train.steps
         losses, sigma = self._gradients(stop)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.train.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.parameters, optim.grad_clip or math.inf)
         grad_norm = float(whole(norm))
         if not (np.isfinite(losses).all() and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
             raise self._not_finite(losses, sigma)
-        lr = self.train.lr * lr_factor(self.train, self.step)
+        lr = optim.lr * lr_factor(optim, self.step, steps)
         self.optimizer.step(lr)
-        self.average.update(self.model, ema_decay(self.train, self.step))
+        if optim.ema_decay is not None:
+            self.average.update(average_decay(optim.ema_decay, self.step))
         self.step += 1
         return Step(losses, sigma, grad_norm, lr)
 
     def _gradients(self, stop: Stop) -> tuple[np.ndarray, np.ndarray]:
-        """Leave the step's gradient in the parameters; the losses and noise levels of all its images."""
-        here = self.place.here
-        offset = self.step * self.images
+        """Leave the step's gradient in the parameters; give the losses and noise levels of all its images."""
+        world, device = self.placement.world, self.placement.device
         found = []
         self.optimizer.zero_grad()
+        rounds = len(self.batches.cut(self.step))
+        self._check_stop(stop)
         try:
             with self._weights_cast_once():
-                for m, block in enumerate(self.blocks):
-                    self._check_stop(stop)
-                    batch = self.reader.get((offset + block.first, block.count), self._following(m))
-                    with self.spread.gradients(last=m + 1 == len(self.blocks)):
-                        losses = self._losses(self.spread.model, batch)
-                        share = 0.0 if block.padding else here.size / self.images  # processes' gradients are averaged
+                of_step = self.batches.of_step(self.step, is_last=self.step + 1 >= self.config.train.steps)
+                for m, (part, batch) in enumerate(of_step):
+                    if m:
+                        self._check_stop(stop)
+                    with self.replicas.gradients(last=m + 1 == rounds):
+                        losses = self.replicas.model(batch.to(device))
+                        share = 0.0 if part.padding else world.size / self.images  # gradients are averaged
                         (losses.sum() * share).backward()
-                    if not block.padding:
-                        found.append((block, losses.detach(), batch.sigma))
+                    if not part.padding:
+                        found.append((part, losses.detach(), batch.sigma))
         except BaseException:
             self.optimizer.zero_grad()
             raise
@@ -188,31 +199,21 @@ class Trainer:
     def _weights_cast_once(self) -> AbstractContextManager[object]:
         """Around a step's micro-batches: what autocast makes of a parameter for the first serves them all.
 
-        Not of what is made of parameters first: joined matrices, and 1x1 convolutions taken as matrices, are cast each time.
-        Autocast forgets what it made at the end of its outermost context, which is this one; it is itself off, as the backward
-        pass wants it. Shards are gathered anew for each micro-batch, and what is made of them goes with them.
+        Not of what is made of parameters first: joined matrices, and 1x1 convolutions taken as matrices,
+        are cast each time. Autocast forgets its casts at the end of its outermost context, which is this
+        one; it is itself off, as the backward pass needs it. Shards are gathered anew for each micro-batch.
         """
-        return nullcontext() if self.sharded else torch.autocast(self.place.device.type, enabled=False)
+        return nullcontext() if self.sharded else torch.autocast(self.placement.device.type, enabled=False)
 
-    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return batch_loss(model, batch, self.model_config, self.train.sigma_floor, self.place.device, self.place.precision)
-
-    def _following(self, m: int) -> tuple[int, int] | None:
-        """The micro-batch after number `m`, which the next step's first may be."""
-        offset, block = self.step * self.images, self.blocks[(m + 1) % len(self.blocks)]
-        if m + 1 == len(self.blocks):
-            offset += self.images
-            if self.step + 1 >= self.train.steps:
-                return None
-        return offset + block.first, block.count
-
-    def _collect(self, found: Iterable[tuple[Block, Tensor, Tensor]], images: int) -> tuple[np.ndarray, np.ndarray]:
-        """Every image's loss and noise level at its place, from all processes: in the same order however they were shared out."""
+    def _collect(
+        self, found: Iterable[tuple[MicroBatch, Tensor, Tensor]], images: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Loss and noise level of every image, from all processes, in the order of the step."""
         both = torch.zeros(2, images, dtype=torch.float64)
-        for block, losses, sigma in found:
-            both[0, block.first : block.first + block.count] = losses.cpu().double()
-            both[1, block.first : block.first + block.count] = sigma.double()
-        losses_of_all, sigma_of_all = self.place.here.total(both).numpy()
+        for part, losses, sigma in found:
+            both[0, part.numbers] = losses.cpu().double()
+            both[1, part.numbers] = sigma.double()
+        losses_of_all, sigma_of_all = self.placement.world.total(both).numpy()
         return losses_of_all, sigma_of_all
 
     def _not_finite(self, losses: np.ndarray, sigma: np.ndarray) -> NotFiniteError:
@@ -220,36 +221,37 @@ class Trainer:
         what = "loss" if wrong.any() else "gradient"
         if not wrong.any():
             wrong[:] = True
-        numbers = self.step * self.images + np.flatnonzero(wrong)
-        rows = np.concatenate([training_batch(self.dataset, self.train, int(n), 1).rows for n in numbers[:SAMPLES_NAMED]])
-        ids, more = self.dataset.sample_ids(rows), len(numbers) - SAMPLES_NAMED
+        numbers = np.flatnonzero(wrong)
+        names, more = self.batches.names(self.step, numbers[:MOST_NAMED]), len(numbers) - MOST_NAMED
         error = NotFiniteError(
             f"step {self.step + 1}: the {what} is not finite; weights are untouched",
-            f"sigma {sigma[wrong].min():.3f} to {sigma[wrong].max():.3f}, samples {', '.join(ids)}"
+            f"sigma {sigma[wrong].min():.3f} to {sigma[wrong].max():.3f}, samples {', '.join(names)}"
             + (f" and {more} more" if more > 0 else ""),
         )
-        error.told = not self.place.here.first
+        error.silent = not self.placement.world.first
         return error
 
     # -- held-out loss
 
     @torch.no_grad()
     def evaluate(self, stop: Stop = lambda: None) -> Losses:
-        """The loss of the average's weights on the held-out images, with their fixed noise and noise levels.
+        """The loss of the averaged weights on the held-out images, with fixed noise and noise levels.
 
         Raises:
-            Interrupted: `stop` said so.
+            Interrupted: `stop` asked for an end.
         """
-        assert self.held_out is not None, "there is a held-out dataset"
-        here, model = self.place.here, self.average.model
-        images = min(self.train.held_out_images, len(self.held_out))
+        held_out, objective, train = self.task.held_out, self.task.objective, self.config.train
+        assert held_out is not None, "there is a held-out set"
+        images = min(self.config.log.held_out_images, len(held_out))
+        rows = np.arange(images) * len(held_out) // images
         found = []
-        for block in blocks(images, self.train.batch_size, here.rank, here.size):
-            self._check_stop(stop)
-            batch = held_out_batch(self.held_out, self.train, block.first, block.count, images)
-            losses = self._losses(model, batch)
-            if not block.padding:
-                found.append((block, losses, batch.sigma))
+        with self.average.in_use() as model:
+            for part in cut(held_out.shape_numbers(rows), train.batch_size, self.placement.world):
+                self._check_stop(stop)
+                batch = held_out_batch(held_out, objective, train.seed, part.numbers, images)
+                losses = objective.losses(model, batch.to(self.placement.device))
+                if not part.padding:
+                    found.append((part, losses, batch.sigma))
         counted = Losses()
         losses_of_all, sigma_of_all = self._collect(found, images)
         counted.add(losses_of_all.tolist(), sigma_of_all.tolist())
@@ -258,26 +260,30 @@ class Trainer:
     # -- what a checkpoint holds
 
     def _gathered(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Whole tensors, at the first process alone."""
+        """Whole tensors, at rank 0 alone."""
         there = {}
         for name, tensor in named:
             full = whole(tensor.detach())
-            if self.place.here.first:
+            if self.placement.world.first:
                 there[name] = full.cpu() if full is not tensor else full
         return there
 
     def weights(self) -> dict[str, Tensor]:
-        """What the optimizer moves, at the first process."""
-        return self._gathered(self.model.state_dict().items())
+        """What the optimizer moves of the transformer, at rank 0."""
+        return self._gathered(self.task.trainable.of(self.model.state_dict()).items())
 
     def average_weights(self) -> dict[str, Tensor]:
-        """The weights to use, at the first process."""
-        return self._gathered(self.average.model.state_dict().items())
+        """The weights to use, of what moves, at rank 0."""
+        return self._gathered(self.task.trainable.of(self.average.model.state_dict()).items())
+
+    def objective_weights(self) -> dict[str, Tensor]:
+        """What the objective has learned beside the transformer, at rank 0."""
+        return self._gathered(self.minimised.beside.state_dict().items())
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """What the optimizer remembers, at the first process."""
+        """What the optimizer remembers, at rank 0."""
         return self._gathered(self.optimizer.state())
 
     def close(self) -> None:
-        """Let the reader's thread end."""
-        self.reader.close()
+        """End the reading thread."""
+        self.batches.close()

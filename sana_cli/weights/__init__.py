@@ -1,1 +1,1 @@
-"""Everyone's transformer files, read into one form; and our own checkpoints."""
+"""A transformer's weights: our own checkpoints, and other people's files in diffusers' form."""

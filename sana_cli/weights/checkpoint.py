@@ -1,14 +1,18 @@
-"""Checkpoints of our runs: written, found again, checked and loaded. Step folders are diffusers folders too.
+"""Checkpoints of our runs: write, find, verify and load them.
+
+A step folder is a diffusers folder too.
 
     checkpoints/step-000500/
-      model_index.json, scheduler/, transformer/     the weights to use (EMA), as diffusers reads them
-      sana.json, null_caption.safetensors            all that sampling needs besides weights
-      README.md, samples.png                         a model card, and the newest grid that it shows
-      training/                                      raw weights, optimizer, counters: what resuming needs
-      manifest.json                                  sizes and sha256, written last: no manifest, no checkpoint
+      model_index.json, scheduler/, transformer/   the weights to use (EMA), in diffusers' form
+      sana.json, null_caption.safetensors          what sampling needs besides weights
+      README.md, samples.png                       a model card, and the grid that it shows
+      training/                                    for resuming: raw weights, optimizer, state
+      manifest.json                                sizes and sha256; written last, so a folder
+                                                   without one is no checkpoint
 
-A step folder is written in a sibling of `checkpoints/` and renamed. It holds no absolute path and works wherever it is
-copied. No pickle is written. Other people's files are read by `formats.py`; `load_transformer` takes any of them.
+A step folder is written in a sibling of `checkpoints/` and renamed. It has no absolute path and
+can be copied anywhere. No pickle is written. `load_transformer` also loads other people's
+files, which `reader.py` reads. This module knows no trainer and no sampler.
 """
 
 import json
@@ -23,11 +27,13 @@ import torch
 from torch import Tensor
 
 from sana_cli import __version__
-from sana_cli.choices import Weights
-from sana_cli.config.keys import ModelConfig, SampleConfig
+from sana_cli.choices import PredictionType, Weights
+from sana_cli.config.keys import Architecture, SampleConfig
+from sana_cli.config.renamed import in_new_names
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer, build
 from sana_cli.runtime import files, records
+from sana_cli.runtime.records import CheckpointRecord, State
 from sana_cli.weights import configs, strangers
 from sana_cli.weights.reader import read_weights
 from sana_cli.weights.stored import check_tensors
@@ -38,35 +44,43 @@ RECORD = "sana.json"
 NULL_CAPTION = "null_caption.safetensors"
 RAW_WEIGHTS = Path("training/raw.safetensors")
 OPTIMIZER = Path("training/optimizer.safetensors")
+OBJECTIVE = Path("training/objective.safetensors")
 STATE = Path("training/state.json")
 RECORD_VERSION = 1
-SHIPPED = "shipped"  # what the checkpoint that comes with the package is called, where a path is asked for
+MOST_EXAMPLES = 20  # captions on a record
+SHIPPED = "shipped"  # in place of a path: the checkpoint that comes with the package
 
 
 def shipped() -> Path:
-    """The step folder that comes with the package: the quickstart's weights in bf16, with nothing to resume from."""
+    """The step folder in the package: the quickstart's weights in bf16, without training/."""
     return Path(__file__).parents[1] / "assets" / "quickstart"
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a step folder holds. Tensors may lie on any device; `optimizer` is flat, `state.name`."""
+    """The content of a step folder. Tensors may be on any device."""
 
-    step: int
-    weights: Mapping[str, Tensor]  # the weights to use (EMA)
-    raw_weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-    state: Mapping[str, Any]  # counters and the config, as JSON
-    model: ModelConfig
+    model: Architecture
+    prediction_type: PredictionType
     sample: SampleConfig
-    record: Mapping[str, Any]  # what becomes sana.json
-    null_caption: Tensor
+    record: CheckpointRecord
+    state: State
+    weights: Mapping[str, Tensor]  # the weights to use: the average, if there is one
+    raw_weights: Mapping[str, Tensor] | None  # those that the optimizer updates, if they differ
+    optimizer: Mapping[str, Tensor]  # flat, as `state.name`
+    objective: Mapping[str, Tensor]  # what the objective learned beside the transformer
+    null_caption: Tensor  # (L, D)
     card: str
-    samples: Path | None  # a picture that the card shows
+    samples: Path | None  # a picture for the card
     config_sha256: str
+
+    @property
+    def step(self) -> int:
+        """The step after which it was taken."""
+        return self.record.step
 
 
 def step_name(step: int) -> str:
@@ -75,12 +89,13 @@ def step_name(step: int) -> str:
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoints/step-NNNNNN` of a run, and only when it is whole delete all but the `keep` newest.
+    """Write `checkpoints/step-NNNNNN` of a run, then delete all but the `keep` newest.
 
     Raises:
-        SanaError: a weight is not finite; nothing is written. Or the disk is full or read-only; the others stay whole.
+        SanaError: a weight is not finite, and nothing is written. Or the disk is full or
+            read-only; earlier checkpoints stay whole.
     """
-    for name, tensor in (*checkpoint.weights.items(), *checkpoint.raw_weights.items()):
+    for name, tensor in (*checkpoint.weights.items(), *(checkpoint.raw_weights or {}).items()):
         if not tensor.isfinite().all():
             raise SanaError(f"step {checkpoint.step}: {name} is not finite, so no checkpoint was written")
     target, partial = run / "checkpoints" / step_name(checkpoint.step), run / "checkpoints.partial"
@@ -88,7 +103,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     try:
         with files.whole_folder(target, partial / target.name) as folder:
             _write(folder, checkpoint, run.absolute().name)
-        shutil.rmtree(partial)  # with what a killed process may have left there
+        shutil.rmtree(partial)  # and what a killed process may have left in it
     except OSError as error:
         raise files.storage_error(error, doing) from error
     earlier = [folder for folder in steps(run) if step_of(folder) <= checkpoint.step]
@@ -98,23 +113,48 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def _write(folder: Path, checkpoint: Checkpoint, run_name: str) -> None:
-    for name in ("transformer", "scheduler", "training"):
-        (folder / name).mkdir()
-    scheduler = configs.scheduler_config(checkpoint.sample, checkpoint.model.prediction_type)
-    model = configs.diffusers_config(checkpoint.model)
-    metadata = {
+    metadata = _metadata(checkpoint, run_name)
+    _write_pipeline(folder, checkpoint, metadata)
+    files.write_json(folder / RECORD, checkpoint.record.as_json())
+    files.write_tensors(folder / NULL_CAPTION, {"states": checkpoint.null_caption})
+    files.write_text(folder / "README.md", checkpoint.card)
+    if checkpoint.samples is not None:
+        shutil.copyfile(checkpoint.samples, folder / SAMPLES)
+        files.sync(folder / SAMPLES)
+    (folder / "training").mkdir()
+    if checkpoint.raw_weights is not None:
+        files.write_tensors(folder / RAW_WEIGHTS, checkpoint.raw_weights, metadata)
+    if checkpoint.objective:
+        files.write_tensors(folder / OBJECTIVE, checkpoint.objective)
+    files.write_tensors(folder / OPTIMIZER, checkpoint.optimizer)
+    files.write_json(folder / STATE, checkpoint.state.as_json())
+    _seal(folder)
+
+
+def _metadata(checkpoint: Checkpoint, run_name: str) -> dict[str, str]:
+    """The metadata of a weights file."""
+    record, model = checkpoint.record, configs.diffusers_config(checkpoint.model, checkpoint.prediction_type)
+    return {
         "format": "pt",
         "made_by": f"sana {__version__}",
         "step": str(checkpoint.step),
         "config_sha256": checkpoint.config_sha256,
-        "model": json.dumps(model),  # so that the file can be read without the folder
-        "encoder": str(checkpoint.record["encoder"]["encoder"]),
+        "model": json.dumps(model),  # for the file without its folder
+        "encoder": record.encoder.encoder,
         "modelspec.sai_model_spec": "1.0.1",  # github.com/Stability-AI/ModelSpec: what model managers show
         "modelspec.architecture": "sana",
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"{run_name} {step_name(checkpoint.step)}",
-        "modelspec.resolution": "x".join(str(checkpoint.record["image"][side]) for side in ("width", "height")),
+        "modelspec.resolution": f"{record.image.width}x{record.image.height}",
     }
+
+
+def _write_pipeline(folder: Path, checkpoint: Checkpoint, metadata: Mapping[str, str]) -> None:
+    """Write the parts that diffusers reads: the transformer, the scheduler and their index."""
+    for name in ("transformer", "scheduler"):
+        (folder / name).mkdir()
+    model = configs.diffusers_config(checkpoint.model, checkpoint.prediction_type)
+    scheduler = configs.scheduler_config(checkpoint.sample, checkpoint.prediction_type)
     files.write_tensors(folder / "transformer" / configs.WEIGHTS, checkpoint.weights, metadata)
     files.write_json(folder / "transformer" / "config.json", model)
     files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -128,57 +168,57 @@ def _write(folder: Path, checkpoint: Checkpoint, run_name: str) -> None:
         "vae": [None, None],
     }
     files.write_json(folder / "model_index.json", index)
-    files.write_json(folder / RECORD, checkpoint.record)
-    files.write_tensors(folder / NULL_CAPTION, {"states": checkpoint.null_caption})
-    files.write_text(folder / "README.md", checkpoint.card)
-    if checkpoint.samples is not None:
-        shutil.copyfile(checkpoint.samples, folder / SAMPLES)
-        files.sync(folder / SAMPLES)
-    files.write_tensors(folder / RAW_WEIGHTS, checkpoint.raw_weights, metadata)
-    files.write_tensors(folder / OPTIMIZER, checkpoint.optimizer)
-    files.write_json(folder / STATE, checkpoint.state)
-    _seal(folder)
 
 
 def _seal(folder: Path) -> None:
-    """Write the manifest: after it, and not before, this is a checkpoint."""
+    """Write the manifest, which makes the folder a checkpoint."""
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     listing = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)} for path in written
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+        for path in written
     }
     files.write_sealed_json(folder / MANIFEST, {"files": listing})
 
 
 def release(source: Path, target: Path, sample: Mapping[str, Any], more: Mapping[str, Any]) -> Path:
-    """A step folder to give away: its averaged weights in bf16, nothing to resume from, and `more` on its record.
+    """Copy a step folder to give away: averaged weights in bf16, without training/.
 
-    It is drawn by the settings of `sample`, those of its run where that has none. What its config says of model, training and
-    sampling goes into the record, where else only `training/` would have it.
+    Its record gets the run's config, which otherwise only training/ has.
+
+    Args:
+        source: the step folder.
+        target: the new one.
+        sample: sampling settings that replace the run's.
+        more: further fields of the record.
     """
-    record, config = read_record(source), read_state(source)["config"]
-    record["sample"] = config["sample"] = {**config["sample"], **sample}
+    record, config = read_record(source), read_state(source).config
+    settings = {**config["sample"], **sample}
+    given = record.as_json() | {"sample": settings, "config": config | {"sample": settings}, **more}
     with files.whole_folder(target, target.with_name(target.name + ".partial")) as folder:
         for path in sorted(source.rglob("*")):
             name = path.relative_to(source)
-            if path.is_file() and name.parts[0] != "training" and name.name not in (MANIFEST, RECORD, configs.WEIGHTS):
+            written_below = name.name in (MANIFEST, RECORD, configs.WEIGHTS)
+            if path.is_file() and name.parts[0] != "training" and not written_below:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / name)
         weights = Path("transformer") / configs.WEIGHTS
-        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in files.read_tensors(source / weights).items()}
-        files.write_tensors(folder / weights, tensors, files.read_metadata(source / weights))
-        files.write_json(folder / RECORD, {**record, "config": config, **more})
+        tensors = files.read_tensors(source / weights)
+        half = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        files.write_tensors(folder / weights, half, files.read_metadata(source / weights))
+        files.write_json(folder / RECORD, given)
         _seal(folder)
     return target
 
 
-# --- finding ----------------------------------------------------------------------------------------------------------
+# --- finding ----------------------------------------------------------------------------------
 
 
 def steps(run: Path) -> list[Path]:
     """The step folders of a run, oldest first, whole or not."""
     folders = (run / "checkpoints").glob("step-*")
     return sorted(
-        (path for path in folders if re.fullmatch(r"step-\d{6,}", path.name)), key=lambda path: int(path.name.partition("-")[2])
+        (path for path in folders if re.fullmatch(r"step-\d{6,}", path.name)),
+        key=lambda path: int(path.name.partition("-")[2]),
     )
 
 
@@ -189,7 +229,10 @@ def step_of(folder: Path) -> int:
 
 
 def verify(folder: Path, hashes: bool = False) -> Iterator[str]:
-    """Compare a step folder's files with its manifest: sizes, and with `hashes` every byte. Yields each name found whole.
+    """Compare a step folder's files with its manifest: sizes, and with `hashes` every byte.
+
+    Yields:
+        The name of each file that is whole.
 
     Raises:
         SanaError: it has no manifest, or a file is missing or damaged; names it.
@@ -199,29 +242,29 @@ def verify(folder: Path, hashes: bool = False) -> Iterator[str]:
     listing = _listing(folder)
     yield MANIFEST
     for name, entry in listing.items():
-        files.check_size(folder / name, entry["bytes"])
+        files.check_size(folder / name, entry.bytes)
         if hashes:
-            files.check_hash(folder / name, entry["sha256"])
+            files.check_hash(folder / name, entry.sha256)
         yield name
 
 
-def _listing(folder: Path) -> dict[str, Any]:
-    """The manifest's files, each with its size and hash."""
-    manifest = records.checked(records.Manifest, files.read_sealed_json(folder / MANIFEST), folder / MANIFEST)
-    return dict(manifest["files"])
+def _listing(folder: Path) -> dict[str, records.Entry]:
+    """The files in the manifest, by name."""
+    path = folder / MANIFEST
+    return records.checked(records.Manifest, files.read_sealed_json(path), path).files
 
 
 def weights_sha256(folder: Path, which: str = "ema") -> str | None:
-    """Of the weights file that `which` draws with, as the manifest of one of our step folders has it; None elsewhere."""
+    """The hash of a step folder's "ema" or "raw" weights, by its manifest, if it has one."""
     if not (folder / MANIFEST).is_file():
         return None
     name = RAW_WEIGHTS if which == "raw" else Path("transformer") / configs.WEIGHTS
     entry = _listing(folder).get(name.as_posix())
-    return None if entry is None else str(entry["sha256"])
+    return None if entry is None else entry.sha256
 
 
 def newest_step(run: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
-    """The newest whole step folder of a run, and why newer ones were passed over."""
+    """The newest whole step folder of a run, and why newer ones were skipped."""
     skipped = []
     for folder in reversed(steps(run)):
         try:
@@ -235,42 +278,53 @@ def newest_step(run: Path, hashes: bool = False) -> tuple[Path | None, list[str]
 
 
 def find_checkpoint(path: Path | None) -> Path:
-    """The checkpoint that a path means.
+    """Find the checkpoint that a path names.
 
-    It is a step folder, the newest whole one of a run (`None`: of all runs under `runs/`, or where there are none, the one that
-    comes with the package, which `SHIPPED` names as well), or a folder or file of other people's, as it is.
+    - None: the newest step folder of all runs in `runs/`, or if there is none, the shipped one.
+    - `SHIPPED`: the shipped one.
+    - a run: its newest whole step folder.
+    - a step folder, or other people's folder or file: itself.
 
     Raises:
         SanaError: there is none; says what there is, and how to get one.
     """
     if path is None:
-        runs = [folder.parent for folder in Path("runs").glob("*/checkpoints")]
-        where = "runs/*/checkpoints"
-        if not any(steps(run) for run in runs):
-            return shipped()
-    elif str(path) == SHIPPED and not path.exists():
+        runs = _runs()
+        return _newest(runs, "runs/*/checkpoints") if any(steps(run) for run in runs) else shipped()
+    if str(path) == SHIPPED and not path.exists():
         return shipped()
-    elif (path / "checkpoints").is_dir():
-        runs, where = [path], str(path)
-    elif path.is_file():
+    if (path / "checkpoints").is_dir():
+        # other trainers' folders have the same name
+        if not steps(path) and (other := strangers.other_folder(path / "checkpoints")):
+            raise SanaError(*other)
+        return _newest([path], str(path))
+    if path.is_file():
         return path
-    elif (path / "transformer").is_dir() or (path / "config.json").is_file():
-        if (path / RECORD).is_file():  # one of ours, which knows what belongs to it
+    if (path / "transformer").is_dir() or (path / "config.json").is_file():
+        if (path / RECORD).is_file():  # one of ours, whose manifest lists its files
             for _ in verify(path):
                 pass
         return path
-    elif not path.exists():
+    known = [f"there are runs: {', '.join(sorted(map(str, _runs())))}"] if _runs() else []
+    if not path.exists():
         if link := strangers.broken_link(path):
             raise SanaError(*link)
-        raise SanaError(f"no checkpoint at {path}: there is no such file or folder", *_known_runs())
-    elif other := strangers.other_folder(path):
+        raise SanaError(f"no checkpoint at {path}: there is no such file or folder", *known)
+    if other := strangers.other_folder(path):
         raise SanaError(*other)
-    else:
-        raise SanaError(
-            f"no checkpoint in {path}: it has neither checkpoints/ nor transformer/",
-            "give a run, one of its step folders, a diffusers folder, or a file of weights",
-            *_known_runs(),
-        )
+    raise SanaError(
+        f"no checkpoint in {path}: it has neither checkpoints/ nor transformer/",
+        "give a run, one of its step folders, a diffusers folder, or a file of weights",
+        *known,
+    )
+
+
+def _runs() -> list[Path]:
+    return [folder.parent for folder in Path("runs").glob("*/checkpoints")]
+
+
+def _newest(runs: Iterable[Path], where: str) -> Path:
+    """The newest whole step folder of some runs, which a message calls `where`."""
     found, reasons = [], []
     for run in runs:
         folder, skipped = newest_step(run)
@@ -278,71 +332,72 @@ def find_checkpoint(path: Path | None) -> Path:
         if folder is not None:
             found.append(folder)
     if not found:
-        if path is not None and not reasons and (other := strangers.other_folder(path / "checkpoints")):
-            raise SanaError(*other)  # other trainers' folders are called the same
         reason = f" ({'; '.join(reasons)})" if reasons else ""
         raise SanaError(f"no checkpoint in {where}{reason}", "train one with: sana train")
     return max(found, key=lambda folder: ((folder / MANIFEST).stat().st_mtime_ns, step_of(folder)))
 
 
-def _known_runs() -> list[str]:
-    runs = sorted(str(folder.parent) for folder in Path("runs").glob("*/checkpoints"))
-    return [f"there are runs: {', '.join(runs)}"] if runs else []
+# --- reading ----------------------------------------------------------------------------------
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """`sana.json` of a step folder.
+def read_record(folder: Path) -> CheckpointRecord:
+    """`sana.json` of a step folder, with its config in today's names.
 
     Raises:
-        SanaError: there is none, or it is of another version.
+        SanaError: it is missing, damaged or of another version.
     """
-    record = files.read_json(folder / RECORD)
-    if record.get("version") != RECORD_VERSION:
-        raise SanaError(f"{folder / RECORD}: version {record.get('version')}; this sana reads version {RECORD_VERSION}")
-    return records.checked(records.Checkpoint, record, folder / RECORD)
+    content = files.read_json(folder / RECORD)
+    if content.get("version") != RECORD_VERSION:
+        raise SanaError(
+            f"{folder / RECORD}: version {content.get('version')}; this sana reads version {RECORD_VERSION}"
+        )
+    record = records.checked(CheckpointRecord, content, folder / RECORD)
+    return record if record.config is None else record.but(config=in_new_names(record.config))
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """`training/state.json` of a step folder.
+def read_state(folder: Path) -> State:
+    """`training/state.json` of a step folder, with its config in today's names.
 
     Raises:
-        SanaError: there is none, or it is damaged.
+        SanaError: it is missing or damaged.
     """
-    return records.checked(records.State, files.read_json(folder / STATE), folder / STATE)
+    state = records.checked(State, files.read_json(folder / STATE), folder / STATE)
+    return state.but(config=in_new_names(state.config))
 
 
-def transformer_path(place: Path) -> Path:
-    """Where the transformer lies in what `find_checkpoint` found: a folder with `config.json`, or a file."""
-    inner = place / "transformer"
-    return inner if inner.is_dir() else place
+def transformer_path(source: Path) -> Path:
+    """The transformer in what `find_checkpoint` found: a folder with config.json, or a file."""
+    inner = source / "transformer"
+    return inner if inner.is_dir() else source
 
 
 def load_transformer(
-    path: str | Path, weights: Weights = "ema", device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    path: str | Path,
+    weights: Weights = "ema",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
 ) -> SanaTransformer:
-    """The transformer of a run, a checkpoint, a diffusers folder or file, an official or a lesson file, ready to call.
+    """Load the transformer of a checkpoint, a diffusers folder or a file of weights.
 
     Args:
-        path: a run (its newest whole checkpoint), a step folder, a diffusers pipeline or transformer, or a file.
-        weights: "ema", or "raw" for those that the optimizer moves (step folders, and files of trainers that hold both).
-        device: where it goes.
-        dtype: of its parameters; None: as they are stored, but fp16, in which SANA overflows, becomes float32.
+        path: a run (its newest whole checkpoint), a step folder, a diffusers pipeline or
+            transformer, or a file.
+        weights: "ema", or "raw" for those that the optimizer updates, in step folders and in
+            trainers' files that have both.
+        device: of the model.
+        dtype: of its parameters. None: as stored, but float32 for fp16, where SANA overflows.
 
     Raises:
         SanaError: there is none, or its files are missing, damaged, or do not fit its config.
     """
     if weights not in get_args(Weights):
-        raise SanaError(f"weights: {weights!r} is not one of {', '.join(get_args(Weights))}", exit_code=2)
-    place = find_checkpoint(Path(path))
-    ours = place.is_dir()  # or other people's folder, which has no raw weights
-    found = read_weights(transformer_path(place), "ema" if ours else weights)
-    if weights == "raw" and ours:
-        file = place / RAW_WEIGHTS
+        raise SanaError(f"`weights`: {weights!r} is not one of {', '.join(get_args(Weights))}", exit_code=2)
+    source = find_checkpoint(Path(path))
+    found = read_weights(transformer_path(source), weights if source.is_file() else "ema")
+    if weights == "raw" and source.is_dir():
+        file = source / RAW_WEIGHTS  # in step folders only
         if not file.is_file():
-            raise SanaError(f"{place} has no raw weights ({RAW_WEIGHTS})", "leave out --weights raw")
+            raise SanaError(f"{source} has no raw weights ({RAW_WEIGHTS})", "leave out `weights` raw")
         found = replace(found, path=file, tensors=files.read_tensors(file))
         check_tensors(found.tensors, build(found.model, seed=None), file, found.compared_to)
     model = build(found.model, seed=None)
@@ -356,5 +411,5 @@ def load_transformer(
 
 
 def parameter_count(shapes: Iterable[Tensor]) -> int:
-    """How many numbers."""
+    """Total parameter count."""
     return sum(tensor.numel() for tensor in shapes)

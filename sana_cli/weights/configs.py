@@ -1,4 +1,7 @@
-"""Diffusers' config files: of a transformer, of a scheduler."""
+"""Diffusers' config files, of a transformer and of a scheduler, and the published models.
+
+It knows JSON and no weights.
+"""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -7,80 +10,93 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sana_cli.config.keys import ModelConfig, SampleConfig
+from sana_cli.choices import PredictionType
+from sana_cli.config.keys import Architecture, SampleConfig
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files
 from sana_cli.weights import strangers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_VERSION = "0.42.1"  # the version whose format is written
-PUBLISHED_PREDICTION = "flow_prediction"  # of every published model
-LATENT_CHANNELS = 32  # of the DC-AE that the published models were trained on
+PUBLISHED_PREDICTION: PredictionType = "flow_prediction"  # of every published model
+LATENT_CHANNELS = 32  # of the published models' DC-AE
 
 
-def diffusers_config(config: ModelConfig) -> dict[str, Any]:
-    """`transformer/config.json` of a resolved model config: every field of diffusers' `SanaTransformer2DModel`.
+def diffusers_config(
+    model: Architecture, prediction_type: PredictionType = PUBLISHED_PREDICTION
+) -> dict[str, Any]:
+    """`transformer/config.json`: every field of diffusers' `SanaTransformer2DModel`.
 
-    What a transformer predicts is none of them; it stands there only where it is not what all others predict.
+    diffusers has no field for what a transformer predicts. It is added only if it differs from
+    what the published models predict.
     """
+    header = {"_class_name": "SanaTransformer2DModel", "_diffusers_version": DIFFUSERS_VERSION}
+    fields = model.model_dump(mode="json")
+    positions = fields.pop("interpolation_scale")
+    own = {} if prediction_type == PUBLISHED_PREDICTION else {"prediction_type": prediction_type}
     derived = {
-        "out_channels": config.in_channels,
-        "cross_attention_dim": config.inner_dim,
+        "out_channels": model.in_channels,
+        "cross_attention_dim": model.inner_dim,
         "norm_elementwise_affine": False,
         "norm_eps": 1e-6,
     }
-    header = {"_class_name": "SanaTransformer2DModel", "_diffusers_version": DIFFUSERS_VERSION}
-    fields = config.model_dump(mode="json")
-    if config.prediction_type == PUBLISHED_PREDICTION:
-        del fields["prediction_type"]
-    return header | fields | derived
+    return header | fields | own | {"interpolation_scale": positions} | derived
 
 
-def model_config(content: Mapping[str, Any], where: Path) -> ModelConfig:
-    """The model config in a diffusers `config.json`.
+def model_config(content: Mapping[str, Any], where: Path) -> tuple[Architecture, PredictionType]:
+    """The architecture in a diffusers `config.json`, and what the transformer predicts.
 
     Raises:
-        SanaError: another class, a field with an impossible value, or one that asks for what is not implemented.
+        SanaError: it is of another class, or a field is impossible or asks for something that
+            is not implemented.
     """
-    kinds = content.get("architectures")  # where transformers puts its class
-    kind = content.get("_class_name") or (kinds[0] if isinstance(kinds, list) and kinds else content.get("model_type"))
+    kinds = content.get("architectures")  # the class, in configs of the transformers library
+    theirs = kinds[0] if isinstance(kinds, list) and kinds else content.get("model_type")
+    kind = content.get("_class_name") or theirs
     if kind not in (None, "SanaTransformer2DModel"):
         raise SanaError(f"{where}: is a {kind}, not a SanaTransformer2DModel", strangers.SANAS)
     if content.get("quantization_config"):
         raise SanaError(f"{where}: its weights are quantised, which are not read", strangers.PLAIN_COPY)
     given = {key: value for key, value in content.items() if not key.startswith("_")}
-    defaults = {  # diffusers' own, for what a config leaves out
+    defaults = {  # diffusers' own, for fields that a config omits
         "in_channels": 32, "num_attention_heads": 70, "num_layers": 20, "num_cross_attention_heads": 20,
         "cross_attention_head_dim": 112, "caption_channels": 2304, "sample_size": 32, "patch_size": 1,
     }  # fmt: skip
-    known = {key: given[key] for key in ModelConfig.model_fields if given.get(key) is not None}
-    config = validated(defaults | known, where)
-    supported = {"prediction_type": config.prediction_type} | diffusers_config(config)
+    known = {key: given[key] for key in Architecture.model_fields if given.get(key) is not None}
+    model = validated(defaults | known, where)
+    predicted: PredictionType = "sample" if given.get("prediction_type") == "sample" else PUBLISHED_PREDICTION
+    supported = {"prediction_type": predicted} | diffusers_config(model, predicted)
     for key, value in given.items():
         expected = supported.get(key)
         if value != expected and value is not None:
-            raise SanaError(f"{where}: {key} = {value!r} is not supported; this sana has {key} = {expected!r}")
-    return config
+            raise SanaError(
+                f"{where}: {key} = {value!r} is not supported; this sana has {key} = {expected!r}"
+            )
+    return model, predicted
 
 
-def read_model_config(folder: Path) -> ModelConfig:
+def read_model_config(folder: Path) -> tuple[Architecture, PredictionType]:
     """`model_config` of the `config.json` in a transformer's folder.
 
-    Where diffusers has written it, the scheduler beside it says what the transformer predicts.
+    If it does not record what the transformer predicts, the pipeline's scheduler config does.
     """
     path, scheduler = folder / "config.json", folder.absolute().parent / "scheduler" / "scheduler_config.json"
     content = strangers.read_json(path)
     if folder.absolute().name == "transformer" and "prediction_type" not in content and scheduler.is_file():
-        with suppress(SanaError):  # a damaged one is told of where its solver is asked for
+        with suppress(SanaError):  # a damaged one is reported when its solver is read
             if files.read_json(scheduler).get("prediction_type") == "sample":
                 content = {**content, "prediction_type": "sample"}
     return model_config(content, path)
 
 
-def validated(fields: Mapping[str, Any], where: Path) -> ModelConfig:
-    """A model config of these fields; a wrong one is a `SanaError` that names it."""
+def validated(fields: Mapping[str, Any], where: Path) -> Architecture:
+    """A model config of these fields.
+
+    Raises:
+        SanaError: names a field that is wrong.
+    """
     try:
-        config = ModelConfig.model_validate(fields)
+        config = Architecture.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         raise SanaError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -89,10 +105,13 @@ def validated(fields: Mapping[str, Any], where: Path) -> ModelConfig:
     return config
 
 
-def scheduler_config(sample: SampleConfig, prediction_type: str = PUBLISHED_PREDICTION) -> dict[str, Any]:
-    """`scheduler/scheduler_config.json`: the diffusers scheduler that is our solver.
+def scheduler_config(
+    sample: SampleConfig, prediction_type: PredictionType = PUBLISHED_PREDICTION
+) -> dict[str, Any]:
+    """`scheduler/scheduler_config.json`: the diffusers scheduler that equals our solver.
 
-    For a transformer that predicts samples it is DPM-Solver++ always: diffusers has no other solver that can be told so.
+    For a transformer that predicts x_0 it is always DPM-Solver++: diffusers' other flow solvers
+    have no such setting.
     """
     common = {"_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000}
     if prediction_type == "sample":
@@ -116,47 +135,53 @@ def scheduler_config(sample: SampleConfig, prediction_type: str = PUBLISHED_PRED
     }
 
 
-# what a scheduler config may leave out, in diffusers' defaults, where they are not what we do
+# diffusers' defaults for settings that a scheduler config omits, if they differ from ours
 _SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "DPMSolverMultistepScheduler": {"flow_shift": 1.0, "prediction_type": "epsilon", "use_flow_sigmas": False},
+    "DPMSolverMultistepScheduler": {
+        "flow_shift": 1.0,
+        "prediction_type": "epsilon",
+        "use_flow_sigmas": False,
+    },
     "FlowMatchEulerDiscreteScheduler": {"shift": 1.0},
     "FlowMatchHeunDiscreteScheduler": {"shift": 1.0},
     "SCMScheduler": {},
 }
-_OTHER_LEVELS = (  # settings that change the noise levels or the step, all off by default
-    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_dynamic_shifting",
-    "invert_sigmas", "shift_terminal", "stochastic_sampling", "thresholding",
+_UNSUPPORTED = (  # settings that change the noise levels or the step, all off by default
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
+    "use_dynamic_shifting", "invert_sigmas", "shift_terminal", "stochastic_sampling", "thresholding",
 )  # fmt: skip
 
 
 def solver_of(content: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """`solver` and `flow_shift` of a diffusers scheduler config: the reverse of `scheduler_config`.
+    """`solver` and `flow_shift` of a diffusers scheduler config; inverts `scheduler_config`.
 
     Raises:
-        SanaError: a scheduler, or a setting of one, that is no solver of ours; names it.
+        SanaError: names a scheduler or a setting that none of our solvers has.
     """
     name = content.get("_class_name")
     solvers = {"DPMSolverMultistepScheduler": "dpm++", "FlowMatchEulerDiscreteScheduler": "euler"}
     solvers |= {"FlowMatchHeunDiscreteScheduler": "heun", "SCMScheduler": "scm"}
     if not isinstance(name, str) or name not in solvers:
         raise SanaError(
-            f"{where}: the scheduler {name} is not supported", f"choose another: --solver {' or '.join(solvers.values())}"
+            f"{where}: the scheduler {name} is not supported",
+            f"choose another: `solver` {' or '.join(solvers.values())}",
         )
-    given = _SCHEDULER_DEFAULTS[name] | {key: value for key, value in content.items() if not key.startswith("_")}
+    own = {key: value for key, value in content.items() if not key.startswith("_")}
+    given = _SCHEDULER_DEFAULTS[name] | own
     shift = given.get("flow_shift", given.get("shift", 1.0))
     try:
         sample = SampleConfig.model_validate({"solver": solvers[name], "flow_shift": shift})
     except ValidationError as error:
         raise SanaError(f"{where}: shift {shift!r} is not a positive number") from error
-    predicted = "sample" if given.get("prediction_type") == "sample" else PUBLISHED_PREDICTION
-    for key, expected in (scheduler_config(sample, predicted) | dict.fromkeys(_OTHER_LEVELS, False)).items():
+    predicted: PredictionType = "sample" if given.get("prediction_type") == "sample" else PUBLISHED_PREDICTION
+    for key, expected in (scheduler_config(sample, predicted) | dict.fromkeys(_UNSUPPORTED, False)).items():
         value = given.get(key, expected)
         if not key.startswith("_") and value != expected and not (expected is False and not value):
             raise SanaError(f"{where}: {key} = {value!r} is not supported; this sana has {expected!r}")
     return {"solver": sample.solver, "flow_shift": sample.flow_shift}
 
 
-_PUBLISHED = {  # (layers, width, norm of queries and keys, guidance embedded)
+_PUBLISHED = {  # layers, width, norm of queries and keys, guidance embedded
     (28, 1152, False, False): "Sana 0.6B",
     (20, 2240, False, False): "Sana 1.6B",
     (20, 2240, True, False): "Sana 1.5 1.6B",
@@ -166,8 +191,10 @@ _PUBLISHED = {  # (layers, width, norm of queries and keys, guidance embedded)
 }
 
 
-def family(model: ModelConfig) -> str | None:
-    """Which published model has this architecture, if any: `Sana 1.5 4.8B`."""
+def family(model: Architecture) -> str | None:
+    """The published model with this architecture, such as `Sana 1.5 4.8B`, if there is one."""
     if model.in_channels != LATENT_CHANNELS or model.patch_size != 1:
         return None
-    return _PUBLISHED.get((model.num_layers, model.inner_dim, model.qk_norm is not None, model.guidance_embeds))
+    return _PUBLISHED.get(
+        (model.num_layers, model.inner_dim, model.qk_norm is not None, model.guidance_embeds)
+    )

@@ -1,4 +1,4 @@
-"""The lesson's files in diffusers' names."""
+"""Convert the weights of mindiffusion's lesson 37 to diffusers' form. It reads no file."""
 
 import math
 from collections.abc import Mapping
@@ -6,48 +6,72 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sana_cli.errors import SanaError
 from sana_cli.model import TIMESTEP_CHANNELS, build
-from sana_cli.weights.stored import StoredWeights, check_tensors, infer, plain_tensors
+from sana_cli.weights.stored import StoredWeights, check_tensors, infer_config, plain_tensors
 
-LESSON_PREFIX = "_score_network."
-_LESSON_NULL = "_unconditional_context.y_embedding"
+_PREFIX = "_score_network."
+_NULL_CAPTION = "_unconditional_context.y_embedding"
+_HEADS = (  # which shapes do not show
+    "num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim"
+)  # fmt: skip
 
 
-def lesson(content: Mapping[str, Any], path: Path) -> StoredWeights:
-    """The lesson's network as ours: it predicts data - noise at time 1 - sigma, told as it is rather than times 1000.
+def is_lesson(content: Mapping[Any, Any]) -> bool:
+    """Whether a pickle's content is a file of the lesson."""
+    state = content.get("model_state_dict")
+    return isinstance(state, dict) and any(str(name).startswith(_PREFIX) for name in state)
 
-    The sign goes into the last layer. The time goes into the first layer of its embedding: with frequencies f,
-    cos((1 - s) f) = cos f cos(s f) + sin f sin(s f) and sin((1 - s) f) = sin f cos(s f) - cos f sin(s f), so that its
-    columns are rotated; `timestep_scale` 0.001 undoes the 1000.
+
+def convert_lesson(content: Mapping[str, Any], path: Path) -> StoredWeights:
+    """Convert the lesson's network, which predicts data - noise at time 1 - sigma.
+
+    The sign goes into the last layer, the time into the first layer of its embedding. The
+    lesson does not multiply its time by 1000, so `timestep_scale` is 0.001.
+
+    Raises:
+        SanaError: the file lacks the lesson's config, or its tensors do not fit it.
     """
     state = plain_tensors(content["model_state_dict"], path)
     tensors = {
-        name.removeprefix(LESSON_PREFIX).replace(".cross_attn.", ".attn2."): tensor
+        name.removeprefix(_PREFIX).replace(".cross_attn.", ".attn2."): tensor
         for name, tensor in state.items()
-        if name.startswith(LESSON_PREFIX)
+        if name.startswith(_PREFIX)
     }
     try:
         params = content["config"]["diffusion"]["score_network"]["params"]
-        names = ("num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim")
-        known = {name: params[name] for name in names} | {"sample_size": params.get("input_spatial_size", 32)}
+        known = {name: params[name] for name in _HEADS}
+        known["sample_size"] = params.get("input_spatial_size", 32)
     except (KeyError, TypeError, AttributeError) as error:
         raise SanaError(
             f"{path} has a model_state_dict, but not the lesson's config beside it",
             "its number of attention heads stands in config.diffusion.score_network.params",
         ) from error
-    config, compared_to = infer(tensors, path, **known, timestep_scale=0.001), "the model in its config"
+    config = infer_config(tensors, path, **known, timestep_scale=0.001)
+    compared_to = "the model in its config"
     check_tensors(tensors, build(config, seed=None), path, compared_to)
-    half, first = TIMESTEP_CHANNELS // 2, "time_embed.emb.timestep_embedder.linear_1.weight"
-    frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float64))
-    cosine, sine = tensors[first].double().split(half, dim=1)  # (D, 128) each
-    turned = cosine * frequency.cos() + sine * frequency.sin(), cosine * frequency.sin() - sine * frequency.cos()
-    tensors[first] = torch.cat(turned, dim=1).to(tensors[first].dtype)
+    first = "time_embed.emb.timestep_embedder.linear_1.weight"
+    tensors[first] = _of_reversed_time(tensors[first])
     for name in ("proj_out.weight", "proj_out.bias"):
         tensors[name] = -tensors[name]
-    left_out = tuple(name for name in state if not name.startswith(LESSON_PREFIX))
-    null = state.get(_LESSON_NULL)
+    left_out = tuple(name for name in state if not name.startswith(_PREFIX))
+    null = state.get(_NULL_CAPTION)  # (L, D)
     if null is None or null.ndim != 2 or null.shape[1] != config.caption_channels or len(null) == 0:
         null = None
     return StoredWeights("lesson", path, config, tensors, compared_to, left_out, null)
+
+
+def _of_reversed_time(weight: Tensor) -> Tensor:
+    """The first layer of a time embedding (D, 256) for input s, from that for input 1 - s.
+
+    With frequencies f its columns rotate, as
+    cos((1 - s) f) = cos f cos(s f) + sin f sin(s f),
+    sin((1 - s) f) = sin f cos(s f) - cos f sin(s f).
+    """
+    half = TIMESTEP_CHANNELS // 2
+    f = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float64))
+    cosine, sine = weight.double().split(half, dim=1)  # (D, 128) each
+    rotated = cosine * f.cos() + sine * f.sin(), cosine * f.sin() - sine * f.cos()
+    return torch.cat(rotated, dim=1).to(weight.dtype)

@@ -1,4 +1,8 @@
-"""Pickles that others made, read for tensors and plain values alone: what else they hold is passed over or refused, never run."""
+"""Read other people's pickles for tensors and plain values only, and run nothing in them.
+
+Other content is skipped or refused. This module knows no names of tensors. `torch.load` is
+called here and nowhere else.
+"""
 
 import re
 import warnings
@@ -14,12 +18,12 @@ from sana_cli.weights import strangers
 
 
 def items(content: Mapping[Any, Any]) -> Iterable[tuple[Any, Any]]:
-    """A dictionary's items, whatever a file has written into the attributes of an ordered one."""
+    """A dictionary's items, even if a pickled OrderedDict has an attribute named `items`."""
     return dict.items(content) if isinstance(content, dict) else content.items()
 
 
 class _Unread:
-    """Stands for what a pickle holds beside weights. It takes anything, keeps nothing and does nothing."""
+    """In place of what a pickle holds beside weights: takes any arguments and keeps nothing."""
 
     __slots__ = ()
 
@@ -27,18 +31,18 @@ class _Unread:
         return super().__new__(cls)
 
     def __setstate__(self, _: Any) -> None:
-        """Take the state of whatever it stands for."""
+        """Ignore the state of the replaced object."""
 
 
 class _AsDict:
-    """Stands for other people's kinds of dictionary; makes a plain one, which may have attributes."""
+    """In place of other libraries' dictionaries: makes one that may have attributes."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return OrderedDict()
 
 
 class _AsList:
-    """Stands for other people's kinds of list; makes a plain one."""
+    """In place of other libraries' lists: makes a plain one."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return []
@@ -48,17 +52,20 @@ def _named(module: str, names: str) -> list[str]:
     return [f"{module}.{name}" for name in names.split()]
 
 
-# What trainers save beside weights: random state, settings, paths, times. All of it is data, and none of it is looked at, so that
-# nothing of these packages is imported or called. A name that is not here is refused.
+_PATHS = "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath"
+# What trainers save beside weights: random state, settings, paths, times. None of it is used.
+# So nothing of these packages is imported or called. Other names are refused.
 _UNREAD = [
     *_named("numpy.core.multiarray", "_reconstruct scalar _frombuffer"),  # numpy 1
     *_named("numpy._core.multiarray", "_reconstruct scalar _frombuffer"),  # numpy 2
     *_named("numpy.core.numeric", "_frombuffer"),
     *_named("numpy._core.numeric", "_frombuffer"),
-    *_named("numpy", "ndarray dtype bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"),
-    *_named("numpy", "longlong ulonglong complex64 complex128 str_ bytes_ object_ void datetime64 timedelta64"),
-    *_named("numpy.dtypes", "BoolDType StrDType BytesDType ObjectDType VoidDType DateTime64DType TimeDelta64DType"),
-    *_named("numpy.dtypes", "Int8DType Int16DType Int32DType Int64DType UInt8DType UInt16DType UInt32DType UInt64DType"),
+    *_named("numpy", "ndarray dtype bool bool_ str_ bytes_ object_ void datetime64 timedelta64"),
+    *_named("numpy", "int8 int16 int32 int64 uint8 uint16 uint32 uint64 longlong ulonglong"),
+    *_named("numpy", "float16 float32 float64 complex64 complex128"),
+    *_named("numpy.dtypes", "BoolDType StrDType BytesDType ObjectDType VoidDType"),
+    *_named("numpy.dtypes", "DateTime64DType TimeDelta64DType Int8DType Int16DType Int32DType Int64DType"),
+    *_named("numpy.dtypes", "UInt8DType UInt16DType UInt32DType UInt64DType"),
     *_named("numpy.dtypes", "Float16DType Float32DType Float64DType Complex64DType Complex128DType"),
     *_named("numpy.random._pickle", "__randomstate_ctor __generator_ctor __bit_generator_ctor"),
     *_named("numpy.random.bit_generator", "SeedSequence __pyx_unpickle_SeedSequence"),
@@ -68,8 +75,8 @@ _UNREAD = [
     *_named("torch", "_C.Generator torch_version.TorchVersion"),
     *_named("argparse", "Namespace"),
     *_named("types", "SimpleNamespace"),
-    *_named("pathlib", "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath"),
-    *_named("pathlib._local", "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath"),  # Python 3.13
+    *_named("pathlib", _PATHS),
+    *_named("pathlib._local", _PATHS),  # Python 3.13
     *_named("datetime", "datetime date time timedelta timezone"),
     *_named("builtins", "bool int float str bytes list dict tuple frozenset range slice object Ellipsis"),
     *_named("typing", "Any"),
@@ -92,52 +99,65 @@ _DICTS = [
     *_named("lightning.fabric.utilities.data", "AttributeDict"),
 ]
 _LISTS = _named("collections", "deque")
-_STAND_INS = [(_Unread, name) for name in _UNREAD] + [(_AsDict, name) for name in _DICTS] + [(_AsList, name) for name in _LISTS]
+_STAND_INS = [
+    (stand_in, name)
+    for stand_in, names in ((_Unread, _UNREAD), (_AsDict, _DICTS), (_AsList, _LISTS))
+    for name in names
+]
 
 
 def read_pickle(path: Path) -> dict[Any, Any]:
-    """A pickled dictionary of tensors and plain values; what else it may hold is passed over or refused, and never run.
+    """Read a pickled dictionary of tensors and plain values.
 
     Raises:
-        SanaError: it is missing, damaged, or would run code.
+        SanaError: it is missing, damaged, no dictionary, or would run code.
     """
     beginning = strangers.read_beginning(path)
     zipped = beginning.startswith(b"PK")
-    by_name = path.suffix == ".safetensors"  # which PyTorch would go by, where it is given a path; a mapping needs one
+    by_name = path.suffix == ".safetensors"  # PyTorch decides by a path's suffix; mmap needs a path
     stand_ins: list[Any] = _STAND_INS
     try:
         with path.open("rb") as file, torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles of other protocols, most of which are read all the same
+            warnings.simplefilter("ignore")  # about other pickle protocols, most of which can be read
             source: Any = file if by_name else path
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped and not by_name)
-    except Exception as error:  # whatever a broken or hostile file makes of the unpickler
-        asked = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
-        if asked:
-            raise SanaError(
-                f"{path} is refused: beside weights it holds {asked[1]}, which can run code when it is loaded; "
-                "none of it was run",
-                "ask whoever made it for safetensors, or for its weights alone: torch.save(model.state_dict(), FILE)",
-            ) from error
-        if "DTensor" in str(error) or "torch.distributed" in str(error):
-            raise SanaError(
-                f"{path} holds one process's pieces of tensors (DTensor), not whole weights",
-                "gather them where it was made, with torch.distributed.checkpoint.state_dict.get_model_state_dict and "
-                "full_state_dict",
-            ) from error
-        if "Unsupported operand" in str(error) and beginning.startswith((b"PK", b"\x80")):
-            raise SanaError(
-                f"{path} is neither safetensors nor a checkpoint of PyTorch's: its pickle has parts that are not read",
-                "save its weights again with torch.save, as it is by default (pickle_protocol=2)",
-            ) from error
-        if zipped or beginning.startswith(strangers.OLD_TORCH):
-            raise SanaError(
-                f"{path} is damaged or cut short: it begins as a checkpoint of PyTorch's, and cannot be read to its end",
-                "download or copy it again",
-            ) from error
-        raise SanaError(
-            f"{path} is neither safetensors nor a checkpoint of PyTorch's that holds weights alone",
-            "give safetensors, or what torch.save made of a model's state_dict()",
-        ) from error
+    except Exception as error:  # a broken or hostile file can make the unpickler raise any
+        raise _unreadable(path, beginning, str(error)) from error
     if not isinstance(content, dict):
-        raise SanaError(f"{path} holds no dictionary of weights", "give safetensors, or a file of a model's state_dict()")
+        raise SanaError(
+            f"{path} holds no dictionary of weights", "give safetensors, or a file of a model's state_dict()"
+        )
     return dict(items(content))
+
+
+def _unreadable(path: Path, beginning: bytes, reason: str) -> SanaError:
+    """The error for a file that `torch.load` cannot read, by its beginning and the reason."""
+    if refused := re.search(r"GLOBAL ([\w.]{1,100})", reason):
+        return SanaError(
+            f"{path} is refused: beside weights it holds {refused[1]}, which can run code when it is loaded; "
+            "none of it was run",
+            "ask whoever made it for safetensors, or for its weights alone: "
+            "torch.save(model.state_dict(), FILE)",
+        )
+    if "DTensor" in reason or "torch.distributed" in reason:
+        return SanaError(
+            f"{path} holds one process's pieces of tensors (DTensor), not whole weights",
+            "gather them where it was made, with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict",
+        )
+    if "Unsupported operand" in reason and beginning.startswith((b"PK", b"\x80")):
+        return SanaError(
+            f"{path} is neither safetensors nor a checkpoint of PyTorch's: "
+            "its pickle has parts that are not read",
+            "save its weights again with torch.save, as it is by default (pickle_protocol=2)",
+        )
+    if beginning.startswith((b"PK", strangers.OLD_TORCH)):
+        return SanaError(
+            f"{path} is damaged or cut short: it begins as a checkpoint of PyTorch's, "
+            "and cannot be read to its end",
+            "download or copy it again",
+        )
+    return SanaError(
+        f"{path} is neither safetensors nor a checkpoint of PyTorch's that holds weights alone",
+        "give safetensors, or what torch.save made of a model's state_dict()",
+    )

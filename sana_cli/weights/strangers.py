@@ -1,6 +1,8 @@
-"""What a file, a folder or a set of tensors' names is where it holds no SANA that is read, and what to do about it.
+"""Say what a file, a folder or a set of tensors is instead of a SANA, and what to do about it.
 
-It reads beginnings, names and headers, and never weights. It knows no SANA: `formats.py` does.
+Functions return the lines of a message, or None if there is nothing to say. This module reads
+the beginnings of files and the names in them, never weights. It does not know what a SANA looks
+like: `inside.py` does.
 """
 
 import re
@@ -12,44 +14,46 @@ from typing import Any
 from sana_cli.errors import SanaError, one_line
 from sana_cli.runtime import files
 
-UNMERGED = ".base_layer."  # peft's name for the weights under an adapter
+UNMERGED = ".base_layer."  # in peft's names of weights under an adapter
 PARTS = (  # whole models that are packed with a transformer
-    "vae", "first_stage_model", "autoencoder", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoders",
-    "cond_stage_model", "conditioner",
+    "vae", "first_stage_model", "autoencoder", "text_encoder", "text_encoder_2", "text_encoder_3",
+    "text_encoders", "cond_stage_model", "conditioner",
 )  # fmt: skip
 PLAIN_COPY = "get the same model in bf16, fp16 or fp32"
 
-SUFFIXES = (  # of files that hold weights of one kind or another
-    ".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".gguf", ".onnx", ".msgpack", ".h5", ".hdf5", ".keras", ".pb",
-    ".tflite", ".npz",
+SUFFIXES = (  # of files that hold weights of any kind
+    ".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".gguf", ".onnx", ".msgpack",
+    ".h5", ".hdf5", ".keras", ".pb", ".tflite", ".npz",
 )  # fmt: skip
-_LOOKED_AT = 4096  # bytes at a file's beginning that tell what it is
-OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote first before it wrote zip files
+_BEGINNING = 4096  # bytes that are read
+# the first bytes that torch.save wrote before it wrote zip files
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _AGAIN = "download or copy it again"
 _SAFETENSORS = "get its weights as safetensors or as a .pth"
 SANAS = "sana reads Sana, Sana 1.5 and Sana-Sprint, in diffusers' format or NVlabs/Sana's"
+_UNPACK = "unpack it, and name the file of weights in it"
 _MERGE = (
-    "adapters are not applied by this sana; merge it into its model first, e.g. with diffusers' load_lora_weights, fuse_lora, "
-    "unload_lora_weights and save_pretrained"
+    "adapters are not applied by this sana; merge it into its model first, e.g. with diffusers' "
+    "load_lora_weights, fuse_lora, unload_lora_weights and save_pretrained"
 )
-_BEGINNINGS = (  # (first bytes, what the file is, what to do)
+_FIRST_BYTES = (  # first bytes, what the file is, what to do
     (b"GGUF", "GGUF, quantised weights for llama.cpp and ComfyUI, which are not read", "get the safetensors"),
     (b"\x89HDF\r\n\x1a\n", "HDF5, as Keras and TensorFlow save weights, which is not read", _SAFETENSORS),
     (b"\x93NUMPY", "an array of numpy's, not weights by name", _SAFETENSORS),
-    (b"\x1f\x8b", "compressed (gzip)", "unpack it, and name the file of weights in it"),
-    (b"BZh", "compressed (bzip2)", "unpack it, and name the file of weights in it"),
-    (b"\xfd7zXZ\0", "compressed (xz)", "unpack it, and name the file of weights in it"),
-    (b"\x28\xb5\x2f\xfd", "compressed (zstd)", "unpack it, and name the file of weights in it"),
-    (b"7z\xbc\xaf\x27\x1c", "an archive (7z)", "unpack it, and name the file of weights in it"),
-    (b"Rar!\x1a\x07", "an archive (rar)", "unpack it, and name the file of weights in it"),
+    (b"\x1f\x8b", "compressed (gzip)", _UNPACK),
+    (b"BZh", "compressed (bzip2)", _UNPACK),
+    (b"\xfd7zXZ\0", "compressed (xz)", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "compressed (zstd)", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "an archive (7z)", _UNPACK),
+    (b"Rar!\x1a\x07", "an archive (rar)", _UNPACK),
 )
 
 
-SHOWN = 100  # characters of a name that a message shows
+SHOWN = 100  # characters of a name in a message
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of some names that a file gives, for a message."""
+    """The first four of a file's names, for a message."""
     return one_line(", ".join(name[:SHOWN] for name in names[:4])) + (", ..." if len(names) > 4 else "")
 
 
@@ -63,22 +67,25 @@ def read_beginning(path: Path) -> bytes:
         raise SanaError(f"{path} is not a file on a disk", "name a file or a folder")
     try:
         with path.open("rb") as file:
-            return file.read(_LOOKED_AT)
+            return file.read(_BEGINNING)
     except OSError as error:
         raise SanaError(*(broken_link(path) or (f"{path} cannot be read: {error.strerror}",))) from error
 
 
 def broken_link(path: Path) -> tuple[str, str] | None:
-    """A message for a link that leads to nothing, as a trainer's `latest.pth` does once it is moved; None for all else."""
+    """The message for a link to nothing, such as a trainer's `latest.pth` after a move."""
     if not path.is_symlink() or path.exists():
         return None
-    return f"{path} is a link to {path.readlink()}, which is not there", "name the file or folder that it should lead to"
+    return (
+        f"{path} is a link to {path.readlink()}, which is not there",
+        "name the file or folder that it should lead to",
+    )
 
 
 def other_file(path: Path) -> tuple[str, ...] | None:
-    """What a file is, where its beginning shows that it is none that is read here, and what to do: the lines of a message.
+    """The message for a file of a format that is not read: what it is, and what to do.
 
-    A file that is missing, weights of PyTorch's or safetensors, and text that is not known are None.
+    None: the file is missing, weights of PyTorch or safetensors, or unknown text.
     """
     try:
         beginning = read_beginning(path)
@@ -86,17 +93,21 @@ def other_file(path: Path) -> tuple[str, ...] | None:
         return None
     if pointer := lfs_pointer(path, beginning):
         return pointer
-    if path.with_name(path.name + ".aria2").exists():  # the file has its full size from the start, and zeros where it has holes
-        return f"{path} is not whole: {path.name}.aria2 beside it says that its download was not finished", _AGAIN
-    if known := next(((what, then) for first, what, then in _BEGINNINGS if beginning.startswith(first)), None):
-        return f"{path} is {known[0]}", known[1]
+    if path.with_name(path.name + ".aria2").exists():  # unfinished: of full size, with holes of zeros
+        return (
+            f"{path} is not whole: {path.name}.aria2 beside it says that its download was not finished",
+            _AGAIN,
+        )
+    for first, what, todo in _FIRST_BYTES:
+        if beginning.startswith(first):
+            return f"{path} is {what}", todo
     if page := _page(path, beginning.lstrip(b"\xef\xbb\xbf \t\r\n")):
         return page
     if beginning[257:262] == b"ustar":
-        return f"{path} is a tar archive", "unpack it, and name the file of weights in it"
+        return f"{path} is a tar archive", _UNPACK
     if beginning[:1] == b"\x08" and beginning[2:3] in (b"\x12", b":", b"B") and 3 <= beginning[1] <= 32:
         return f"{path} is ONNX, a program with its weights, which is not read", _SAFETENSORS
-    if re.match(rb"(?:[\x81-\x8f]|[\xde\xdf]..(?:..)?)(?:[\xa1-\xbf]|\xd9.)[A-Za-z_]{2}", beginning, re.DOTALL):
+    if _MESSAGE_PACK.match(beginning):
         return f"{path} is MessagePack, as Flax saves weights, which is not read", _SAFETENSORS
     tensorflow = re.search(r"\.data-\d{5}-of-\d{5}$|\.ckpt[^/]*\.index$|\.pb$", path.name)
     if tensorflow or beginning[4:8] == b"TFL3" or beginning[:3] == b"\x08\x01\x12":
@@ -108,17 +119,23 @@ def other_file(path: Path) -> tuple[str, ...] | None:
     return None
 
 
+# a dictionary (of few items, or of a 16- or 32-bit number of them) whose first key is a word
+_MESSAGE_PACK = re.compile(
+    rb"(?:[\x81-\x8f]|[\xde\xdf]..(?:..)?)(?:[\xa1-\xbf]|\xd9.)[A-Za-z_]{2}", re.DOTALL
+)
+
+
 def lfs_pointer(path: Path, beginning: bytes) -> tuple[str, str] | None:
-    """A message for a Git LFS pointer; None for all else."""
+    """The message for a Git LFS pointer."""
     if not files.is_lfs_pointer(beginning):
         return None
     size = re.search(rb"^size (\d{1,18})\s*$", beginning, re.MULTILINE)
-    told = f" ({int(size[1]):,} bytes)" if size else ""
-    return f"{path} is a Git LFS pointer, not the file itself{told}", "fetch it with: git lfs pull"
+    of_size = f" ({int(size[1]):,} bytes)" if size else ""
+    return f"{path} is a Git LFS pointer, not the file itself{of_size}", "fetch it with: git lfs pull"
 
 
 def _page(path: Path, text: bytes) -> tuple[str, str] | None:
-    """What is written in markup or JSON in place of weights, from its first bytes."""
+    """The message for markup or JSON, by its first bytes."""
     if text[:15].lower().startswith((b"<!doctype html", b"<html")):
         return (
             f"{path} is a web page (HTML), not weights",
@@ -131,16 +148,19 @@ def _page(path: Path, text: bytes) -> tuple[str, str] | None:
     if text.startswith(b"{") and b'"weight_map"' in text:
         return f"{path} is the list of a model's shards", f"name the folder that they lie in: {path.parent}"
     if text.startswith(b"{") and b'"_class_name"' in text:
-        return f"{path} describes a model or a pipeline and holds no weights", f"name its folder: {path.parent}"
+        return (
+            f"{path} describes a model or a pipeline and holds no weights",
+            f"name its folder: {path.parent}",
+        )
     return None
 
 
 def _archive(path: Path) -> tuple[str, str] | None:
-    """What a zip file is that is no checkpoint of PyTorch's; None where it is one, or cannot be told."""
+    """The message for a zip file that is no PyTorch checkpoint. None: it is one, or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except Exception:  # a damaged one, of which the reader of checkpoints says more
+    except Exception:  # damaged: `pickles.py` has a better message
         return None
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
@@ -152,7 +172,7 @@ def _archive(path: Path) -> tuple[str, str] | None:
     elif names and all(name.endswith(".npy") for name in names):
         return f"{path} is numpy's (npz), which is not read", _SAFETENSORS
     else:
-        return f"{path} is a zip archive ({some(names) or 'empty'})", "unpack it, and name the file of weights in it"
+        return f"{path} is a zip archive ({some(names) or 'empty'})", _UNPACK
     return (
         f"{path} is {program}: code with its weights, which is not run",
         "save its weights alone where it was made: torch.save(model.state_dict(), FILE)",
@@ -160,7 +180,7 @@ def _archive(path: Path) -> tuple[str, str] | None:
 
 
 def no_weights(path: Path, beginning: bytes) -> tuple[str, str] | None:
-    """What to say of a file that should be weights and is empty, unfinished or text."""
+    """The message for a file that should be weights, but is empty, unfinished or text."""
     if not beginning:
         return f"{path} is empty (0 bytes)", _AGAIN
     if not any(beginning):
@@ -177,33 +197,17 @@ def no_weights(path: Path, beginning: bytes) -> tuple[str, str] | None:
 
 
 def other_folder(folder: Path) -> tuple[str, ...] | None:
-    """What a folder is that has neither a transformer nor a config.json, and what to do; None where that cannot be told."""
+    """The message for a folder without a transformer or a config.json, if its kind is known."""
     try:
-        inner = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-        found = {place: sorted(path.name for path in place.iterdir()) for place in inner[:100]}
+        folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        paths = [path for inner in folders[:100] for path in sorted(inner.iterdir())]
     except OSError:
         return None
-
-    def first(pattern: str) -> Path | None:
-        return next((place / name for place, names in found.items() for name in names if re.fullmatch(pattern, name)), None)
-
-    if adapter := first(r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\.(safetensors|bin)"):
-        return f"{adapter.parent} is a LoRA: changes to a model, without the model", _MERGE
-    if piece := first(r".*\.distcp"):
-        pieces = piece.parent
-        return (
-            f"{pieces} holds the pieces of a checkpoint (.distcp, of FSDP or torch.distributed), not whole weights",
-            f"join them: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {pieces} WHOLE.pth",
-        )
-    if piece := first(r"zero_to_fp32\.py|(zero_pp_rank_\d+_)?mp_rank_\d+_.*states\.pt|global_step\d+"):
-        return (
-            f"{folder} is a checkpoint of DeepSpeed's, whose weights lie in pieces",
-            f"join them with the zero_to_fp32.py that DeepSpeed put beside them: python zero_to_fp32.py {piece.parent} WHOLE",
-            "where the optimizer alone is in pieces (ZeRO-1 and 2), name its mp_rank_00_model_states.pt",
-        )
-    if first(r"saved_model\.pb"):
+    if pieces := _pieces(folder, paths):
+        return pieces
+    if _first(paths, r"saved_model\.pb"):
         return f"{folder} is TensorFlow's, which is not read", _SAFETENSORS
-    if "model_index.json" in found[folder]:
+    if (folder / "model_index.json").is_file():
         try:
             kind = str(read_json(folder / "model_index.json").get("_class_name"))
         except SanaError as error:
@@ -211,21 +215,52 @@ def other_folder(folder: Path) -> tuple[str, ...] | None:
         if kind.startswith("Sana"):
             return f"{folder} is a {one_line(kind)} whose transformer/ is missing", "get that folder as well"
         return f"{folder} is a {one_line(kind)}, not a SanaPipeline", SANAS
-    if "index.json" in found[folder]:  # a dataset of ours
+    if (folder / "index.json").exists():  # a dataset of ours
         return None
-    names = r"(?!\.|optimizer|scheduler|random_state|rng|scaler|training_args|metadata).*\.(safetensors|sft|pth|pt|ckpt|bin|gguf)"
-    named = [place / name for place, names_there in found.items() for name in names_there if re.fullmatch(names, name)]
-    told = {path: other_file(path) for path in named}
-    weights = [path for path in named if told[path] is None]
-    if named and not weights:
-        return told[named[0]]
-    if weights:
-        shown = f"{', '.join(map(str, weights[:3]))}{', ...' if len(weights) > 3 else ''}"
-        return f"{folder} has no config.json and no transformer/ in it, but files of weights", f"name one of them: {shown}"
+    candidates = [path for path in paths if _WEIGHTS.fullmatch(path.name)]
+    messages = [other_file(path) for path in candidates]
+    if weights := [str(path) for path, message in zip(candidates, messages, strict=True) if message is None]:
+        return (
+            f"{folder} has no config.json and no transformer/ in it, but files of weights",
+            f"name one of them: {', '.join(weights[:3])}{', ...' if len(weights) > 3 else ''}",
+        )
+    return messages[0] if messages else None
+
+
+_WEIGHTS = re.compile(
+    r"(?!\.|optimizer|scheduler|random_state|rng|scaler|training_args|metadata)"
+    r".*\.(safetensors|sft|pth|pt|ckpt|bin|gguf)"
+)
+
+
+def _first(paths: Iterable[Path], pattern: str) -> Path | None:
+    return next((path for path in paths if re.fullmatch(pattern, path.name)), None)
+
+
+def _pieces(folder: Path, paths: Sequence[Path]) -> tuple[str, ...] | None:
+    """The message for an adapter, or for a checkpoint in pieces of several processes."""
+    adapters = r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\.(safetensors|bin)"
+    deepspeed = r"zero_to_fp32\.py|(zero_pp_rank_\d+_)?mp_rank_\d+_.*states\.pt|global_step\d+"
+    if adapter := _first(paths, adapters):
+        return f"{adapter.parent} is a LoRA: changes to a model, without the model", _MERGE
+    if piece := _first(paths, r".*\.distcp"):
+        pieces = piece.parent
+        return (
+            f"{pieces} holds the pieces of a checkpoint (.distcp, of FSDP or torch.distributed), "
+            "not whole weights",
+            f"join them: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {pieces} WHOLE.pth",
+        )
+    if piece := _first(paths, deepspeed):
+        return (
+            f"{folder} is a checkpoint of DeepSpeed's, whose weights lie in pieces",
+            "join them with the zero_to_fp32.py that DeepSpeed put beside them: "
+            f"python zero_to_fp32.py {piece.parent} WHOLE",
+            "where the optimizer alone is in pieces (ZeRO-1 and 2), name its mp_rank_00_model_states.pt",
+        )
     return None
 
 
-# Of tensors' names, one a line: all of a row's must be in it.
+# Names are searched as one text, a name a line. A text with all parts of a row is of its kind.
 _PACKED = (
     ("bitsandbytes, 4 bits", (".quant_state.bitsandbytes__",)),
     ("bitsandbytes, 4 bits", (".absmax\n", ".quant_map\n")),
@@ -241,7 +276,7 @@ _PACKED = (
     ("quanto", (".weight._data\n", ".weight._scale\n")),
     ("HQQ", (".W_q\n",)),
 )
-_ADAPTERS = (  # (what it is, one of its names)
+_ADAPTERS = (  # what it is, part of a name
     ("LoRA (LoKr)", ".lokr_w"),
     ("LoRA (LoHa)", ".hada_w"),
     ("LoRA (OFT)", ".oft_"),
@@ -259,7 +294,7 @@ _ADAPTERS = (  # (what it is, one of its names)
     ("LoRA", "_lora.down."),
     ("LoRA", ".lora_linear_layer."),
 )
-_MODELS = (  # transformers first, as a file may hold them with what they need
+_MODELS = (  # transformers first: a file may hold their encoders too
     ("FLUX or a relative of it", ("double_blocks.0.img_attn.",)),
     ("Qwen-Image", ("transformer_blocks.0.img_mod.",)),
     ("Stable Diffusion 3", ("joint_blocks.0.context_block.",)),
@@ -275,20 +310,20 @@ _MODELS = (  # transformers first, as a file may hold them with what they need
     ("a U-Net, as of Stable Diffusion 1, 2 and XL", ("input_blocks.0.0.", "output_blocks.0.0.")),
     ("a U-Net, as of Stable Diffusion 1, 2 and XL", ("down_blocks.0.resnets.0.", "time_embedding.linear_1.")),
 )
-_HELPERS = (  # (what it is, what sana takes it as, its names)
-    ("an autoencoder (DC-AE)", "--autoencoder", ("decoder.stages.0.", "decoder.project_in.")),
-    ("an autoencoder (VAE or DC-AE)", "--autoencoder", ("decoder.conv_in.", "decoder.conv_out.")),
-    ("a text encoder (T5)", "--encoder", ("encoder.block.0.layer.0.SelfAttention.",)),
-    ("a text encoder (CLIP)", "--encoder", ("text_model.encoder.layers.0.",)),
-    ("a language model", "--encoder", ("embed_tokens.", "layers.0.self_attn.q_proj.")),
+_HELPERS = (  # what it is, the setting that takes one, parts of its names
+    ("an autoencoder (DC-AE)", "autoencoder", ("decoder.stages.0.", "decoder.project_in.")),
+    ("an autoencoder (VAE or DC-AE)", "autoencoder", ("decoder.conv_in.", "decoder.conv_out.")),
+    ("a text encoder (T5)", "encoder", ("encoder.block.0.layer.0.SelfAttention.",)),
+    ("a text encoder (CLIP)", "encoder", ("text_model.encoder.layers.0.",)),
+    ("a language model", "encoder", ("embed_tokens.", "layers.0.self_attn.q_proj.")),
 )
 
 
 def refuse_packed(names: Iterable[str], path: Path) -> None:
-    """Refuse the tensors that quantised weights are packed into, by their names.
+    """Refuse quantised weights, by the names of their tensors.
 
     Raises:
-        SanaError: naming the kind.
+        SanaError: names the kind.
     """
     text = "\n".join(("", *names, ""))
     for kind, marks in _PACKED:
@@ -297,10 +332,10 @@ def refuse_packed(names: Iterable[str], path: Path) -> None:
 
 
 def refuse_other_model(names: Iterable[str], path: Path) -> None:
-    """Refuse what is known as an adapter, another transformer, or a model that a transformer needs.
+    """Refuse known adapters, other transformers, and models that a transformer needs.
 
     Raises:
-        SanaError: saying what it is.
+        SanaError: says what it is.
     """
     text = "\n".join(("", *names, ""))
     if UNMERGED in text:
@@ -312,21 +347,26 @@ def refuse_other_model(names: Iterable[str], path: Path) -> None:
         if mark in text:
             raise SanaError(f"{path} is a {kind}: changes to a model, without the model", _MERGE)
     packed = "diffusion_model." in text and any(f"\n{part}." in text for part in PARTS)
+    of = "an all-in-one file of " if packed else ""
     for kind, marks in _MODELS:
         if all(mark in text for mark in marks):
-            raise SanaError(f"{path} is {'an all-in-one file of ' if packed else ''}{kind}, not a SANA", SANAS)
+            raise SanaError(f"{path} is {of}{kind}, not a SANA", SANAS)
     if packed:
         raise SanaError(f"{path} is an all-in-one file of another model, not of a SANA", SANAS)
-    for kind, option, marks in _HELPERS:
+    for kind, setting, marks in _HELPERS:
         if all(mark in text for mark in marks):
             raise SanaError(
                 f"{path} is {kind}, without a transformer",
-                f"name a transformer, and give this one's folder in its library's format with {option}",
+                f"name a transformer, and give this one's folder in its library's format with `{setting}`",
             )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """`files.read_json`, which takes a Git LFS pointer for what it is."""
+    """`files.read_json`, with its own message for a Git LFS pointer.
+
+    Raises:
+        SanaError: it is a pointer, or cannot be read.
+    """
     if path.is_file() and (other := lfs_pointer(path, read_beginning(path))):
         raise SanaError(*other)
     return files.read_json(path)

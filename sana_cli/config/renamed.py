@@ -1,0 +1,39 @@
+"""Keys that had another name: a config that has one is refused with the new name, a record is read by it.
+
+Nothing was released with these names. But checkpoints and runs made before must stay readable.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {
+    "model.prediction_type": "objective.prediction_type",
+    **{
+        f"train.{key}": f"objective.{key}"
+        for key in ("caption_dropout", "sigma_density", "logit_mean", "logit_std", "flow_shift", "sigma_floor")
+    },
+    **{
+        f"train.{key}": f"optim.{key}"
+        for key in (
+            "optimizer", "lr", "schedule", "warmup_steps", "betas", "momentum", "weight_decay", "grad_clip", "ema_decay",
+        )
+    },
+    **{f"train.{key}": f"log.{key}" for key in ("sample_every", "held_out_every", "held_out_images", "tensorboard")},
+    "train.log_every": "log.every",
+    "train.save_every": "save.every",
+    "train.keep": "save.keep",
+}  # fmt: skip
+
+
+def in_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of keys, as a record holds them, with each key under its new name."""
+    found: dict[str, Any] = {}
+    for section, keys in content.items():
+        if not isinstance(keys, Mapping):
+            found[section] = keys
+            continue
+        found.setdefault(section, {})
+        for key, value in keys.items():
+            place, _, name = RENAMED.get(f"{section}.{key}", f"{section}.{key}").partition(".")
+            found.setdefault(place, {})[name] = value
+    return found

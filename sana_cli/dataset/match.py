@@ -1,0 +1,98 @@
+"""Whether a dataset is the one that a config asks for, and the architecture that follows from both."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sana_cli.config.keys import Architecture, Config
+from sana_cli.dataset.layout import held_out_dir, is_dataset
+from sana_cli.dataset.reader import Dataset
+from sana_cli.errors import SanaError
+from sana_cli.runtime import hub
+from sana_cli.text import TINY_DIM, check_capitals, check_same_encoder, config_fingerprint
+
+
+def resolve_architecture(config: Config, dataset: Dataset | None) -> Architecture:
+    """The model of a config, with what it leaves to the dataset; without one, to the built-in encoder.
+
+    Raises:
+        SanaError: neither tells how wide caption states are.
+    """
+    sides = config.data.sample_sides if dataset is None else dataset.image_shape[1:]
+    if dataset is not None:
+        width = dataset.index.caption_dim
+    elif config.model.caption_channels is not None:
+        width = config.model.caption_channels
+    elif config.text.encoder == "tiny":
+        width = TINY_DIM
+    else:
+        raise SanaError(
+            f"model.caption_channels: null, and there is no dataset in {config.data.dir} to take it from",
+            f"say the width of {config.text.encoder}'s states with --set model.caption_channels=N, "
+            "or run sana embed",
+        )
+    return config.model.resolved(max(sides), width)
+
+
+def check_matches(config: Config, dataset: Dataset) -> None:
+    """Refuse a dataset that was made by other settings than the config's.
+
+    Raises:
+        SanaError: names the first field that differs.
+    """
+    way_out = "embed it again with: sana embed --overwrite, or point data.dir at another"
+    where, index = str(dataset.directory), dataset.index
+    fingerprint = index.encoder.as_json()
+    check_same_encoder(fingerprint, config_fingerprint(config.text), where, way_out)
+    check_capitals(fingerprint, dataset.texts, where, way_out)
+    if is_dataset(config.run.dir):
+        raise SanaError(
+            f"run.dir: {config.run.dir} is a dataset",
+            "a run needs a directory of its own: --set run.dir=DIR",
+            exit_code=2,
+        )
+    autoencoder = config.data.autoencoder
+    recorded, asked = index.image.autoencoder, None if autoencoder is None else hub.model_name(autoencoder)
+    (height, width), wanted = index.image.pixels, config.data.size
+    for key, theirs, ours in (
+        ("data.autoencoder", recorded or "pixels", asked or "pixels"),
+        ("data.image_size", f"{height}x{width}", f"{wanted[0]}x{wanted[1]}"),
+        ("model.in_channels", index.image.channels, config.model.in_channels),
+        ("model.caption_channels", index.caption_dim, config.model.caption_channels or index.caption_dim),
+    ):
+        if theirs != ours:
+            raise SanaError(f"{key}: {where} has {theirs}, not {ours}", way_out)
+
+
+def open_held_out(config: Config, dataset: Dataset) -> Dataset | None:
+    """The held-out dataset, if there is to be one and it is there.
+
+    Raises:
+        SanaError: it was embedded otherwise than the dataset; names the field.
+    """
+    split = config.data.held_out
+    if split is None or not is_dataset(held_out_dir(config.data.dir, split)):
+        return None
+    found = Dataset(held_out_dir(config.data.dir, split))
+    for key, a, b in (
+        ("encoder", found.index.encoder, dataset.index.encoder),
+        ("image", found.index.image, dataset.index.image),
+    ):
+        for field, theirs, ours in differences(a.as_json(), b.as_json()):
+            raise SanaError(
+                f"data.held_out_split: {found.directory} has {key} {field} {theirs!r}, "
+                f"and {dataset.directory} has {ours!r}",
+                "embed both again with: sana embed --overwrite, or set data.held_out_split=null",
+            )
+    return found
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) for each value that differs between two nested dictionaries."""
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after

@@ -1,0 +1,123 @@
+"""The same arithmetic, quicker: `model.py` would be right without it.
+
+Products of several layers are joined, memory is saved, and a device gets the form that it runs fast. A
+layer that is more than its weights (an adapter, a hook, a parametrization) is called as it is.
+
+Shapes: B batch, K distinct captions in it, N tokens, L caption tokens, d head width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_cli.runtime.device import has_native_bf16
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is its weights and nothing else, so that its product may be joined with others."""
+    untouched = "forward" not in vars(layer) and not any(getattr(layer, hooks) for hooks in _HOOKS)
+    return type(layer) in (nn.Linear, nn.Conv2d) and untouched
+
+
+def joined(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """What several linear layers of one width make of the same x.
+
+    One product with their weights end to end runs faster, forward and back, than one for each.
+    """
+    if not all(map(is_plain, layers)):
+        return tuple(layer(x) for layer in layers)
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias).chunk(len(layers), dim=-1)
+
+
+def pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution of tokens (B, N, C), computed as the linear layer that it is."""
+    if is_plain(convolution):
+        return F.linear(x, convolution.weight.flatten(1), convolution.bias)
+    return convolution(x.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)  # (B, C, N, 1) inside
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """Keeps its input alone for the backward pass, and writes both halves of the gradient into one tensor.
+
+    Separate operations would keep silu(gate) too, and join the halves again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        x, gate = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        x, gate = both.chunk(2, dim=-1)
+        out = torch.empty_like(both)
+        of_x, of_gate = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=of_x)
+        torch.ops.aten.silu_backward(grad * x, gate, grad_input=of_gate)
+        return out
+
+
+def gated_silu(both: Tensor) -> Tensor:
+    """x silu(gate) of the two halves (..., h) of one tensor (..., 2h)."""
+    return _GatedSiLU.apply(both)  # type: ignore[no-untyped-call]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v, for q (B, heads, N, d), k and v (B, heads, L, d).
+
+    With few caption tokens the backward pass of the CPU's fused kernel costs many times this.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, N, L)
+    return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
+
+
+@dataclass(frozen=True)
+class Captions:
+    """All that a transformer needs of captions, the same at every noise level (`SanaTransformer.captions`)."""
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # of each block, (B, heads, L, d) each
+    bias: Tensor | None  # (B, 1, 1, L)
+
+    def rows(self, first: int, end: int) -> "Captions":
+        """Those of samples `first` .. `end`."""
+        bias = None if self.bias is None else self.bias[first:end]
+        return Captions(tuple((k[first:end], v[first:end]) for k, v in self.keys_values), bias)
+
+
+_as_asked = False
+
+
+@contextmanager
+def arithmetic_as_asked() -> Iterator[None]:
+    """Keep bf16 autocast even where this device emulates it, for a pass that stands for another device."""
+    global _as_asked
+    _as_asked = True
+    try:
+        yield
+    finally:
+        _as_asked = False
+
+
+@contextmanager
+def native_arithmetic(weight: Tensor) -> Iterator[None]:
+    """Float32 in place of a bf16 autocast that the device of a float32 `weight` could only emulate.
+
+    Autocast to bf16 is there for speed. A CPU without bf16 arithmetic takes tens of times as long over it
+    as over float32, which is also more exact.
+    """
+    cast = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    emulated = cast and not _as_asked and not has_native_bf16(weight.device)
+    with torch.autocast("cpu", enabled=False) if emulated else nullcontext():
+        yield

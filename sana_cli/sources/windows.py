@@ -1,0 +1,121 @@
+"""Read a source in windows (fixed runs of entries), decoded ahead by other processes.
+
+Memory holds one window, however large the source. It knows no encoder and no dataset.
+"""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from sana_cli.config.keys import Config
+from sana_cli.sources.entry import Entry, Skipped
+from sana_cli.sources.images import decode_all
+
+IMAGES_AT_ONCE = 64  # per task of a worker
+MAX_WORKERS = 8
+
+
+@dataclass
+class SourceWindow:
+    """A run of entries. Captions are always read; images are decoded only if needed."""
+
+    number: int
+    captions: dict[str, None] = field(default_factory=dict)  # distinct, in order, skipped images too
+    entries: list[Entry] = field(default_factory=list)  # with usable images
+    pixels: list[np.ndarray] = field(default_factory=list)  # (C, H, W) uint8, one per entry
+    skipped: list[tuple[int, Skipped]] = field(default_factory=list)  # with positions in the window
+
+    def skip(self, position: int, name: str, reason: str) -> None:
+        """Skip an entry. Bytes of its name that are not text are escaped."""
+        self.skipped.append((position, Skipped(name.encode("utf-8", "backslashreplace").decode(), reason)))
+
+
+class WindowReader:
+    """Reads windows in order. Images are decoded in worker processes if that is faster."""
+
+    def __init__(self, config: Config, entries: Iterable[Entry | Skipped], size: int, few: bool) -> None:
+        self.entries, self.size = iter(entries), size
+        self.fitting = (
+            config.data.size,
+            config.model.in_channels if config.data.autoencoder is None else 3,
+            config.data.fit,
+        )
+        workers = config.data.workers
+        self.workers = (0 if few else min(MAX_WORKERS, os.cpu_count() or 1)) if workers is None else workers
+        self.pool: ProcessPoolExecutor | None = None
+        self.taken = 0  # entries read so far
+        self.windows = 0
+        self.notes: tuple[str, ...] = ()
+        self.stopped = False
+
+    def close(self) -> None:
+        """Stop the workers and a running read."""
+        self.stopped = True
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def next(self, wanted: bool) -> SourceWindow | None:
+        """Read the next window, decoded if `wanted`; None after the last."""
+        window, position = SourceWindow(self.windows), 0
+        pending: deque[tuple[list[tuple[int, Entry]], Future[list[np.ndarray | str]]]] = deque()
+        entries = itertools.islice(self.entries, self.size)
+        while not self.stopped and (chunk := list(itertools.islice(entries, IMAGES_AT_ONCE))):
+            found: list[tuple[int, Entry]] = []
+            for entry in chunk:
+                if isinstance(entry, Skipped):
+                    window.skip(position, entry.name, entry.reason)
+                else:
+                    window.captions |= dict.fromkeys(entry.captions)
+                    found.append((position, entry))
+                position += 1
+            if wanted and found:
+                without_images = [(number, replace(entry, image=b"")) for number, entry in found]
+                pending.append((without_images, self._decode([entry.image for _, entry in found])))
+            while len(pending) > 2 * self.workers:
+                self._take(window, *pending.popleft())
+            self.taken += len(chunk)
+        while pending:
+            self._take(window, *pending.popleft())
+        if position == 0:
+            return None
+        self.windows += 1
+        window.skipped.sort(key=lambda pair: pair[0])
+        return window
+
+    def _decode(self, images: list[Any]) -> Future[list[np.ndarray | str]]:
+        """Decode in a worker; here if there are none or all images are pixels already."""
+        if self.workers and not all(isinstance(image, np.ndarray) for image in images):
+            try:
+                if self.pool is None:
+                    self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"))
+                return self.pool.submit(decode_all, images, *self.fitting)
+            except BrokenProcessPool:
+                raise
+            except (OSError, ImportError, NotImplementedError) as error:
+                self.workers = 0  # the system has no semaphores, or allows no more processes
+                self.notes += (
+                    f"images are decoded in one process: this system starts no workers ({error}); "
+                    "data.workers=0 asks for that",
+                )
+        future: Future[list[np.ndarray | str]] = Future()
+        future.set_result(decode_all(images, *self.fitting))
+        return future
+
+    @staticmethod
+    def _take(
+        window: SourceWindow, entries: list[tuple[int, Entry]], decoded: Future[list[np.ndarray | str]]
+    ) -> None:
+        for (position, entry), pixels in zip(entries, decoded.result(), strict=True):
+            if isinstance(pixels, str):
+                window.skip(position, entry.id, pixels)
+            else:
+                window.entries.append(entry)
+                window.pixels.append(pixels)

@@ -1,0 +1,108 @@
+"""What a training step minimises. Rectified flow is the first objective; another is a file beside this one.
+
+It knows the path from data to noise (`flow.py`) and calls a transformer, but no dataset, optimizer or
+process. Held-out loss and memory estimate use the same object as training.
+
+Shapes: B images of a micro-batch, K distinct captions among theirs, C H W of a sample, L caption tokens,
+D caption width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_cli import flow
+from sana_cli.choices import PredictionType
+from sana_cli.config.keys import Architecture, Config, ObjectiveConfig, SampleConfig
+from sana_cli.runtime.device import autocast
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch and everything drawn for it."""
+
+    rows: np.ndarray  # (B,) of the train set
+    x_0: Tensor  # (B, C, H, W)
+    noise: Tensor  # (B, C, H, W)
+    sigma: Tensor  # (B,)
+    states: Tensor  # (K, L, D)
+    mask: Tensor  # (K, L)
+    caption_index: Tensor  # (B,) int64: which of the K is each image's
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return type(self)(rows=self.rows, **tensors)
+
+
+class Objective(Protocol):
+    """What a trainer asks of an objective."""
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the output of the trained transformer is, which a checkpoint records."""
+
+    @property
+    def caption_dropout(self) -> float:
+        """The share of captions to replace by the null caption."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """What is learned beside the transformer, by name. It moves, and is saved and resumed, with it."""
+
+    def noise_levels(self, quantiles: Tensor) -> Tensor:
+        """Sigma (B,), float32, at these quantiles (B,), float64, of the density of noise levels."""
+
+    def losses(self, transformer: nn.Module, batch: Batch) -> Tensor:
+        """The loss of each image, (B,), float32. The batch is on the transformer's device."""
+
+    def sampling(self, sample: SampleConfig) -> SampleConfig:
+        """How a checkpoint of this objective is sampled, where a run asks for `sample`."""
+
+
+def make_objective(config: Config, model: Architecture, precision: str) -> Objective:
+    """The objective of a config. A second one is a file beside this one, its keys, and a line here."""
+    return RectifiedFlow(config.objective, model.timestep_scale, precision)
+
+
+class RectifiedFlow:
+    """The squared error of the velocity at a random noise level; all levels weigh alike (SANA, section 2.4)."""
+
+    modules: Mapping[str, nn.Module] = {}
+
+    def __init__(self, config: ObjectiveConfig, timestep_scale: float, precision: str) -> None:
+        self.config, self.timestep_scale, self.precision = config, timestep_scale, precision
+        self.prediction_type: PredictionType = config.prediction_type
+        self.caption_dropout = config.caption_dropout
+
+    def noise_levels(self, quantiles: Tensor) -> Tensor:
+        """Logit-normal or uniform, then shifted towards noise (SD3, arXiv 2403.03206, section 3.1)."""
+        normal = torch.special.ndtri(quantiles).float()
+        sigma = flow.uniform(normal)
+        if self.config.sigma_density == "logit_normal":
+            sigma = flow.logit_normal(normal, self.config.logit_mean, self.config.logit_std)
+        return flow.shift_sigma(sigma, self.config.flow_shift)
+
+    def losses(self, transformer: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared error over C, H and W. Predicted data is weighed by `flow.prediction_error`."""
+        x_0, noise, sigma = batch.x_0, batch.noise, batch.sigma
+        with autocast(x_0.device, self.precision):
+            prediction = transformer(
+                flow.interpolate(x_0, noise, sigma),
+                batch.states.float(),
+                sigma * flow.TRAIN_TIMESTEPS * self.timestep_scale,
+                encoder_attention_mask=batch.mask,
+                caption_index=batch.caption_index,
+            )
+        target = flow.prediction_target(x_0, noise, self.prediction_type)
+        error = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
+        return flow.prediction_error(error, sigma, self.prediction_type, self.config.sigma_floor)
+
+    def sampling(self, sample: SampleConfig) -> SampleConfig:
+        """As asked: any solver of the flow will do."""
+        return sample

@@ -1,0 +1,138 @@
+"""What a training run would do: sizes, time and memory, found on the meta device and without writing."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sana_cli.config.keys import Architecture, Config
+from sana_cli.dataset.match import check_matches, resolve_architecture
+from sana_cli.dataset.reader import Dataset
+from sana_cli.errors import SanaError
+from sana_cli.model import build
+from sana_cli.runtime.device import has_native_bf16, resolve_device, resolve_precision
+from sana_cli.runtime.distributed import World
+from sana_cli.runtime.launch import launch
+from sana_cli.training import metrics
+from sana_cli.training.objective import make_objective
+from sana_cli.training.optim import optimizer_numbers
+from sana_cli.training.prompts import GRID_CAPTIONS
+from sana_cli.training.trainer import Placement
+from sana_cli.weights.checkpoint import parameter_count
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that one process is expected to hold at its peak, and of what."""
+
+    total: int
+    parts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What `train` would do."""
+
+    run: Path
+    dataset: Path
+    images: int
+    held_out: Path | None
+    held_out_images: int
+    steps: int
+    processes: int
+    micro_batch: int  # images that a process takes at once
+    micro_batches: int  # of a step, in each process
+    batch: int  # images of a step, over all of them
+    epochs: float
+    parameters: int
+    device: str
+    precision: str
+    precision_reason: str
+    checkpoint_bytes: int  # of one
+    disk_bytes: int  # of those that are kept, and the next while it is written
+    disk_free: int
+    model: Architecture
+    memory: MemoryPlan | None = None  # only where asked for: it takes seconds to find
+
+
+def choose_device(config: Config) -> torch.device:
+    """Where this process computes: under torchrun, each process of a machine has a GPU of its own.
+
+    Raises:
+        SanaError: there is no such device, or not one for each process.
+    """
+    device = resolve_device(config.run.device)
+    if launch().size == 1 or device.type == "cpu":
+        return device
+    if device.type == "mps":
+        raise SanaError("run.device: MPS trains in one process", "leave torchrun out, or use run.device=cpu")
+    if ":" in config.run.device:
+        raise SanaError(
+            f"run.device: {device} is one GPU, and torchrun started {launch().size} processes",
+            "use run.device=cuda",
+        )
+    return resolve_device(f"cuda:{launch().local_rank}")
+
+
+def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_memory: bool) -> TrainPlan:
+    """The plan of a run that begins.
+
+    Raises:
+        SanaError: the dataset is not the config's, or the device, TensorBoard or precision cannot be had.
+    """
+    train = config.train
+    check_matches(config, dataset)
+    model = resolve_architecture(config, dataset)
+    if config.log.tensorboard:
+        metrics.check_tensorboard()
+    device = choose_device(config)
+    precision, native = resolve_precision(train.precision, device), has_native_bf16(device)
+    reason = (
+        f"{device.type} {'has' if native else 'lacks'} native bf16"
+        if train.precision == "auto"
+        else "as asked"
+    )
+    empty = build(model, seed=None)
+    parameters = parameter_count(empty.parameters())
+    processes = launch().size
+    batch = train.batch_size * train.accumulate * processes
+    copies = 1 if config.optim.ema_decay is None else 2  # raw weights, and their average
+    one = 4 * (copies * parameters + optimizer_numbers(empty.named_parameters(), config.optim))  # float32
+    placement = Placement(device, precision, World(launch().rank, processes))
+    existing = next(
+        path for path in (config.run.dir.absolute(), *config.run.dir.absolute().parents) if path.exists()
+    )
+    return TrainPlan(
+        run=config.run.dir,
+        dataset=config.data.dir,
+        images=len(dataset),
+        held_out=None if held_out is None else held_out.directory,
+        held_out_images=0 if held_out is None else min(config.log.held_out_images, len(held_out)),
+        steps=train.steps,
+        processes=processes,
+        micro_batch=train.batch_size,
+        micro_batches=train.accumulate,
+        batch=batch,
+        epochs=train.steps * batch / len(dataset),
+        parameters=parameters,
+        device=str(device),
+        precision=precision,
+        precision_reason=reason,
+        checkpoint_bytes=one,
+        disk_bytes=one * (config.save.keep + 1),
+        disk_free=shutil.disk_usage(existing).free,
+        model=model,
+        memory=_memory(config, dataset, model, placement) if with_memory else None,
+    )
+
+
+def _memory(config: Config, dataset: Dataset, model: Architecture, placement: Placement) -> MemoryPlan:
+    from sana_cli.training.estimate import (
+        training_memory,
+    )  # it is slow to import, and training has no use for it
+
+    objective = make_objective(config, model, placement.precision)
+    found = training_memory(model, config, objective, dataset, placement, GRID_CAPTIONS)
+    return MemoryPlan(found.total, dict(vars(found)))

@@ -1,0 +1,88 @@
+"""The prompts of a run's sample grids, encoded once at the start, and what checkpoints remember of captions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sana_cli.config.keys import Config
+from sana_cli.dataset.reader import Dataset
+from sana_cli.runtime.device import release_memory
+from sana_cli.runtime.records import Encoder
+from sana_cli.sampling.pictures import Cell, grid_cells, prompt_rows
+from sana_cli.text import check_same_encoder, load_encoder, unseen_words, upgrade_fingerprint, words_of
+
+GRID_CAPTIONS = 20  # captions of the dataset in a sample grid
+MOST_WORDS = 20_000  # of all captions, that a checkpoint remembers; of more, it remembers none
+ROWS_ASKED = 1000  # for the label that belongs to a caption
+
+
+@dataclass(frozen=True)
+class GridPrompts:
+    """A grid that is sampled again and again, and the caption states for it."""
+
+    cells: list[list[Cell]]
+    states: list[Tensor]  # (L, D) of each cell, row by row
+    null_caption: Tensor  # (L, D)
+    encoder: Encoder  # the fingerprint that checkpoints record
+    words: list[str] | None  # of all captions; None: too many
+    notes: tuple[str, ...]  # what a person should know
+
+
+def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> GridPrompts:
+    """The prompts of `sample.prompts`, or captions of the dataset. Only unknown prompts need an encoder."""
+    texts = {text: caption_id for caption_id, text in enumerate(dataset.texts())}
+    index, notes = dataset.index, []
+    cells = grid_cells(_rows(config, dataset, texts), 1, config.sample.seed)
+    fingerprint = dict(upgrade_fingerprint(index.encoder.as_json(), texts))
+    words = {word for text in texts for word in words_of(text)}
+    prompts = [cell.prompt for row in cells for cell in row]
+    states = {prompt: dataset.states([texts[prompt]])[0] for prompt in prompts if prompt in texts}
+    unknown = [prompt for prompt in prompts if prompt not in texts]
+    if unseen := unseen_words(unknown, words):
+        notes.append(f"sample.prompts: words that no caption of the dataset has: {' '.join(unseen)}")
+    if unknown:
+        encoder = load_encoder(config.text, device)
+        where = str(dataset.directory)
+        check_same_encoder(fingerprint, encoder.fingerprint, where, "embed it again: sana embed --overwrite")
+        if cut := [prompt for prompt in unknown if encoder.is_cut(prompt)]:
+            notes.append(
+                f"sample.prompts: {len(cut)} are longer than text.max_length, and are cut there: {cut[0]!r:.60}"
+            )
+        states |= dict(encoder.encode(unknown))
+        del encoder
+        release_memory(device)
+    return GridPrompts(
+        cells=cells,
+        states=[states[prompt] for prompt in prompts],
+        null_caption=dataset.states([index.null_caption])[0],
+        encoder=Encoder.model_validate(fingerprint),
+        words=sorted(words) if len(words) <= MOST_WORDS else None,
+        notes=tuple(notes),
+    )
+
+
+def _rows(config: Config, dataset: Dataset, texts: Mapping[str, int]) -> list[tuple[str, ...]]:
+    if config.sample.prompts is not None:
+        return prompt_rows(config.sample.prompts, dataset.index.one_word_captions)
+    captions = _in_order(dataset, texts)
+    captions = captions[:: max(1, len(captions) // GRID_CAPTIONS)][:GRID_CAPTIONS]
+    return [tuple(captions[at : at + 10]) for at in range(0, len(captions), 10)]
+
+
+def _in_order(dataset: Dataset, texts: Mapping[str, int]) -> list[str]:
+    """Captions in the order of a grid: numbers, then words, each by label; without labels as they came."""
+    label_of: dict[int, int] = {}
+    labels = dataset.labels()
+    if labels is not None:
+        rows = np.arange(min(len(dataset), ROWS_ASKED))
+        for caption_ids, label in zip(dataset.caption_ids(rows), labels.tolist(), strict=False):
+            for caption_id in caption_ids:
+                label_of.setdefault(caption_id, label)
+    last = len(texts)
+    return sorted(
+        filter(None, texts),
+        key=lambda text: (not text.isdecimal(), label_of.get(texts[text], last), texts[text]),
+    )

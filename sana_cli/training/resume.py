@@ -1,0 +1,189 @@
+"""Which checkpoint a run goes on from, whether it may, and what is loaded from it. It writes nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sana_cli.config.keys import Architecture, Config, may_change
+from sana_cli.dataset.match import differences
+from sana_cli.dataset.reader import Dataset
+from sana_cli.errors import SanaError
+from sana_cli.model import SanaTransformer, build
+from sana_cli.runtime import files
+from sana_cli.runtime.records import State
+from sana_cli.training.plan import TrainPlan
+from sana_cli.weights import checkpoint
+from sana_cli.weights.configs import WEIGHTS
+from sana_cli.weights.reader import read_weights
+from sana_cli.weights.stored import check_tensors
+
+COMPARED = ("model", "objective", "optim", "train")  # sections that make a step what it is
+FORMER_WARMUP = 50  # steps of warm-up in a checkpoint whose config does not say
+MISNAMED = ("latest", "last", "newest", "true", "yes", "on")  # what other tools call `auto`
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The part of a step folder that only training needs."""
+
+    folder: Path
+    state: State
+
+
+@dataclass(frozen=True)
+class SavedTensors:
+    """What a run goes on with, by name."""
+
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None  # None: there is no average
+    optimizer: Mapping[str, Tensor]
+    objective: Mapping[str, Tensor]
+
+
+def choose_checkpoint(run: Path, resume: str) -> tuple[Path | None, tuple[str, ...]]:
+    """The step folder to continue from, and why newer ones were passed over.
+
+    Args:
+        run: the run directory.
+        resume: "none", "auto", or the path of a step folder or run.
+
+    Raises:
+        SanaError: two runs would be mixed, or no checkpoint is whole.
+    """
+    there = checkpoint.steps(run)
+    if resume == "none":
+        if there:
+            raise SanaError(
+                f"{run} has checkpoints already, the newest {there[-1].name}",
+                "continue it with `resume` auto, or start another run with --set run.dir=DIR",
+            )
+        return None, ()
+    if resume == "auto":
+        folder, skipped = checkpoint.newest_step(run, hashes=True)
+        if there and folder is None:
+            raise SanaError(
+                f"no checkpoint of {run} is whole:",
+                *skipped,
+                "start another run with --set run.dir=DIR, or remove these",
+            )
+        return folder, tuple(skipped)
+    if resume.lower() in MISNAMED and not Path(resume).exists():
+        raise SanaError(
+            f"`resume`: {resume!r} is no checkpoint", "the newest of the run is `resume` auto", exit_code=2
+        )
+    folder = checkpoint.find_checkpoint(Path(resume).expanduser())
+    for _ in checkpoint.verify(folder, hashes=True):
+        pass
+    later = [path.name for path in there if checkpoint.step_of(path) > checkpoint.step_of(folder)]
+    if later:
+        raise SanaError(
+            f"{run} has later checkpoints than {folder.name}: {', '.join(later)}",
+            "continue into another run with --set run.dir=DIR, or remove them",
+        )
+    return folder, ()
+
+
+def with_recorded_warmup(saved: Saved, config: Config) -> Config:
+    """A config that leaves the warm-up to the number of steps, with that which the run began with."""
+    if config.optim.warmup_steps is not None:
+        return config
+    recorded = saved.state.config.get("optim", {}).get("warmup_steps", FORMER_WARMUP)
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"warmup_steps": recorded})})
+
+
+def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainPlan) -> tuple[str, ...]:
+    """Notes about a run that goes on: how else its steps are now cut.
+
+    Raises:
+        SanaError: config, dataset or precision are not the run's; names each field.
+    """
+    state, now, train = saved.state, config.to_dict(), config.train
+    wrong = []
+    for (
+        section
+    ) in COMPARED:  # a checkpoint of an earlier version has fewer keys: it was made with their defaults
+        defaults = type(getattr(config, section))().model_dump(mode="json")
+        old = defaults | state.config.get(section, {})
+        for key, before, after in differences(old, now[section]):
+            if not may_change(section, key):
+                wrong.append(f"{section}.{key}: the run has {before!r}, not {after!r}")
+    if state.dataset_sha256 != dataset.index.sha256:
+        wrong.append(f"data.dir: {dataset.directory} is not the dataset that the run was trained on")
+    if state.precision != plan.precision:
+        wrong.append(
+            f"train.precision: the run used {state.precision}, and here it would be {plan.precision}"
+        )
+    cut = [key for key in ("batch_size", "accumulate") if state.config["train"].get(key) != now["train"][key]]
+    if plan.batch != state.images and cut:
+        processes = f" x {plan.processes} processes" * (plan.processes > 1)
+        wrong.append(
+            f"{', '.join(f'train.{key}' for key in cut)}: the run's steps have {state.images} images, and "
+            f"{train.batch_size} x {train.accumulate}{processes} are {plan.batch}"
+        )
+    if wrong:
+        raise SanaError(
+            f"{saved.folder} cannot be resumed with this config:",
+            *wrong,
+            "start another run with --set run.dir=DIR",
+        )
+    if plan.batch == state.images:
+        return ()
+    rounds = -(-state.images // (train.batch_size * plan.processes))
+    return (
+        f"steps stay {state.images} images, as the run began: {rounds} micro-batches of {train.batch_size} or fewer "
+        f"in {plan.processes} process{'es' * (plan.processes > 1)}",
+    )
+
+
+def load_saved(folder: Path, model: Architecture) -> SavedTensors:
+    """The tensors of a step folder, memory-mapped, found to fit the architecture.
+
+    Raises:
+        SanaError: a file is missing or damaged, or does not fit.
+    """
+    empty, used = build(model, seed=None), folder / "transformer" / WEIGHTS
+    raw, objective = folder / checkpoint.RAW_WEIGHTS, folder / checkpoint.OBJECTIVE
+    optimizer = files.read_tensors(folder / checkpoint.OPTIMIZER)
+    weights = files.read_tensors(used)
+    check_tensors(weights, empty, used, "this config")
+    learned = files.read_tensors(objective) if objective.is_file() else {}
+    if not raw.is_file():
+        return SavedTensors(weights, None, optimizer, learned)
+    moved = files.read_tensors(raw)
+    check_tensors(moved, empty, raw, "this config")
+    return SavedTensors(moved, weights, optimizer, learned)
+
+
+def foreign_weights(path: Path, model: Architecture, prediction_type: str) -> Mapping[str, Tensor]:
+    """The weights of another SANA, of any format, to start from (`train.init_from`).
+
+    Raises:
+        SanaError: it has another architecture, or its output or time mean something else; names each field.
+    """
+    source = checkpoint.find_checkpoint(path)
+    found = read_weights(checkpoint.transformer_path(source))
+    free = {"dropout"} | ({"sample_size"} if model.interpolation_scale is None else set())
+    wrong = [
+        f"model.{key}: it has {theirs!r}, not {ours!r}"
+        for key, theirs, ours in differences(found.model.model_dump(), model.model_dump())
+        if key not in free
+    ]
+    if found.prediction_type != prediction_type:
+        wrong.append(f"objective.prediction_type: it has {found.prediction_type!r}, not {prediction_type!r}")
+    if wrong:
+        raise SanaError(
+            f"train.init_from: {path} is not the model of this config:", *wrong, "set these as it has them"
+        )
+    return found.tensors
+
+
+def model_with(weights: Mapping[str, Tensor] | None, model: Architecture, config: Config) -> SanaTransformer:
+    """A model with a copy of these weights in float32, or else the initial weights of `train.seed`."""
+    made = build(model, config.train.seed if weights is None else None, config.train.init)
+    if weights is not None:
+        copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
+        made.load_state_dict(copies, assign=True)
+    return made

@@ -1,0 +1,131 @@
+"""`sana eval` of checkpoints and folders, and what it cannot do."""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import child, embedded, invoke, sampled, small_config, trained
+from helpers.steps import small_judge
+from PIL import Image
+
+from sana_cli.commands import eval as evaluating
+from sana_cli.commands.eval import EvalOptions, EvalSummary, evaluate, record
+from sana_cli.config.keys import Config
+from sana_cli.dataset.reader import Dataset
+from sana_cli.errors import SanaError
+from sana_cli.judging import judge
+from sana_cli.judging.judge import Judge
+from sana_cli.sources import DIGIT_WORDS
+
+
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, Judge]:
+    return small_judge(tmp_path, monkeypatch)
+
+
+def test_eval_of_a_checkpoint_and_of_a_folder(
+    judged: tuple[Config, Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = judged
+    trained(config)
+    run = config.run.dir
+    options = EvalOptions(
+        run,
+        images=40,
+        steps=(1, 2),
+        guidance_scale=(1.0, 2.0),
+        out=tmp_path / "e.json",
+        plot=tmp_path / "e.png",
+    )
+    *_, summary = evaluate(options)
+    assert isinstance(summary, EvalSummary)
+    found = [(r.settings.steps, r.settings.guidance_scale, r.images) for r in summary.results if r.settings]
+    assert found == [(1, 1.0, 40), (1, 2.0, 40), (2, 1.0, 40), (2, 2.0, 40)]
+    assert json.loads((tmp_path / "e.json").read_text()) == record(summary)
+    with Image.open(tmp_path / "e.png") as image:
+        assert image.width > 1000
+    monkeypatch.setattr(evaluating, "SWEEP_STEPS", (1,))
+    monkeypatch.setattr(evaluating, "SWEEP_GUIDANCE", (1.0,))
+    *_, swept = evaluate(
+        EvalOptions(run, images=40, sweep=True)
+    )  # the usual settings, and the checkpoint's own, 2 and 2.5
+    assert isinstance(swept, EvalSummary)
+    found = [(r.settings.steps, r.settings.guidance_scale, r.images) for r in swept.results if r.settings]
+    assert found == [(1, 1.0, 40), (1, 2.5, 40), (2, 1.0, 40), (2, 2.5, 40)]
+    labels = Dataset(config.data.dir).labels()
+    assert labels is not None
+    for share in summary.results[
+        0
+    ].verdict.captions:  # as frequent as in the dataset, where half of a digit's have either name
+        meant = int(share.name) if share.name.isdigit() else [*DIGIT_WORDS].index(share.name)
+        assert abs(share.count - 40 * int((labels == meant).sum()) / len(labels) / 2) < 1
+    assert (
+        record(summary)["results"][0]["real_frechet_distance"] == summary.results[0].verdict.real_distance > 0
+    )
+
+    # the same pictures, from a folder of PNG files that say their prompts
+    captions = [share.name for share in summary.results[-1].verdict.captions for _ in range(share.count)]
+    sampled(run, " ".join(captions), steps=2, guidance_scale=2.0, separate=tmp_path / "s")
+    *_, again = evaluate(EvalOptions(tmp_path / "s", data=config.data.dir))
+    assert isinstance(again, EvalSummary)
+    assert again.results[0].verdict == summary.results[-1].verdict
+    Image.new("L", (32, 32)).save(tmp_path / "s" / "odd.png")
+    with pytest.raises(SanaError, match="its caption is None, which is none of"):
+        list(evaluate(EvalOptions(tmp_path / "s", data=config.data.dir)))
+
+
+def test_a_killed_sweep_leaves_what_it_had_found(judged: tuple[Config, Judge], tmp_path: Path) -> None:
+    config, _ = judged
+    step = trained(config).checkpoint
+    out = tmp_path / "e.json"
+    options = EvalOptions(
+        step, data=config.data.dir, images=40, steps=tuple(range(1, 400)), out=out, device="cpu"
+    )
+
+    *_, summary = evaluate(replace(options, steps=(1,)))
+    assert isinstance(summary, EvalSummary)
+    whole = out.read_text()
+    assert json.loads(whole) == record(replace(summary, saved=()))
+    unfinished = tmp_path / "e.json.unfinished"
+    for wanted in (1, 2, 4):
+        unfinished.unlink(missing_ok=True)
+        process = child(lambda: list(evaluate(options)))
+        while process.is_alive() and not unfinished.exists():
+            pass
+        while process.is_alive() and len(json.loads(unfinished.read_text())["results"]) < wanted:
+            pass
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        found = json.loads(unfinished.read_text())["results"]
+        assert len(found) >= wanted
+        assert [result["settings"]["steps"] for result in found] == list(range(1, len(found) + 1))
+        assert out.read_text() == whole
+    list(evaluate(replace(options, steps=(2,))))
+    assert [result["settings"]["steps"] for result in json.loads(out.read_text())["results"]] == [2]
+    assert not unfinished.exists()
+
+
+def test_what_eval_cannot_do_is_said(config: Config, tmp_path: Path) -> None:
+    trained(config)
+    with pytest.raises(SanaError, match="smaller than|no dataset"):
+        list(evaluate(EvalOptions(config.run.dir, data=tmp_path / "nowhere")))
+    with pytest.raises(SanaError, match=r"`plot`: .*plot\.txt: \.txt is not one of \.png, \.svg, \.pdf"):
+        list(evaluate(EvalOptions(config.run.dir, plot=tmp_path / "plot.txt")))
+    folder = tmp_path / "photos"
+    for name in ("a", "b"):
+        folder.mkdir(exist_ok=True)
+        Image.new("L", (16, 16)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a picture of {name}")
+    other = small_config(tmp_path / "other", "data.source=folder", f"data.path={folder}")
+    embedded(other, limit=2)
+    with pytest.raises(
+        SanaError,
+        match="has no labels, so nothing says what a picture should show\nsana eval needs a dataset",
+    ):
+        judge.labels_of_captions(Dataset(other.data.dir))
+    answer = invoke("eval", "runs/nowhere")
+    assert answer.exit_code == 1
+    assert answer.stderr.startswith("error: no checkpoint at runs/nowhere")

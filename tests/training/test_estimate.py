@@ -1,0 +1,87 @@
+"""Estimated memory against a known computation, the tensors of a trainer, and a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Sana, again, embedded
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sana_cli.config.file import load_config
+from sana_cli.config.keys import Config
+from sana_cli.dataset.match import resolve_architecture
+from sana_cli.dataset.reader import Dataset
+from sana_cli.model import build
+from sana_cli.training import estimate
+from sana_cli.training.objective import RectifiedFlow
+from sana_cli.training.optim import Optimizer
+from sana_cli.training.trainer import Placement
+
+
+def test_the_peak_of_a_known_computation() -> None:
+    """a @ b, 4 bytes each: a (10, 20), b (20, 30) and the product live at once, then its sum."""
+    with FakeTensorMode(), estimate._Peak() as peak:
+        product = torch.empty(10, 20) @ torch.empty(20, 30)
+        assert peak.peak == 4 * (200 + 600 + 300)
+        assert peak.live == 4 * 300
+        total = product.view(300).sum()
+        assert peak.live == 4 * 301
+        del product, total
+        assert peak.live == 0
+
+
+def on_cuda(config: Config, dataset: Dataset, images: int) -> estimate.Memory:
+    """The estimate for a GPU, in a run that samples so many images at once."""
+    model = resolve_architecture(config, dataset)
+    objective = RectifiedFlow(config.objective, model.timestep_scale, "fp32")
+    return estimate.training_memory(
+        model, config, objective, dataset, Placement(torch.device("cuda"), "fp32"), images
+    )
+
+
+@pytest.mark.parametrize(("optimizer", "checkpointing"), [("adamw", False), ("muon", True)])
+def test_what_training_holds_is_counted(config: Config, optimizer: str, checkpointing: bool) -> None:
+    wider = (
+        "model.num_layers=4",
+        "model.num_attention_heads=8",
+        "model.patch_size=4",
+        f"optim.optimizer={optimizer}",
+    )
+
+    def cut(checkpointing: bool) -> Config:
+        return again(config, *wider, f"train.activation_checkpointing={str(checkpointing).lower()}")
+
+    settings, dataset = cut(checkpointing), Dataset(config.data.dir)
+    found = on_cuda(settings, dataset, 4)
+    model = build(resolve_architecture(settings, dataset))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert (found.program, found.dataset) == (0, 0)  # CUDA's own memory holds tensors alone
+    assert found.weights == found.gradients == found.average == 4 * parameters
+    assert on_cuda(again(config, *wider, "optim.ema_decay=null"), dataset, 4).average == 0
+    moments = Optimizer(dict(model.named_parameters()), settings.optim, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    moments.step(0.0)
+    assert found.optimizer == sum(4 * tensor.numel() for _, tensor in moments.state())
+    assert (on_cuda(cut(True), dataset, 1).activations < found.activations) != checkpointing
+
+
+def test_the_estimated_memory_is_what_is_then_measured(
+    sana: Sana, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 25 %, in a process of its own, for a model whose tensors are most of it."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(
+        "data: {held_out_split: null}\nmodel: {num_layers: 8, num_attention_heads: 14}\ntext: {}\n"
+        "optim: {warmup_steps: 1}\ntrain: {steps: 2, batch_size: 48, precision: fp32}\n"
+        "sample: {steps: 2}\nrun: {device: cpu}\n"
+    )
+    embedded(load_config("c.yaml", ()), limit=100)
+    estimated = json.loads(sana("train", "--config", "c.yaml", "--dry-run", "--json").stdout)["memory"]
+    assert not (tmp_path / "runs").exists()
+    tensors = sum(size for name, size in estimated["parts"].items() if name not in ("program", "dataset"))
+    assert tensors > estimated["total"] / 2
+    measured = json.loads(sana("train", "--config", "c.yaml", "--json").stdout)["peak_memory"]
+    print(f"estimated {estimated['total']:,}, measured {measured:,}: {estimated['total'] / measured:.3f}")
+    assert estimated["total"] == pytest.approx(measured, rel=0.25)

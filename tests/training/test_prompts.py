@@ -1,0 +1,28 @@
+"""The words that a run was trained on, and those that a prompt has beside them."""
+
+from pathlib import Path
+
+from helpers import again, sampled, trained
+
+from sana_cli.commands.train import TrainOptions, TrainStart, train
+from sana_cli.config.keys import Config
+from sana_cli.sources import DIGIT_WORDS
+from sana_cli.weights import checkpoint
+
+
+def test_a_checkpoint_knows_its_words(config: Config, tmp_path: Path) -> None:
+    done = trained(config)
+    assert checkpoint.read_record(done.checkpoint).words == sorted([*map(str, range(10)), *DIGIT_WORDS])
+
+    def notes(*prompts: str, negative_prompt: str | None = None) -> tuple[str, ...]:
+        options = {"out": tmp_path / "x.png", "steps": 1, "negative_prompt": negative_prompt}
+        return sampled(done.checkpoint, *prompts, **options).notes
+
+    assert notes("4 TWO", negative_prompt="six") == ()
+    unknown = "words that this checkpoint was never trained on: - w forty ugly"
+    assert notes("4 --w 32", "forty", negative_prompt="ugly") == (unknown,)
+    (note,) = notes("4" * 400)
+    assert "1 of the prompts are longer than text.max_length, 300 tokens" in note
+    unseen = again(config, 'sample.prompts=["4 zebra"]', f"run.dir={tmp_path / 'unseen'}")
+    start = next(step for step in train(TrainOptions(unseen)) if isinstance(step, TrainStart))
+    assert "sample.prompts: words that no caption of the dataset has: zebra" in start.notes
