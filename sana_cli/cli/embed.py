@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from sana_cli.cli.options import ConfigOptions, DryRunOption, PrintOptions, given, grouped, home
+from sana_cli.cli.options import ConfigOptions, DryRunOption, PrintOptions, given, grouped, option
 from sana_cli.cli.process import console, load_torch, user_errors
 from sana_cli.interrupts import attentive
 from sana_cli.units import human_bytes
@@ -22,20 +22,12 @@ class DatasetOptions:
 
     HEADING: ClassVar = None
 
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", callback=home, help="The dataset directory. Default: data.dir of the config."
-        ),
-    ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Embed the first N images only.")] = None
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished dataset, once the new one is whole.")
-    ] = False
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Stop at the first entry that cannot be used, instead of listing it."),
-    ] = False
+    out: Path | None = option("The dataset directory. Default: data.dir of the config.", path="DIR")
+    limit: int | None = option("Embed the first N images only.", min=1)
+    overwrite: bool = option("Replace a finished dataset, once the new one is whole.", default=False)
+    strict: bool = option(
+        "Stop at the first entry that cannot be used, instead of listing it.", default=False
+    )
 
 
 @grouped

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, get_args
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import typer
 
 from sana_cli.choices import Solver
-from sana_cli.cli.options import ModelOptions, PrintOptions, SamplingOptions, given, grouped, home
+from sana_cli.cli.options import ModelOptions, PrintOptions, SamplingOptions, argument, given, grouped, option
 from sana_cli.cli.process import console, load_torch, user_errors
 from sana_cli.errors import SanaError
 from sana_cli.interrupts import attentive
@@ -32,28 +32,15 @@ class JudgingOptions:
 
     HEADING: ClassVar = "Judging"
 
-    target: Annotated[
-        Path | None,
-        typer.Argument(
-            callback=home,
-            help="A run, a step folder, a folder of pictures, or `shipped`. "
-            "Default: the newest checkpoint under runs/.",
-        ),
-    ] = None
-    images: Annotated[
-        int, typer.Option(min=2, help="Images drawn at each setting. With few, the distance is mostly bias.")
-    ] = 10_000
-    sweep: Annotated[bool, typer.Option("--sweep", help="Judge many step counts and guidance scales.")] = (
-        False
+    target: Path | None = argument(
+        "A run, a step folder, a folder of pictures, or `shipped`. Default: the newest checkpoint under runs/.",
+        path=True,
     )
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            callback=home,
-            help="The dataset to judge by. Default: data.dir of the run's config.",
-        ),
-    ] = None
+    images: int = option(
+        "Images drawn at each setting. With few, the distance is mostly bias.", default=10_000, min=2
+    )
+    sweep: bool = option("Judge many step counts and guidance scales.", default=False)
+    data: Path | None = option("The dataset to judge by. Default: data.dir of the run's config.", path="DIR")
 
 
 @dataclass(frozen=True)
@@ -62,21 +49,11 @@ class SweepOptions:
 
     HEADING: ClassVar = SamplingOptions.HEADING
 
-    steps: Annotated[
-        list[int] | None, typer.Option(min=1, help="Solver steps. Repeatable: every combination is judged.")
-    ] = None
-    guidance_scale: Annotated[
-        list[float] | None, typer.Option(min=0, help="1 is no guidance. Repeatable.")
-    ] = None
-    solver: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar=f"[{'|'.join(SOLVERS)}]",
-            callback=_solvers,
-            autocompletion=lambda: SOLVERS,
-            help="Repeatable.",
-        ),
-    ] = None
+    steps: list[int] | None = option("Solver steps. Repeatable: every combination is judged.", min=1)
+    guidance_scale: list[float] | None = option("1 is no guidance. Repeatable.", min=0)
+    solver: list[str] | None = option(
+        "Repeatable.", metavar=f"[{'|'.join(SOLVERS)}]", callback=_solvers, autocompletion=lambda: SOLVERS
+    )
 
 
 @dataclass(frozen=True)
@@ -85,23 +62,13 @@ class FileOptions:
 
     HEADING: ClassVar = "Files"
 
-    out: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            callback=home,
-            help="Also write the results to this .json file, or DIR/. Until all are there, "
-            "PATH.unfinished has those so far.",
-        ),
-    ] = None
-    plot: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            callback=home,
-            help="Also draw them: .png, .svg or .pdf, or DIR/ (needs the plot extra).",
-        ),
-    ] = None
+    out: str | None = option(
+        "Also write the results to this .json file, or DIR/. Until all are there, PATH.unfinished has those so far.",
+        path="PATH",
+    )
+    plot: str | None = option(
+        "Also draw them: .png, .svg or .pdf, or DIR/ (needs the plot extra).", path="PATH"
+    )
 
 
 @grouped

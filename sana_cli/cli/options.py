@@ -1,16 +1,14 @@
 """Options that commands share, and options in groups.
 
-A group is a frozen dataclass whose fields are `Annotated[type, typer.Option(...)]`. A command
-takes groups, and `grouped` gives it one option on the command line for each of their fields. A
-group's `HEADING` is where `--help` lists them.
+A group is a frozen dataclass whose fields are `option(...)`. A command takes groups, and `grouped` gives
+it one option on the command line for each of their fields. A group's `HEADING` is where `--help` lists them.
 """
 
 import functools
 import inspect
 import os
 from collections.abc import Callable
-from copy import copy
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
@@ -27,6 +25,38 @@ T = TypeVar("T", str, Path)
 
 
 # --- groups -----------------------------------------------------------------------------------
+
+
+def home(path: T | None) -> T | None:
+    """Replace `~` by the home folder, which a shell does not do behind `--option=`."""
+    if path is None:
+        return None
+    return type(path)(os.path.expanduser(path))  # noqa: PTH111 (Path drops a slash at the end)
+
+
+def option(
+    help: str, default: Any = None, *, path: str | None = None, flag: str | None = None, **more: Any
+) -> Any:
+    """A field of a group that is an option, such as `--its-name`; a bool is a flag without a `--no-` form.
+
+    Args:
+        help: what `--help` says.
+        default: the value without the option.
+        path: how `--help` calls the path that the option takes; `~` in it is expanded.
+        flag: another name than the field's.
+        more: of `typer.Option`.
+    """
+    if path is not None:
+        more |= {"metavar": path, "callback": home}
+    info = typer.Option(*([flag] if flag else []), help=help, **more)
+    return field(default=default, metadata={"typer": info})
+
+
+def argument(help: str, *, path: bool = False, **more: Any) -> Any:
+    """A field of a group that is an optional argument; `path`: it may begin with `~`."""
+    return field(
+        default=None, metadata={"typer": typer.Argument(help=help, callback=home if path else None, **more)}
+    )
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -51,15 +81,14 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-def _parameter(field: Field[Any], group: Any) -> inspect.Parameter:
+def _parameter(of: Field[Any], group: Any) -> inspect.Parameter:
     """The parameter of a field, whose option is listed under the heading of its group."""
-    annotation: Any = field.type
-    option = copy(annotation.__metadata__[0])
-    option.rich_help_panel = group.HEADING
-    annotation = Annotated[annotation.__origin__, option]
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
-    )
+    info = of.metadata["typer"]
+    if of.type is bool and not info.param_decls:
+        info.param_decls = (f"--{of.name.replace('_', '-')}",)
+    info.rich_help_panel = group.HEADING
+    kind = Annotated[of.type, info]  # type: ignore[name-defined]
+    return inspect.Parameter(of.name, inspect.Parameter.KEYWORD_ONLY, default=of.default, annotation=kind)
 
 
 def given(*groups: Any) -> dict[str, Any]:
@@ -88,13 +117,6 @@ class Command(typer.core.TyperCommand):
 # --- shared options ---------------------------------------------------------------------------
 
 
-def home(path: T | None) -> T | None:
-    """Replace `~` by the home folder, which a shell does not do behind `--option=`."""
-    if path is None:
-        return None
-    return type(path)(os.path.expanduser(path))  # noqa: PTH111 (Path drops a slash at the end)
-
-
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -105,21 +127,10 @@ class ConfigOptions:
 
     HEADING: ClassVar = None
 
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "--config",
-            metavar="FILE|NAME",
-            callback=home,
-            help="A YAML file, or the name of a shipped config.",
-        ),
-    ] = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key, as in --set optim.lr=1e-3. Repeatable."
-        ),
-    ] = None
+    config: str | None = option("A YAML file, or the name of a shipped config.", path="FILE|NAME")
+    set_: list[str] | None = option(
+        "Override a key, as in --set optim.lr=1e-3. Repeatable.", flag="--set", metavar="KEY=VALUE"
+    )
 
     def load(self) -> "Config":
         """Read the config.
@@ -140,10 +151,15 @@ class PrintOptions:
 
     HEADING: ClassVar = None
 
-    json: JsonOption = False
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only errors to stderr; results still go to stdout.")
-    ] = False
+    json: bool = option("Print one JSON document.", default=False)
+    quiet: bool = field(
+        default=False,
+        metadata={
+            "typer": typer.Option(
+                "--quiet", "-q", help="Print only errors to stderr; results still go to stdout."
+            )
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -152,14 +168,11 @@ class SamplingOptions:
 
     HEADING: ClassVar = "Sampling"
 
-    guidance_interval: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="LO HI", help="Guide only while sigma is between LO and HI."),
-    ] = None
-    flow_shift: Annotated[float | None, typer.Option(help="Moves the solver's steps towards noise.")] = None
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Image i has seed + i. The same seed gives the same images.")
-    ] = None
+    guidance_interval: tuple[float, float] | None = option(
+        "Guide only while sigma is between LO and HI.", metavar="LO HI"
+    )
+    flow_shift: float | None = option("Moves the solver's steps towards noise.")
+    seed: int | None = option("Image i has seed + i. The same seed gives the same images.", min=0)
 
 
 @dataclass(frozen=True)
@@ -168,11 +181,8 @@ class ModelOptions:
 
     HEADING: ClassVar = "Model"
 
-    weights: Annotated[
-        Weights, typer.Option(help="Averaged (ema) or as optimized (raw), where there are both.")
-    ] = "ema"
-    precision: Annotated[
-        Precision | None,
-        typer.Option(help="Of the transformer. Default: as it was trained, or as it is stored."),
-    ] = None
-    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto"
+    weights: Weights = option("Averaged (ema) or as optimized (raw), where there are both.", default="ema")
+    precision: Precision | None = option(
+        "Of the transformer. Default: as it was trained, or as it is stored."
+    )
+    device: str = option("auto, cpu, mps, cuda or cuda:N.", default="auto")

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
 from sana_cli.choices import Offload, Solver
-from sana_cli.cli.options import ModelOptions, PrintOptions, SamplingOptions, given, grouped, home
+from sana_cli.cli.options import ModelOptions, PrintOptions, SamplingOptions, argument, given, grouped, option
 from sana_cli.cli.process import console, load_torch, user_errors
 from sana_cli.errors import SanaError
 from sana_cli.interrupts import attentive
@@ -22,22 +22,14 @@ class PromptOptions:
 
     HEADING: ClassVar = "Images"
 
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw, a row of the grid each.")
-    ] = None
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 1
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", callback=home, help="Prompts, one a line; # begins a comment; - is stdin."
-        ),
-    ] = None
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="What to steer away from, in place of the null caption."),
-    ] = None
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: as trained.")] = None
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: as trained.")] = None
+    prompts: list[str] | None = argument("What to draw, a row of the grid each.", metavar="[PROMPT]...")
+    images_per_prompt: int = option("Images for each prompt.", default=1, min=1)
+    prompts_file: Path | None = option("Prompts, one a line; # begins a comment; - is stdin.", path="FILE")
+    negative_prompt: str | None = option(
+        "What to steer away from, in place of the null caption.", metavar="TEXT"
+    )
+    height: int | None = option("Pixels. Default: as trained.", min=1)
+    width: int | None = option("Pixels. Default: as trained.", min=1)
 
 
 @dataclass(frozen=True)
@@ -46,28 +38,13 @@ class FileOptions:
 
     HEADING: ClassVar = "Files"
 
-    out: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            callback=home,
-            help="The grid: .png, .jpg or .webp, or DIR/. Default: in the run directory.",
-        ),
-    ] = None
-    separate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", callback=home, help="A PNG for each image, in place of a grid or beside --out."
-        ),
-    ] = None
-    trajectory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            callback=home,
-            help="Also the grid from noise to images, animated: .gif, .webp or .png, or DIR/.",
-        ),
-    ] = None
+    out: str | None = option(
+        "The grid: .png, .jpg or .webp, or DIR/. Default: in the run directory.", path="PATH"
+    )
+    separate: Path | None = option("A PNG for each image, in place of a grid or beside --out.", path="DIR")
+    trajectory: str | None = option(
+        "Also the grid from noise to images, animated: .gif, .webp or .png, or DIR/.", path="PATH"
+    )
 
 
 @dataclass(frozen=True)
@@ -76,13 +53,9 @@ class SolverOptions:
 
     HEADING: ClassVar = SamplingOptions.HEADING
 
-    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="1 is none; above 1 follows the prompt more.")
-    ] = None
-    solver: Annotated[
-        Solver | None, typer.Option(help="scm is the one for Sprint models, and for no others.")
-    ] = None
+    steps: int | None = option("Solver steps.", min=1)
+    guidance_scale: float | None = option("1 is none; above 1 follows the prompt more.")
+    solver: Solver | None = option("scm is the one for Sprint models, and for no others.")
 
 
 @dataclass(frozen=True)
@@ -91,43 +64,22 @@ class CheckpointOptions:
 
     HEADING: ClassVar = ModelOptions.HEADING
 
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            callback=home,
-            help="A run, a step folder, a diffusers folder, a file of weights (diffusers, official, the "
-            "lesson's), or `shipped`: the weights that come with sana. Default: the newest checkpoint "
-            "under runs/, else `shipped`.",
-        ),
-    ] = None
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH", callback=home, help="The caption encoder: a folder, a Hugging Face id, or tiny."
-        ),
-    ] = None
-    instruction: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="Text before each prompt, in place of the model family's; '' for none."
-        ),
-    ] = None
-    autoencoder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            callback=home,
-            help="The DC-AE that decodes latents: a folder or a Hugging Face id.",
-        ),
-    ] = None
-    offload: Annotated[
-        Offload,
-        typer.Option(
-            help="model (and auto): encoder, transformer and decoder take turns on the device; "
-            "none: all stay there."
-        ),
-    ] = "auto"
+    checkpoint: Path | None = option(
+        "A run, a step folder, a diffusers folder, a file of weights (diffusers, official, the lesson's), or "
+        "`shipped`: the weights that come with sana. Default: the newest checkpoint under runs/, else `shipped`.",
+        path="PATH",
+    )
+    encoder: str | None = option("The caption encoder: a folder, a Hugging Face id, or tiny.", path="PATH")
+    instruction: str | None = option(
+        "Text before each prompt, in place of the model family's; '' for none.", metavar="TEXT"
+    )
+    autoencoder: str | None = option(
+        "The DC-AE that decodes latents: a folder or a Hugging Face id.", path="PATH"
+    )
+    offload: Offload = option(
+        "model (and auto): encoder, transformer and decoder take turns on the device; none: all stay there.",
+        default="auto",
+    )
 
 
 @grouped
