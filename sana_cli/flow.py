@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sana_cli.choices import PredictionType
+
 TRAIN_TIMESTEPS = 1000  # the transformer receives timestep = 1000 sigma
 
 
@@ -26,12 +28,14 @@ def interpolate(x_0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * x_0 + sigma * noise
 
 
-def prediction_target(x_0: Tensor, noise: Tensor, prediction_type: str) -> Tensor:
+def prediction_target(x_0: Tensor, noise: Tensor, prediction_type: PredictionType) -> Tensor:
     """What the transformer learns: x_0 ("sample"), or noise - x_0 (arXiv 2209.03003, eq. 1)."""
     return x_0 if prediction_type == "sample" else noise - x_0
 
 
-def prediction_error(error: Tensor, sigma: Tensor, prediction_type: str, sigma_floor: float) -> Tensor:
+def prediction_error(
+    error: Tensor, sigma: Tensor, prediction_type: PredictionType, sigma_floor: float
+) -> Tensor:
     """Convert the squared error (B,) of a prediction to that of the velocity, the loss.
 
     The error of a predicted x_0 is divided by sigma^2, since velocity = (x_t - x_0) / sigma
@@ -40,7 +44,7 @@ def prediction_error(error: Tensor, sigma: Tensor, prediction_type: str, sigma_f
     return error / sigma.clamp(min=sigma_floor) ** 2 if prediction_type == "sample" else error
 
 
-def velocity_of(prediction: Tensor, x: Tensor, sigma: float, prediction_type: str) -> Tensor:
+def velocity_of(prediction: Tensor, x: Tensor, sigma: float, prediction_type: PredictionType) -> Tensor:
     """Convert a prediction at `x`, on noise level `sigma`, to the velocity."""
     return (x - prediction) / sigma if prediction_type == "sample" else prediction
 
@@ -95,7 +99,7 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], _noise: Noise)
 
 
 def heun(velocity: Velocity, x: Tensor, sigmas: Sequence[float], _noise: Noise) -> Iterator[SolverStep]:
-    """The trapezoidal rule (EDM, arXiv 2206.00364, algorithm 1 without churn).
+    """The trapezoidal rule (EDM, arXiv 2206.00364, algorithm 1).
 
     Second order, two evaluations per step. The last step, to sigma 0, is an Euler step, as
     usual.

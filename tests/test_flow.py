@@ -1,4 +1,4 @@
-"""The flow against closed forms (fields, orders, densities) and the schedulers of diffusers."""
+"""The flow against closed forms (fields, orders, densities) and diffusers' schedulers."""
 
 import math
 from collections.abc import Callable
@@ -31,15 +31,15 @@ def test_path_and_target() -> None:
     assert torch.allclose((high - low) / 0.1, velocity, atol=1e-5)
     data = flow.prediction_target(x_0, noise, "sample")
     x = flow.interpolate(x_0, noise, torch.full((len(x_0),), 0.3))
-    for predicted, kind in ((velocity, "flow_prediction"), (data, "sample")):
-        assert torch.allclose(flow.velocity_of(predicted, x, 0.3, kind), velocity, atol=1e-5)
+    assert torch.allclose(flow.velocity_of(velocity, x, 0.3, "flow_prediction"), velocity, atol=1e-5)
+    assert torch.allclose(flow.velocity_of(data, x, 0.3, "sample"), velocity, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0])
 def test_a_straight_path_is_integrated_exactly(solver: str, steps: int, flow_shift: float) -> None:
-    """Where every path leads to one point, velocity = (x - x_0) / sigma, any solver ends there."""
+    """If all paths end in one point, velocity = (x - x_0) / sigma, and any solver ends there."""
     x_0, noise = torch.randn(2, 5, dtype=torch.float64).unbind()
     sigmas = flow.solver_sigmas(solver, steps, flow_shift)
     start = (1 - sigmas[0]) * x_0 + sigmas[0] * noise
@@ -58,7 +58,7 @@ def gaussian_velocity(std: float) -> Callable[[Tensor, float], Tensor]:
 
 
 def gaussian_flow(x: Tensor, std: float, start: float, end: float) -> Tensor:
-    """The exact solution: the standard deviation of the marginal is carried along."""
+    """The exact solution: x scales with the standard deviation of the marginal."""
 
     def deviation(sigma: float) -> float:
         return math.sqrt((1 - sigma) ** 2 * std**2 + sigma**2)
@@ -68,7 +68,7 @@ def gaussian_flow(x: Tensor, std: float, start: float, end: float) -> Tensor:
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm++", 2), ("heun", 2)])
 def test_order_of_each_solver(solver: str, order: int) -> None:
-    """Half the step divides the error by 2^order, from sigma 0.9 to 0.1, where log-SNR is finite."""
+    """Halving the step divides the error by 2^order (sigma 0.9 to 0.1: log-SNR is finite)."""
     x, velocity = torch.ones(1, dtype=torch.float64), gaussian_velocity(0.5)
     exact = gaussian_flow(x, 0.5, 0.9, 0.1)
 
@@ -91,7 +91,7 @@ STEPS = (1, 2, 3, 4, 6, 7, 18, 20, 30, 50)
 
 
 def toy_velocity() -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
-    """A start, and a field that is curved in space and time."""
+    """A start, and a field curved in space and time."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 6, generator=generator) / 3
     return torch.randn(2, 6, generator=generator), lambda x, sigma: torch.tanh(x @ weight) * (1 + sigma)
@@ -123,7 +123,7 @@ def test_dpm_is_diffusers_scheduler_step_by_step(flow_shift: float) -> None:
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0, 4.0, 6.0])
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_euler_and_heun_are_diffusers_schedulers_step_by_step(solver: str, flow_shift: float) -> None:
-    """With their double shift: the constructor shifts the lowest level, `set_timesteps` all of them."""
+    """With their double shift: the constructor shifts the lowest level, `set_timesteps` all."""
     diffusers = pytest.importorskip("diffusers")
     kinds = {
         "euler": diffusers.FlowMatchEulerDiscreteScheduler,
@@ -143,21 +143,21 @@ def test_euler_and_heun_are_diffusers_schedulers_step_by_step(solver: str, flow_
 
         found = [step.x for step in flow.SOLVERS[solver](watched, x, sigmas, no_noise)]
         assert len(found) == steps
-        assert next(times, None) is None  # as many evaluations, at the same times
+        assert next(times, None) is None  # the same evaluations
         theirs = []
         for timestep in scheduler.timesteps:
             x = scheduler.step(velocity(x, float(timestep) / 1000), timestep, x).prev_sample
             theirs.append(x)
-        if solver == "heun":  # which gives a sample after each evaluation, of which every second is a step
+        if solver == "heun":  # diffusers returns a sample after each evaluation; every second one is a step
             theirs = [*theirs[1:-1:2], theirs[-1]] if steps > 1 else theirs
-        # theirs takes (x - (x - sigma v)) / sigma, which float32 blurs where sigma is 0.001
+        # diffusers' (x - (x - sigma v)) / sigma is inexact in float32 at sigma 0.001
         blur = 2e-4 if solver == "heun" else 2e-5
         assert all(torch.allclose(a, b, atol=blur) for a, b in zip(found, theirs, strict=True))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_scm_is_diffusers_scheduler_step_by_step(steps: int) -> None:
-    """With the wrapping of `SanaSprintPipeline` around its model, which our solver does not need."""
+    """With `SanaSprintPipeline`'s wrapping of its model, which our solver does not need."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.SCMScheduler()
     scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
@@ -183,7 +183,7 @@ def test_scm_is_diffusers_scheduler_step_by_step(steps: int) -> None:
         )
         x = (
             x + scheduler.timesteps[index + 1].sin() * (noises[index] - noise) * sigma_data
-        )  # our noise in place of its own
+        )  # our noise instead of its own
         level = torch.tensor(sigmas[index + 1])
         assert torch.allclose(found[index].x_0, x_0 / sigma_data, atol=1e-5)
         assert torch.allclose(

@@ -177,7 +177,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which weights of a checkpoint compute, on what and in what."""
+    """Weights, device and precision."""
 
     HEADING: ClassVar = "Model"
 

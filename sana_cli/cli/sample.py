@@ -22,7 +22,7 @@ class PromptOptions:
 
     HEADING: ClassVar = "Images"
 
-    prompts: list[str] | None = argument("What to draw, a row of the grid each.", metavar="[PROMPT]...")
+    prompts: list[str] | None = argument("What to draw, a row of the grid each.", metavar="PROMPT")
     images_per_prompt: int = option("Images for each prompt.", default=1, min=1)
     prompts_file: Path | None = option("Prompts, one a line; # begins a comment; - is stdin.", path="FILE")
     negative_prompt: str | None = option(
@@ -49,7 +49,7 @@ class FileOptions:
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """The settings of the solver that `sample` takes one of each."""
+    """Solver settings that `eval` can sweep."""
 
     HEADING: ClassVar = SamplingOptions.HEADING
 
@@ -60,12 +60,12 @@ class SolverOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """The models that take turns."""
+    """Which checkpoint, encoder and autoencoder to use."""
 
     HEADING: ClassVar = ModelOptions.HEADING
 
     checkpoint: Path | None = option(
-        "A run, a step folder, a diffusers folder, a file of weights (diffusers, official, the lesson's), or "
+        "A run, a step folder, a diffusers folder, a file of weights (diffusers, official, mindiffusion's), or "
         "`shipped`: the weights that come with sana. Default: the newest checkpoint under runs/, else `shipped`.",
         path="PATH",
     )
@@ -95,7 +95,7 @@ def sample(
 ) -> None:
     """Draw images for prompts with a checkpoint.
 
-    The checkpoint may be one of yours, or come from diffusers, NVlabs/Sana or the lesson. If it
+    The checkpoint may be one of yours, or come from diffusers, NVlabs/Sana or mindiffusion. If it
     was trained on single words, each word of a prompt is an image: '4 two 4 six' is a row of
     four.
 

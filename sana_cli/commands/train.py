@@ -7,7 +7,7 @@ It is the order in which a run happens: load, save, log, sample, stop. How weigh
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from sana_cli.config.keys import Config
 from sana_cli.dataset.layout import held_out_dir
 from sana_cli.dataset.match import open_held_out
 from sana_cli.dataset.reader import Dataset
-from sana_cli.dataset.trainset import SingleDataset
 from sana_cli.errors import Interrupted, SanaError
 from sana_cli.runtime import files
 from sana_cli.runtime.device import is_out_of_memory, peak_memory
@@ -25,13 +24,13 @@ from sana_cli.runtime.distributed import World, world
 from sana_cli.runtime.launch import launch
 from sana_cli.training import metrics, report, resume
 from sana_cli.training.grids import GridSampler, grid_path
-from sana_cli.training.objective import make_objective
+from sana_cli.training.initial import foreign_weights, model_with
 from sana_cli.training.plan import TrainPlan, choose_device, make_plan
 from sana_cli.training.progress import Progress
 from sana_cli.training.prompts import encode_prompts
 from sana_cli.training.saver import Saver
-from sana_cli.training.trainable import Trainable
-from sana_cli.training.trainer import NotFiniteError, Placement, Task, Trainer
+from sana_cli.training.task import make_task
+from sana_cli.training.trainer import NotFiniteError, Placement, Trainer
 from sana_cli.weights.checkpoint import read_state
 
 
@@ -93,9 +92,18 @@ class TrainSummary:
 
 
 def plan(options: TrainOptions) -> TrainPlan:
-    """What would be done (`--dry-run`)."""
-    dataset = Dataset(options.config.data.dir)
-    return make_plan(options.config, dataset, open_held_out(options.config, dataset), with_memory=True)
+    """What would be done (`--dry-run`), found without writing; refuses what `train` would refuse."""
+    config = options.config
+    dataset = Dataset(config.data.dir)
+    found = make_plan(config, dataset, open_held_out(config, dataset), with_memory=True)
+    folder, _ = resume.choose_checkpoint(config.run.dir, options.resume)
+    if folder is not None:
+        saved = resume.Saved(folder, read_state(folder))
+        resume.check_resumable(saved, resume.with_recorded_warmup(saved, config), dataset, found)
+        return found.with_images(saved.state.images)
+    if config.train.init_from is not None:
+        foreign_weights(config.train.init_from, found.model, config.objective.prediction_type)
+    return found
 
 
 def train(options: TrainOptions) -> Iterator[TrainStart | TrainStep | TrainSummary]:
@@ -159,10 +167,7 @@ def _load(options: TrainOptions, here: World) -> _Run:
         if saved is not None:
             config = resume.with_recorded_warmup(saved, config)
             notes += resume.check_resumable(saved, config, dataset, plan)
-            images = saved.state.images
-            rounds = -(-images // (config.train.batch_size * here.size))
-            epochs = config.train.steps * images / len(dataset)
-            plan = replace(plan, batch=images, micro_batches=rounds, epochs=epochs)
+            plan = plan.with_images(saved.state.images)
     seen = here.gather([dataset.index.sha256, None if saved is None else saved.state.as_json()])
     if any(one != seen[0] for one in seen):
         raise SanaError(
@@ -212,22 +217,16 @@ def _trainer(
     here: World,
 ) -> Trainer:
     """The trainer of a run that begins or goes on."""
-    seed, predicted = config.train.seed, config.objective.prediction_type
     tensors, weights = None, None
     with here.together():
         if saved is not None:
             tensors = resume.load_saved(saved.folder, plan.model)
             weights = tensors.weights
         elif config.train.init_from is not None:
-            weights = resume.foreign_weights(config.train.init_from, plan.model, predicted)
-    task = Task(
-        objective=make_objective(config, plan.model, plan.precision),
-        train_set=SingleDataset(dataset, seed),
-        held_out=None if held_out is None else SingleDataset(held_out, seed),
-        trainable=Trainable(averaged=config.optim.ema_decay is not None),
-    )
+            weights = foreign_weights(config.train.init_from, plan.model, config.objective.prediction_type)
+    task = make_task(config, plan.model, plan.precision, dataset, held_out)
     placement = Placement(torch.device(plan.device), plan.precision, here)
-    model = resume.model_with(weights, plan.model, config)
+    model = model_with(weights, plan.model, config)
     trainer = Trainer(
         model, task, config, placement, plan.batch, None if tensors is None else tensors.average
     )
@@ -263,7 +262,7 @@ def _writing(run: _Run, config: Config) -> Iterator[metrics.Log | None]:
 def _steps(run: _Run, log: metrics.Log | None) -> Iterator[TrainStep]:
     """Steps to the end. After each, and before the first: its line, its checkpoint, its grid, as they are due.
 
-    What a stop cut short is done before the first step of the run that goes on.
+    After a resume, work that a stop interrupted is done before the first step.
     """
     if run.first_step >= run.config.train.steps:
         return

@@ -26,7 +26,7 @@ from sana_cli.config.document import Dumper, yaml_value
 
 MAX_WIDTH = 65536
 WARMUP_STEPS, WARMUP_SHARE = 50, 0.1  # the default warm-up, and its largest share of a short run
-PATCH_SIZES = (8, 4, 2, 1)  # tried in this order where a config gives the image size alone
+PATCH_SIZES = (8, 4, 2, 1)  # tried in this order where a config gives the image size and no patch
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -433,7 +433,11 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _patch_that_fits(cls, values: Any) -> Any:
-        """Choose the largest of `PATCH_SIZES` that divides the image size, where the patch is not given."""
+        """Choose a patch where none is given: the largest that divides the image and fits the model's width.
+
+        A patch of more numbers than the width loses some of its noise, which a velocity must predict
+        (JiT, arXiv 2511.13720).
+        """
         data, model = (
             (values.get(name) for name in ("data", "model")) if isinstance(values, dict) else (None, None)
         )
@@ -443,9 +447,12 @@ class Config(Section):
             return values
         try:
             sides = DataConfig.model_validate(data).sample_sides
-        except ValidationError:  # reported where `data` itself is validated
+            shape = ModelConfig.model_validate((model or {}) | {"patch_size": 1})
+        except ValidationError:  # reported where the section itself is validated
             return values
-        fits = next(size for size in PATCH_SIZES if not any(side % size for side in sides))
+        dividing = [size for size in PATCH_SIZES if not any(side % size for side in sides)]
+        narrow = (size for size in dividing if size**2 * shape.in_channels <= shape.inner_dim)
+        fits = next(narrow, 1)
         return {**values, "model": {**(model or {}), "patch_size": fits}}
 
     @model_validator(mode="after")

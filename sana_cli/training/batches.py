@@ -19,15 +19,15 @@ import torch
 from sana_cli.dataset.trainset import TrainSet
 from sana_cli.runtime.distributed import World
 from sana_cli.text import pad_states
-from sana_cli.training.objective import Batch, Objective
+from sana_cli.training.objective import MicroBatch, Objective
 
 TRAINING, HELD_OUT, LEVELS = 1, 2, 3  # domains of the counter-based generator; the order of rows has 0
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Which images of a step go through the model together, in one process.
+class Slice:
+    """Which images of a step make up a micro-batch of one process.
 
     Processes run in step, so each has as many as any other. One that has no image left is `padding`: it
     goes through the model with another's first image, and counts for nothing.
@@ -37,7 +37,7 @@ class MicroBatch:
     padding: bool = False
 
 
-def cut(shape_numbers: np.ndarray, batch_size: int, world: World) -> list[MicroBatch]:
+def cut(shape_numbers: np.ndarray, batch_size: int, world: World) -> list[Slice]:
     """The micro-batches of this process, from the shape of each image of a step (n,).
 
     Images are grouped by shape in the order of the step, and each group is cut into runs of `batch_size`
@@ -47,9 +47,7 @@ def cut(shape_numbers: np.ndarray, batch_size: int, world: World) -> list[MicroB
     runs = [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
     rounds = -(-len(runs) // world.size)
     places = range(world.rank, rounds * world.size, world.size)
-    return [
-        MicroBatch(runs[at]) if at < len(runs) else MicroBatch(runs[0][:1], padding=True) for at in places
-    ]
+    return [Slice(runs[at]) if at < len(runs) else Slice(runs[0][:1], padding=True) for at in places]
 
 
 def quantiles(numbers: np.ndarray, seed: int) -> np.ndarray:
@@ -63,7 +61,7 @@ def quantiles(numbers: np.ndarray, seed: int) -> np.ndarray:
     return np.clip((start + numbers * GOLDEN) % 1, 1e-7, 1 - 1e-7)
 
 
-def training_batch(train_set: TrainSet, objective: Objective, seed: int, numbers: np.ndarray) -> Batch:
+def training_batch(train_set: TrainSet, objective: Objective, seed: int, numbers: np.ndarray) -> MicroBatch:
     """Images of a run by their numbers (B,), with everything drawn for them from (seed, number) alone."""
     rows = np.concatenate([train_set.rows(int(run[0]), len(run)) for run in _runs(numbers)])
     levels = quantiles(numbers, seed)
@@ -72,17 +70,22 @@ def training_batch(train_set: TrainSet, objective: Objective, seed: int, numbers
 
 def held_out_batch(
     train_set: TrainSet, objective: Objective, seed: int, numbers: np.ndarray, images: int
-) -> Batch:
+) -> MicroBatch:
     """Held-out images by their numbers (B,) below `images`: spread evenly over the set, the same each time.
 
     Captions are not dropped, and noise levels are the even quantiles of the training density. So the loss
     depends on the weights alone.
     """
-    rows = numbers * len(train_set) // images
+    rows = held_out_rows(numbers, len(train_set), images)
     order = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, HELD_OUT])).permutation(
         images
     )
     return _draw(train_set, objective, seed, HELD_OUT, numbers, rows, (order[numbers] + 0.5) / images, 0.0)
+
+
+def held_out_rows(numbers: np.ndarray, length: int, images: int) -> np.ndarray:
+    """Rows (B,) of a held-out set of `length` rows, by their numbers (B,) below `images`: evenly spread."""
+    return numbers * length // images
 
 
 def _runs(numbers: np.ndarray) -> list[np.ndarray]:
@@ -93,7 +96,7 @@ def _runs(numbers: np.ndarray) -> list[np.ndarray]:
 def _draw(
     train_set: TrainSet, objective: Objective, seed: int, domain: int, numbers: np.ndarray, rows: np.ndarray,
     levels: np.ndarray, caption_dropout: float,
-) -> Batch:  # fmt: skip
+) -> MicroBatch:  # fmt: skip
     x_0 = train_set.samples(rows)
     chosen: list[int] = []
     noise = np.empty(x_0.shape, dtype=np.float32)
@@ -109,7 +112,7 @@ def _draw(
     distinct, index = np.unique(chosen, return_inverse=True)
     states, mask = pad_states(train_set.states(distinct.tolist()))
     sigma = objective.noise_levels(torch.from_numpy(levels))
-    return Batch(rows, x_0, torch.from_numpy(noise), sigma, states, mask, torch.from_numpy(index))
+    return MicroBatch(rows, x_0, torch.from_numpy(noise), sigma, states, mask, torch.from_numpy(index))
 
 
 def pick(which: float, weights: Sequence[float] | None, count: int) -> int:
@@ -133,14 +136,14 @@ class StepBatches:
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="batches", initializer=lambda: torch.set_num_threads(1)
         )
-        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
+        self._ahead: tuple[tuple[int, int], Future[MicroBatch]] | None = None
 
-    def cut(self, step: int) -> list[MicroBatch]:
+    def cut(self, step: int) -> list[Slice]:
         """The micro-batches of the step after `step` steps."""
         rows = self.train_set.rows(step * self.images, self.images)
         return cut(self.train_set.shape_numbers(rows), self.batch_size, self.world)
 
-    def of_step(self, step: int, is_last: bool) -> Iterator[tuple[MicroBatch, Batch]]:
+    def of_step(self, step: int, is_last: bool) -> Iterator[tuple[Slice, MicroBatch]]:
         """Each micro-batch of the step after `step` steps. With `is_last` none is made ahead for the next step."""
         parts = self.cut(step)
         for m, part in enumerate(parts):
@@ -156,10 +159,10 @@ class StepBatches:
             self.waited += time.perf_counter() - start
             yield part, batch
 
-    def _begin(self, step: int, m: int, part: MicroBatch) -> None:
+    def _begin(self, step: int, m: int, part: Slice) -> None:
         self._ahead = (step, m), self._thread.submit(self._make, step, part)
 
-    def _make(self, step: int, part: MicroBatch) -> Batch:
+    def _make(self, step: int, part: Slice) -> MicroBatch:
         return training_batch(self.train_set, self.objective, self.seed, step * self.images + part.numbers)
 
     def names(self, step: int, numbers: np.ndarray) -> list[str]:

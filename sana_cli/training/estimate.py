@@ -19,8 +19,9 @@ from sana_cli.kernels import arithmetic_as_asked
 from sana_cli.model import SanaTransformer, build
 from sana_cli.runtime.device import resident_memory
 from sana_cli.sampling.sampler import MOST_IMAGES
-from sana_cli.training.objective import Batch, Objective, make_objective
+from sana_cli.training.objective import MicroBatch, Objective
 from sana_cli.training.optim import Optimizer, optimizer_numbers
+from sana_cli.training.task import make_objective
 from sana_cli.training.trainable import Trainable, WeightAverage
 from sana_cli.training.trainer import Placement
 from sana_cli.weights.checkpoint import parameter_count
@@ -78,10 +79,10 @@ class _Peak(TorchDispatchMode):
         self.live -= size
 
 
-def _batch(model: Architecture, images: int, side: tuple[int, int], tokens: int) -> Batch:
+def _batch(model: Architecture, images: int, side: tuple[int, int], tokens: int) -> MicroBatch:
     """A batch of these sizes, with a caption of its own for each image."""
     sample = torch.empty(images, model.in_channels, *side)
-    return Batch(
+    return MicroBatch(
         rows=np.arange(images),
         x_0=sample,
         noise=torch.empty_like(sample),
@@ -160,6 +161,7 @@ def training_memory(
     shards = placement.world.size if train.parallel == "fsdp" else 1
     moments = 4 * optimizer_numbers(fake.named_parameters(), config.optim)
     copy = 4 * parameters if placement.world.size > 1 and shards == 1 else 0  # DDP's buckets
+    whole = 4 * parameters if shards > 1 else 0  # rank 0 samples with all weights
     read = min(1.0, train.steps * train.batch_size * train.accumulate / len(dataset))
     return Memory(
         program=program,
@@ -167,6 +169,6 @@ def training_memory(
         gradients=gradients // shards + copy,
         average=0 if config.optim.ema_decay is None else 4 * parameters // shards,
         optimizer=moments // shards,
-        activations=max(with_activations, sampling.peak - gradients, 0),
+        activations=max(with_activations, sampling.peak + whole - gradients, 0),
         dataset=0 if device.type == "cuda" else int(read * dataset.bytes),
     )

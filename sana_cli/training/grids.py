@@ -1,23 +1,35 @@
 """Sample grids of a run, with the averaged weights. A grid that fails is a warning and ends no run."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from sana_cli.config.keys import Config
+from sana_cli.config.keys import Architecture, Config
 from sana_cli.errors import SanaError, first_line
 from sana_cli.model import SanaTransformer, build
 from sana_cli.runtime.device import release_memory
 from sana_cli.sampling import pictures, sampler
 from sana_cli.training.prompts import GridPrompts
-from sana_cli.training.report import grids
-from sana_cli.training.trainer import Stop, Trainer
+from sana_cli.training.trainer import StopSignal, Trainer
 from sana_cli.weights.checkpoint import step_name
 
 
 def grid_path(run: Path, step: int) -> Path:
     """Where the grid of a step lies."""
     return run / "samples" / f"{step_name(step)}.png"
+
+
+def grids(run: Path) -> list[tuple[int, Path]]:
+    """The sample grids of a run with their steps, oldest first."""
+    found = []
+    for path in (run / "samples").glob("step-*.png"):
+        name = re.fullmatch(r"step-(\d+)", path.stem)
+        if name is not None:
+            found.append((int(name[1]), path))
+    return sorted(found)
 
 
 def newest_grid(run: Path, step: int) -> tuple[int, Path] | None:
@@ -32,29 +44,23 @@ class GridSampler:
         """`prompts` is there at rank 0."""
         self.config, self.trainer, self.prompts = config, trainer, prompts
 
-    def try_sample(self, stop: Stop) -> tuple[Path | None, str | None]:
+    def try_sample(self, stop: StopSignal) -> tuple[Path | None, str | None]:
         """The file of this step's grid, or a warning why there is none; neither if `stop` asked for an end."""
-        placement = self.trainer.placement
-        with self.trainer.average.in_use() as average:
-            model = self._gathered(average) if self.trainer.sharded else average
-            if self.prompts is None:
-                return None, None
-            try:
+        trainer = self.trainer
+        # shards are gathered by all processes, on the CPU; only then may rank 0 fail alone
+        weights = trainer.average_weights() if trainer.sharded else None
+        if self.prompts is None:
+            return None, None
+        device = trainer.placement.device
+        try:
+            with trainer.average.in_use() as average:
+                model = average if weights is None else _whole(average.config, weights, device)
                 return self._sample(model, self.prompts, stop), None
-            except (SanaError, OSError, RuntimeError) as error:
-                release_memory(placement.device)
-                reason = first_line(error)
-                return None, f"no samples at step {self.trainer.step}: {reason}"
+        except (SanaError, OSError, RuntimeError) as error:
+            release_memory(device)
+            return None, f"no samples at step {trainer.step}: {first_line(error)}"
 
-    def _gathered(self, sharded: SanaTransformer) -> SanaTransformer:
-        """A sharded model put together at rank 0, which samples alone."""
-        placement, weights = self.trainer.placement, self.trainer.average_weights()
-        model = build(sharded.config, seed=None)
-        if placement.world.first:
-            model.load_state_dict({name: w.to(placement.device) for name, w in weights.items()}, assign=True)
-        return model.eval()
-
-    def _sample(self, model: SanaTransformer, prompts: GridPrompts, stop: Stop) -> Path | None:
+    def _sample(self, model: SanaTransformer, prompts: GridPrompts, stop: StopSignal) -> Path | None:
         seeds = [cell.seed for row in prompts.cells for cell in row]
         objective, placement = self.trainer.task.objective, self.trainer.placement
         settings, shape = objective.sampling(self.config.sample), self.trainer.task.train_set.shapes[0]
@@ -78,3 +84,12 @@ class GridSampler:
         record = pictures.grid_record(prompts.cells, settings, f"{self.config.run.dir.name}/{path.stem}")
         pictures.save_picture(pictures.grid(sampler.to_pixels(images), prompts.cells), path, record)
         return path
+
+
+def _whole(
+    architecture: Architecture, weights: Mapping[str, Tensor], device: torch.device
+) -> SanaTransformer:
+    """A model of its own with all weights, on the device that samples."""
+    model = build(architecture, seed=None)
+    model.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
+    return model.eval()

@@ -1,4 +1,4 @@
-"""What a training step minimises. Rectified flow is the first objective; another is a file beside this one.
+"""What a training step minimises. Rectified flow is the first objective; `task.py` chooses one.
 
 It knows the path from data to noise (`flow.py`) and calls a transformer, but no dataset, optimizer or
 process. Held-out loss and memory estimate use the same object as training.
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from sana_cli import flow
 from sana_cli.choices import PredictionType
-from sana_cli.config.keys import Architecture, Config, ObjectiveConfig, SampleConfig
+from sana_cli.config.keys import ObjectiveConfig, SampleConfig
 from sana_cli.runtime.device import autocast
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """A micro-batch and everything drawn for it."""
 
     rows: np.ndarray  # (B,) of the train set
@@ -48,31 +48,31 @@ class Objective(Protocol):
         """What the output of the trained transformer is, which a checkpoint records."""
 
     @property
+    def name(self) -> str:
+        """What a model card calls it."""
+
+    @property
     def caption_dropout(self) -> float:
         """The share of captions to replace by the null caption."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """What is learned beside the transformer, by name. It moves, and is saved and resumed, with it."""
+        """Extra modules that are trained, saved and resumed with the transformer, by name."""
 
     def noise_levels(self, quantiles: Tensor) -> Tensor:
         """Sigma (B,), float32, at these quantiles (B,), float64, of the density of noise levels."""
 
-    def losses(self, transformer: nn.Module, batch: Batch) -> Tensor:
+    def losses(self, transformer: nn.Module, batch: MicroBatch) -> Tensor:
         """The loss of each image, (B,), float32. The batch is on the transformer's device."""
 
     def sampling(self, sample: SampleConfig) -> SampleConfig:
         """How a checkpoint of this objective is sampled, where a run asks for `sample`."""
 
 
-def make_objective(config: Config, model: Architecture, precision: str) -> Objective:
-    """The objective of a config. A second one is a file beside this one, its keys, and a line here."""
-    return RectifiedFlow(config.objective, model.timestep_scale, precision)
-
-
 class RectifiedFlow:
-    """The squared error of the velocity at a random noise level; all levels weigh alike (SANA, section 2.4)."""
+    """The squared error of the velocity at a random noise level; all levels weigh alike (SANA, section 3.2)."""
 
+    name = "rectified flow"
     modules: Mapping[str, nn.Module] = {}
 
     def __init__(self, config: ObjectiveConfig, timestep_scale: float, precision: str) -> None:
@@ -88,7 +88,7 @@ class RectifiedFlow:
             sigma = flow.logit_normal(normal, self.config.logit_mean, self.config.logit_std)
         return flow.shift_sigma(sigma, self.config.flow_shift)
 
-    def losses(self, transformer: nn.Module, batch: Batch) -> Tensor:
+    def losses(self, transformer: nn.Module, batch: MicroBatch) -> Tensor:
         """Mean squared error over C, H and W. Predicted data is weighed by `flow.prediction_error`."""
         x_0, noise, sigma = batch.x_0, batch.noise, batch.sigma
         with autocast(x_0.device, self.precision):

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,9 @@ from sana_cli.runtime.device import has_native_bf16, resolve_device, resolve_pre
 from sana_cli.runtime.distributed import World
 from sana_cli.runtime.launch import launch
 from sana_cli.training import metrics
-from sana_cli.training.objective import make_objective
 from sana_cli.training.optim import optimizer_numbers
 from sana_cli.training.prompts import GRID_CAPTIONS
+from sana_cli.training.task import make_objective
 from sana_cli.training.trainer import Placement
 from sana_cli.weights.checkpoint import parameter_count
 
@@ -55,6 +55,11 @@ class TrainPlan:
     disk_free: int
     model: Architecture
     memory: MemoryPlan | None = None  # only where asked for: it takes seconds to find
+
+    def with_images(self, images: int) -> "TrainPlan":
+        """The plan of a run that goes on with so many images a step, however they are cut now."""
+        rounds = -(-images // (self.micro_batch * self.processes))
+        return replace(self, batch=images, micro_batches=rounds, epochs=self.steps * images / self.images)
 
 
 def choose_device(config: Config) -> torch.device:

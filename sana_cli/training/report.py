@@ -7,7 +7,6 @@ page is `assets/report.html`; its data is one JSON document.
 import base64
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from sana_cli.errors import SanaError, first_line
 from sana_cli.model import build, module_rows
 from sana_cli.runtime import files
 from sana_cli.training import metrics
+from sana_cli.training.grids import grids
 from sana_cli.weights.checkpoint import parameter_count
 
 REPORT = "report.html"
@@ -66,16 +66,6 @@ def collect(run: Path, model: Architecture) -> dict[str, Any]:
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "modules": [list(row) for row in module_rows(empty)],
     }
-
-
-def grids(run: Path) -> list[tuple[int, Path]]:
-    """The sample grids of a run with their steps, oldest first."""
-    found = []
-    for path in (run / "samples").glob("step-*.png"):
-        name = re.fullmatch(r"step-(\d+)", path.stem)
-        if name is not None:
-            found.append((int(name[1]), path))
-    return sorted(found)
 
 
 def _evenly(rows: list[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:

@@ -4,20 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sana_cli.config.keys import Architecture, Config, may_change
 from sana_cli.dataset.match import differences
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
-from sana_cli.model import SanaTransformer, build
+from sana_cli.model import build
 from sana_cli.runtime import files
 from sana_cli.runtime.records import State
 from sana_cli.training.plan import TrainPlan
 from sana_cli.weights import checkpoint
 from sana_cli.weights.configs import WEIGHTS
-from sana_cli.weights.reader import read_weights
 from sana_cli.weights.stored import check_tensors
 
 COMPARED = ("model", "objective", "optim", "train")  # sections that make a step what it is
@@ -102,9 +100,8 @@ def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainP
     """
     state, now, train = saved.state, config.to_dict(), config.train
     wrong = []
-    for (
-        section
-    ) in COMPARED:  # a checkpoint of an earlier version has fewer keys: it was made with their defaults
+    # a checkpoint of an earlier version has fewer keys: it was made with their defaults
+    for section in COMPARED:
         defaults = type(getattr(config, section))().model_dump(mode="json")
         old = defaults | state.config.get(section, {})
         for key, before, after in differences(old, now[section]):
@@ -131,9 +128,8 @@ def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainP
         )
     if plan.batch == state.images:
         return ()
-    rounds = -(-state.images // (train.batch_size * plan.processes))
     return (
-        f"steps stay {state.images} images, as the run began: {rounds} micro-batches of {train.batch_size} or fewer "
+        f"steps stay {state.images} images, as the run began: {plan.with_images(state.images).micro_batches} micro-batches of {train.batch_size} or fewer "
         f"in {plan.processes} process{'es' * (plan.processes > 1)}",
     )
 
@@ -155,35 +151,3 @@ def load_saved(folder: Path, model: Architecture) -> SavedTensors:
     moved = files.read_tensors(raw)
     check_tensors(moved, empty, raw, "this config")
     return SavedTensors(moved, weights, optimizer, learned)
-
-
-def foreign_weights(path: Path, model: Architecture, prediction_type: str) -> Mapping[str, Tensor]:
-    """The weights of another SANA, of any format, to start from (`train.init_from`).
-
-    Raises:
-        SanaError: it has another architecture, or its output or time mean something else; names each field.
-    """
-    source = checkpoint.find_checkpoint(path)
-    found = read_weights(checkpoint.transformer_path(source))
-    free = {"dropout"} | ({"sample_size"} if model.interpolation_scale is None else set())
-    wrong = [
-        f"model.{key}: it has {theirs!r}, not {ours!r}"
-        for key, theirs, ours in differences(found.model.model_dump(), model.model_dump())
-        if key not in free
-    ]
-    if found.prediction_type != prediction_type:
-        wrong.append(f"objective.prediction_type: it has {found.prediction_type!r}, not {prediction_type!r}")
-    if wrong:
-        raise SanaError(
-            f"train.init_from: {path} is not the model of this config:", *wrong, "set these as it has them"
-        )
-    return found.tensors
-
-
-def model_with(weights: Mapping[str, Tensor] | None, model: Architecture, config: Config) -> SanaTransformer:
-    """A model with a copy of these weights in float32, or else the initial weights of `train.seed`."""
-    made = build(model, config.train.seed if weights is None else None, config.train.init)
-    if weights is not None:
-        copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
-        made.load_state_dict(copies, assign=True)
-    return made

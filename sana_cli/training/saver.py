@@ -10,6 +10,7 @@ from sana_cli.config.keys import Config
 from sana_cli.dataset.reader import Dataset
 from sana_cli.runtime.records import CheckpointRecord, State
 from sana_cli.training.grids import newest_grid
+from sana_cli.training.objective import Objective
 from sana_cli.training.plan import TrainPlan
 from sana_cli.training.progress import Progress
 from sana_cli.training.prompts import GridPrompts
@@ -39,7 +40,7 @@ class Saver:
     def save(self, trainer: Trainer, progress: Progress) -> Path:
         """A checkpoint of this step."""
         raw = trainer.weights()
-        average = trainer.average_weights() if trainer.task.trainable.averaged else None
+        average = trainer.average_weights() if trainer.average.averaged else None
         optimizer, objective = trainer.optimizer_state(), trainer.objective_weights()
         self.step = trainer.step
         self.folder = self.config.run.dir / "checkpoints" / checkpoint.step_name(self.step)
@@ -74,7 +75,7 @@ class Saver:
             optimizer=optimizer,
             objective=objective,
             null_caption=self.prompts.null_caption,
-            card=_card(record, self.plan.batch, samples, predicted),
+            card=_card(record, self.plan.batch, samples, trainer.task.objective),
             samples=None if samples is None else samples[1],
             config_sha256=digest,
         )
@@ -100,7 +101,7 @@ class Saver:
 
 
 def _card(
-    record: CheckpointRecord, batch: int, samples: tuple[int, Path] | None, prediction_type: str
+    record: CheckpointRecord, batch: int, samples: tuple[int, Path] | None, objective: Objective
 ) -> str:
     """The model card of a step folder."""
     image, shown = record.image, ""
@@ -116,13 +117,13 @@ tags: [sana, flow-matching]
 ---
 # A SANA of {record.parameters:,} parameters
 
-{shown}Trained on {record.dataset.images:,} images of {image.channels} x {image.height} x {image.width} with rectified flow,
+{shown}Trained on {record.dataset.images:,} images of {image.channels} x {image.height} x {image.width} with {objective.name},
 {record.step:,} steps of {batch}. Captions are encoded by `{record.encoder.encoder}`; `sana.json` has every
 setting. Made by {record.made_by}.
 
     sana sample --checkpoint . {" ".join(json.dumps(caption) for caption in record.example_captions[:3])}
 
-The transformer alone, with diffusers (it predicts {PREDICTS[prediction_type]}; `timestep = 1000 sigma`):
+The transformer alone, with diffusers (it predicts {PREDICTS[objective.prediction_type]}; `timestep = 1000 sigma`):
 
     from diffusers import SanaTransformer2DModel
     transformer = SanaTransformer2DModel.from_pretrained(".", subfolder="transformer")

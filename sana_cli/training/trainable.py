@@ -6,7 +6,8 @@ All of them, or adapters alone: what does not move is neither averaged nor saved
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,12 @@ from sana_cli.runtime.distributed import shard_like
 
 @dataclass(frozen=True)
 class Trainable:
-    """Which parameters move, are averaged and are saved, and whether there is an average at all."""
+    """Which parameters move, are averaged and are saved: by default all."""
 
     moves: Callable[[str], bool] = lambda _name: True  # by the parameter's name
-    averaged: bool = True
 
     def freeze_others(self, model: nn.Module) -> None:
-        """Take the parameters that do not move out of gradients."""
+        """Turn off the gradients of parameters that do not move."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.moves(name))
 
@@ -36,37 +36,36 @@ class Trainable:
 class WeightAverage:
     """The exponential moving average of what moves in a model: the weights to sample with.
 
-    It begins as a copy of the model; what does not move is the model's own memory. Without an average it
-    is the model itself.
+    It begins as a copy of the model; what does not move is the model's own memory. If nothing is
+    `averaged` it is the model itself.
     """
 
-    def __init__(self, model: SanaTransformer, trainable: Trainable) -> None:
-        self.weights_of, self.trainable = model, trainable
+    def __init__(self, model: SanaTransformer, trainable: Trainable, averaged: bool = True) -> None:
+        self.weights_of, self.trainable, self.averaged = model, trainable, averaged
         self.model = model
-        if trainable.averaged:
+        if averaged:
             still = {id(p): p for name, p in model.named_parameters() if not trainable.moves(name)}
             self.model = deepcopy(model, still).requires_grad_(False).eval()
-        self._pairs: tuple[list[Tensor], list[Tensor]] | None = (
-            None  # kept: walking modules takes milliseconds
-        )
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None  # walking modules takes milliseconds
 
     @classmethod
     def of_shards(
-        cls, model: SanaTransformer, trainable: Trainable, shard: Callable[[SanaTransformer], None]
-    ) -> "WeightAverage":
-        """The average of a model that `shard` makes shards of, which has a whole copy in no process."""
+        cls,
+        model: SanaTransformer,
+        trainable: Trainable,
+        averaged: bool,
+        shard: Callable[[SanaTransformer], None],
+    ) -> Self:
+        """The average of a model that `shard` cuts into shards. No process holds a second whole copy."""
         empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
-        copy = (
-            deepcopy(model, empty).eval() if trainable.averaged else model
-        )  # sharded modules cannot be copied
+        copy = deepcopy(model, empty).eval() if averaged else model  # sharded modules cannot be copied
         shard(model)
-        average = cls(model, replace(trainable, averaged=False))
-        average.trainable, average.model = trainable, copy
-        if trainable.averaged:
+        average = cls(model, trainable, averaged=False)
+        average.averaged, average.model = averaged, copy
+        if averaged:
             shard(copy)
-            copy.load_state_dict(
-                {name: p.detach().clone() for name, p in model.state_dict().items()}, assign=True
-            )
+            weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            copy.load_state_dict(weights, assign=True)
             copy.requires_grad_(False)
         return average
 
@@ -78,7 +77,7 @@ class WeightAverage:
 
     def update(self, decay: float) -> None:
         """average = decay * average + (1 - decay) * weights, for what moves."""
-        if not self.trainable.averaged:
+        if not self.averaged:
             return
         if self._pairs is None:
             averages, weights = dict(self.model.named_parameters()), dict(self.weights_of.named_parameters())

@@ -9,26 +9,26 @@ Shapes: n images of a step, B of a micro-batch.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sana_cli.config.keys import Config
-from sana_cli.dataset.trainset import TrainSet
 from sana_cli.errors import Interrupted, SanaError
 from sana_cli.model import SanaTransformer
 from sana_cli.runtime.distributed import Replicas, World, shard, shard_like, whole
-from sana_cli.training.batches import MicroBatch, StepBatches, cut, held_out_batch
+from sana_cli.training.batches import Slice, StepBatches, cut, held_out_batch, held_out_rows
 from sana_cli.training.metrics import Losses
-from sana_cli.training.objective import Batch, Objective
+from sana_cli.training.objective import MicroBatch, Objective
 from sana_cli.training.optim import Optimizer, average_decay, lr_factor
-from sana_cli.training.trainable import Trainable, WeightAverage
+from sana_cli.training.task import Task
+from sana_cli.training.trainable import WeightAverage
 
 MOST_NAMED = 8  # samples in the message about a loss that is not finite
 OBJECTIVE = "objective."  # before the names of parameters that an objective brings
-Stop = Callable[[], int | None]  # the number of the signal that asks for an end, or None
+StopSignal = Callable[[], int | None]  # the number of the signal that asks for an end, or None
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,6 @@ class Placement:
     device: torch.device
     precision: str
     world: World = World()  # noqa: RUF009 (frozen)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learned, and from what: all that a trainer is given of its subject."""
-
-    objective: Objective
-    train_set: TrainSet
-    held_out: TrainSet | None = None
-    trainable: Trainable = field(default_factory=Trainable)
 
 
 @dataclass(frozen=True)
@@ -69,15 +59,15 @@ class NotFiniteError(SanaError):
     """A loss or a gradient is not finite. The weights are those of the step before."""
 
 
-class _Minimised(nn.Module):
+class _LossModule(nn.Module):
     """Transformer and objective as one module whose output is losses, for DDP."""
 
     def __init__(self, transformer: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.transformer, self.beside = transformer, nn.ModuleDict(objective.modules)
+        self.transformer, self.objective_modules = transformer, nn.ModuleDict(objective.modules)
         self.objective = objective
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: MicroBatch) -> Tensor:
         """The loss of each image, (B,)."""
         return self.objective.losses(self.transformer, batch)
 
@@ -114,23 +104,26 @@ class Trainer:
         if train.compile:
             for layer in model.transformer_blocks:
                 layer.compile()
+        averaged = config.optim.ema_decay is not None
         if self.sharded:
             self.average = WeightAverage.of_shards(
-                model, task.trainable, lambda m: shard(m, list(m.transformer_blocks), device)
+                model, task.trainable, averaged, lambda m: shard(m, list(m.transformer_blocks), device)
             )
             for module in task.objective.modules.values():
                 shard(module, [], device)
         else:
-            self.average = WeightAverage(model, task.trainable)
+            self.average = WeightAverage(model, task.trainable, averaged)
         if average is not None:
             self.average.load(average)
         self.model = model
-        self.minimised = _Minimised(model, task.objective)
+        self.loss_module = _LossModule(model, task.objective)
         if not self.sharded:
-            self.minimised.to(device)
-        self.replicas = Replicas(self.minimised, None if self.sharded else world, device)
+            self.loss_module.to(device)
+        self.replicas = Replicas(self.loss_module, None if self.sharded else world, device)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        named |= {f"{OBJECTIVE}{name}": p for name, p in self.minimised.beside.named_parameters()}
+        named |= {
+            f"{OBJECTIVE}{name}": p for name, p in self.loss_module.objective_modules.named_parameters()
+        }
         self.parameters = list(named.values())
         self.optimizer = Optimizer(named, config.optim, device)
         self.batches = StepBatches(
@@ -139,18 +132,18 @@ class Trainer:
 
     def resume(self, optimizer: Mapping[str, Tensor], objective: Mapping[str, Tensor], step: int) -> None:
         """Go on after `step` steps, with what the optimizer remembered and the objective had learned."""
-        for name, tensor in self.minimised.beside.state_dict().items():
+        for name, tensor in self.loss_module.objective_modules.state_dict().items():
             tensor.copy_(shard_like(tensor, objective[name]))
         self.optimizer.load(optimizer, step)
         self.step = step
 
     # -- one step
 
-    def _check_stop(self, stop: Stop) -> None:
+    def _check_stop(self, stop: StopSignal) -> None:
         if number := self.placement.world.largest(stop() or 0):
             raise Interrupted("interrupted", exit_code=128 + number)
 
-    def advance(self, stop: Stop = lambda: None) -> Step:
+    def advance(self, stop: StopSignal = lambda: None) -> Step:
         """One optimizer step over all its images.
 
         Raises:
@@ -172,7 +165,7 @@ class Trainer:
         self.step += 1
         return Step(losses, sigma, grad_norm, lr)
 
-    def _gradients(self, stop: Stop) -> tuple[np.ndarray, np.ndarray]:
+    def _gradients(self, stop: StopSignal) -> tuple[np.ndarray, np.ndarray]:
         """Leave the step's gradient in the parameters; give the losses and noise levels of all its images."""
         world, device = self.placement.world, self.placement.device
         found = []
@@ -197,16 +190,16 @@ class Trainer:
         return self._collect(found, self.images)
 
     def _weights_cast_once(self) -> AbstractContextManager[object]:
-        """Around a step's micro-batches: what autocast makes of a parameter for the first serves them all.
+        """Keep autocast's casts of parameters for all micro-batches of a step.
 
-        Not of what is made of parameters first: joined matrices, and 1x1 convolutions taken as matrices,
-        are cast each time. Autocast forgets its casts at the end of its outermost context, which is this
-        one; it is itself off, as the backward pass needs it. Shards are gathered anew for each micro-batch.
+        Autocast caches only casts of parameters: joined and reshaped weights are cast in every micro-batch.
+        The cache ends with the outermost context, which is this one; it is itself off, as the backward pass
+        needs it. Shards are gathered anew for each micro-batch.
         """
         return nullcontext() if self.sharded else torch.autocast(self.placement.device.type, enabled=False)
 
     def _collect(
-        self, found: Iterable[tuple[MicroBatch, Tensor, Tensor]], images: int
+        self, found: Iterable[tuple[Slice, Tensor, Tensor]], images: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Loss and noise level of every image, from all processes, in the order of the step."""
         both = torch.zeros(2, images, dtype=torch.float64)
@@ -234,7 +227,7 @@ class Trainer:
     # -- held-out loss
 
     @torch.no_grad()
-    def evaluate(self, stop: Stop = lambda: None) -> Losses:
+    def evaluate(self, stop: StopSignal = lambda: None) -> Losses:
         """The loss of the averaged weights on the held-out images, with fixed noise and noise levels.
 
         Raises:
@@ -243,7 +236,7 @@ class Trainer:
         held_out, objective, train = self.task.held_out, self.task.objective, self.config.train
         assert held_out is not None, "there is a held-out set"
         images = min(self.config.log.held_out_images, len(held_out))
-        rows = np.arange(images) * len(held_out) // images
+        rows = held_out_rows(np.arange(images), len(held_out), images)
         found = []
         with self.average.in_use() as model:
             for part in cut(held_out.shape_numbers(rows), train.batch_size, self.placement.world):
@@ -265,7 +258,7 @@ class Trainer:
         for name, tensor in named:
             full = whole(tensor.detach())
             if self.placement.world.first:
-                there[name] = full.cpu() if full is not tensor else full
+                there[name] = full.cpu()
         return there
 
     def weights(self) -> dict[str, Tensor]:
@@ -278,7 +271,7 @@ class Trainer:
 
     def objective_weights(self) -> dict[str, Tensor]:
         """What the objective has learned beside the transformer, at rank 0."""
-        return self._gathered(self.minimised.beside.state_dict().items())
+        return self._gathered(self.loss_module.objective_modules.state_dict().items())
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the optimizer remembers, at rank 0."""

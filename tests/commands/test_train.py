@@ -1,4 +1,4 @@
-"""The order of things in a run: steps, checkpoints, grids; and what stops it."""
+"""The order of steps, checkpoints and grids in a run, and what stops it."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.sampling import pictures, sampler
 from sana_cli.training.batches import training_batch
-from sana_cli.training.objective import Batch, RectifiedFlow
+from sana_cli.training.objective import MicroBatch, RectifiedFlow
 from sana_cli.weights import checkpoint
 
 
@@ -41,7 +41,7 @@ def test_steps_report_and_grids_are_drawn(config: Config) -> None:
 
 
 def test_a_small_model_learns_what_the_prompts_mean(tmp_path: Path) -> None:
-    """Zeros and ones: what is sampled for a word is nearer to the mean image of that word."""
+    """Zeros and ones: a sample for a word is nearer to the mean image of that word."""
     config = small_config(
         tmp_path, "train.steps=250", "train.batch_size=32", "optim.lr=8e-3",
         "optim.warmup_steps=20", "optim.ema_decay=0.97", "save.every=250", "log.sample_every=250",
@@ -76,7 +76,7 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_move(
 ) -> None:
     honest, calls = RectifiedFlow.losses, 0
 
-    def poisoned(self: RectifiedFlow, transformer: torch.nn.Module, batch: Batch) -> Tensor:
+    def poisoned(self: RectifiedFlow, transformer: torch.nn.Module, batch: MicroBatch) -> Tensor:
         nonlocal calls
         calls += 1
         losses = honest(self, transformer, batch)
@@ -96,18 +96,16 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_move(
     batch = training_batch(train_set(config), rectified_flow(config), 0, np.arange(12, 16))
     ids = Dataset(config.data.dir).sample_ids(batch.rows)
     sigma = [f"{value:.3f}" for value in batch.sigma.tolist()]
-    told = (
+    named = (
         f"sigma {sigma[1]} to {sigma[1]}, samples {ids[1]}" if what == "loss" else f"samples {', '.join(ids)}"
     )
     first, second, third, fourth = str(caught.value).splitlines()
     assert first == f"step 4: the {what} is not finite; weights are untouched"
-    assert told in second
+    assert named in second
     assert third == f"step 3 is saved in {config.run.dir}/checkpoints/step-000003"
     assert "--set train.init_from=" in fourth
     saved = checkpoint_tensors(checkpoint.steps(config.run.dir)[-1])
-    assert_same_tensors(
-        saved, checkpoint_tensors(straight.checkpoint)
-    )  # weights are those of step 3, to the bit
+    assert_same_tensors(saved, checkpoint_tensors(straight.checkpoint))  # exactly the weights of step 3
     monkeypatch.setattr(RectifiedFlow, "losses", honest)
     assert trained(config, resume="auto").first_step == 3
 

@@ -1,4 +1,4 @@
-"""YAML: any text is written so that it is read again, and tags that do not fit are mistakes."""
+"""YAML: any text survives writing and reading, and wrong tags are mistakes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Configs: every problem in one message with its place, the shipped files, and what is written back."""
+"""Configs: one message with every problem and its place, the shipped files, writing back."""
 
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def test_shipped_configs_load_and_say_how_they_are_run(path: Path) -> None:
 
 def test_quickstart_is_the_default() -> None:
     assert load_config(None) == load_config("quickstart")
-    own = {  # all else are the defaults
+    own = {  # every other key has its default
         "objective": {"prediction_type": "sample"},
         "optim": {"schedule": "linear"},
         "sample": {"guidance_scale": 2.7, "guidance_interval": (0.7, 1.0)},
@@ -174,7 +174,7 @@ def test_any_text_behind_set_is_taken_whole(text: str) -> None:
 )  # fmt: skip
 def test_other_values_are_yamls(override: str, value: object) -> None:
     section, key = override.partition("=")[0].split(".")
-    if "no, " in override:  # a word that YAML 1.1 takes for a truth value is no name
+    if "no, " in override:  # YAML 1.1 reads this word as a boolean, not as a name
         with pytest.raises(SanaError, match=r"data\.class_names must be a valid string, not"):
             parse_config("", "c.yaml", [override])
         return

@@ -1,4 +1,4 @@
-"""Keys: each is described, and a default never contradicts a key that was given."""
+"""Keys: each is described, and no default contradicts a given key."""
 
 import json
 from pathlib import Path
@@ -80,3 +80,22 @@ def test_the_schema_is_that_of_the_configs() -> None:
         jsonschema.validate(yaml.safe_load(path.read_text()), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"train": {"lrr": 1}}, schema)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "width", "patch"),
+    [
+        (32, 1, 128, 8),
+        (64, 3, 128, 4),
+        (64, 3, 256, 8),
+        (64, 32, 128, 2),
+        (30, 1, 128, 2),
+        (31, 3, 128, 1),
+        (64, 4, 2, 1),
+    ],
+)
+def test_a_patch_that_is_not_given_divides_the_image_and_fits_the_width(
+    size: int, channels: int, width: int, patch: int
+) -> None:
+    text = f"data: {{image_size: {size}}}\nmodel: {{in_channels: {channels}, num_attention_heads: 1, attention_head_dim: {width}}}"
+    assert parse_config(text, "c.yaml").model.patch_size == patch

@@ -1,4 +1,4 @@
-"""Keys that had another name: refused with the new one in a user's config, read by it in what sana wrote."""
+"""Renamed keys: a user's config is told the new name; sana's own old files are read."""
 
 from pathlib import Path
 

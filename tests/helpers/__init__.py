@@ -1,4 +1,4 @@
-"""What tests share: small configs, datasets and runs; the command line, here or as a process."""
+"""Shared helpers: small configs, datasets and runs; `sana` in this process or in its own."""
 
 import io
 import json
@@ -31,7 +31,8 @@ from sana_cli.dataset.trainset import SingleDataset
 from sana_cli.model import build
 from sana_cli.runtime.distributed import World
 from sana_cli.training.objective import RectifiedFlow
-from sana_cli.training.trainer import Placement, Task, Trainer
+from sana_cli.training.task import Task
+from sana_cli.training.trainer import Placement, Trainer
 
 Sana = Callable[..., subprocess.CompletedProcess[str]]  # the fixture `sana`
 REPOSITORY = Path(__file__).parents[2]
@@ -59,12 +60,12 @@ def small_config(folder: Path, *overrides: str) -> Config:
 
 
 def again(config: Config, *overrides: str) -> Config:
-    """The small config of the same folder, with these overrides alone."""
+    """The small config of the same folder, with only these overrides."""
     return small_config(config.data.dir.parent, *overrides)
 
 
 def embedded(config: Config, limit: int | None = 40) -> EmbedSummary:
-    """Embed the first images of a config's source; None: all of them."""
+    """Embed the first `limit` images of a config's source; None: all of them."""
     *_, summary = embed(EmbedOptions(config, limit=limit))
     assert isinstance(summary, EmbedSummary)
     return summary
@@ -78,7 +79,7 @@ def trained(config: Config, **options: Any) -> TrainSummary:
 
 
 def sampled(checkpoint: Path | None, *prompts: str, **options: Any) -> SampleSummary:
-    """Sample on the CPU to the end. None: from the checkpoint that `sana sample` finds itself."""
+    """Sample on the CPU to the end. None: from the checkpoint that `sana sample` finds."""
     if checkpoint is not None:
         options["checkpoint"] = checkpoint
     *_, summary = sample(SampleOptions(prompts, device="cpu", **options))
@@ -87,17 +88,17 @@ def sampled(checkpoint: Path | None, *prompts: str, **options: Any) -> SampleSum
 
 
 def train_set(config: Config, seed: int | None = None) -> SingleDataset:
-    """A config's dataset in the order of its seed, or of another."""
+    """A config's dataset in the order of its seed, or of `seed`."""
     return SingleDataset(Dataset(config.data.dir), config.train.seed if seed is None else seed)
 
 
 def rectified_flow(config: Config, precision: str = "fp32", **changes: Any) -> RectifiedFlow:
-    """A config's objective, with some of its keys changed."""
+    """A config's objective, with some keys changed."""
     return RectifiedFlow(config.objective.model_copy(update=changes), config.model.timestep_scale, precision)
 
 
 def make_trainer(config: Config, images: int, precision: str = "fp32", world: World | None = None) -> Trainer:
-    """A trainer at the beginning of a run, on the CPU."""
+    """A trainer at the start of a run, on the CPU."""
     data = train_set(config)
     model = build(resolve_architecture(config, data.dataset), config.train.seed, config.train.init)
     placement = Placement(torch.device("cpu"), precision, World() if world is None else world)
@@ -105,13 +106,13 @@ def make_trainer(config: Config, images: int, precision: str = "fp32", world: Wo
 
 
 def close(generator: Iterator[object]) -> None:
-    """Leave a command where it stands. Commands are typed as iterators."""
+    """Close the generator of a command, whose declared type is an iterator."""
     cast("Generator[object]", generator).close()
 
 
-# --- what lies in files -----------------------------------------------------------------------------------------------
+# --- contents of files ------------------------------------------------------------------------------------------------
 
-TIMES = {"samples_per_second", "data_wait", "memory_bytes"}  # what a clock and the system say
+TIMES = {"samples_per_second", "data_wait", "memory_bytes"}  # these differ between equal runs
 
 
 def metrics_lines(run: Path) -> list[dict[str, Any]]:
@@ -120,12 +121,12 @@ def metrics_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of metrics without what a clock says."""
+    """Lines of metrics without times and memory."""
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a step folder: average, weights, optimizer, null caption."""
+    """All tensors of a step folder: averaged and raw weights, optimizer, null caption."""
     paths = sorted(folder.rglob("*.safetensors"))
     return {
         f"{path.relative_to(folder)}:{key}": tensor
@@ -135,14 +136,14 @@ def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_tensors(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    """Equal names, and equal to the last bit."""
+    """Assert equal names and bitwise equal values."""
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of each file of a folder, by its path in it."""
+    """The bytes of each file in a folder, by relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -151,7 +152,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """An image as the bytes of a file of this kind."""
+    """An image as the bytes of a file of this format."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()
@@ -159,8 +160,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
-# Refuses sockets and records each attempt: the command line works offline in tests. The processor is
-# what SANA_TESTS_BF16 says, as in conftest.py.
+# Refuses sockets and records each attempt, so that the command line works offline in tests. As
+# in conftest.py, SANA_TESTS_BF16 decides whether the processor has bf16 arithmetic.
 NO_NETWORK = """
 import importlib.abc, importlib.util, os, pathlib, socket, sys
 said = os.environ.get("SANA_TESTS_BF16")
@@ -186,14 +187,14 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.c
 
 
 def invoke(*arguments: str, columns: int = 80) -> Result:
-    """`sana ...` in this process: no colours, and this many columns."""
+    """Run `sana ...` in this process, without colours, this many columns wide."""
     return CliRunner().invoke(
         app, arguments, prog_name="sana", env={"COLUMNS": str(columns), "TERM": "dumb", "NO_COLOR": "1"}
     )
 
 
 def process_environment(folder: Path) -> dict[str, str]:
-    """For a `sana` process: one thread, no colours, 80 columns; offline with NO_NETWORK in site/."""
+    """For a `sana` process: one thread, no colours, 80 columns; offline if NO_NETWORK is in site/."""
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(REPOSITORY)]),
         "OMP_NUM_THREADS": "1",
@@ -206,7 +207,7 @@ def process_environment(folder: Path) -> dict[str, str]:
 def start_sana(
     folder: Path, *arguments: str, launcher: tuple[str, ...] = PYTHON_SANA
 ) -> subprocess.Popen[str]:
-    """Begin `sana ...` in `folder` as a process of its own, its output in pipes."""
+    """Start `sana ...` in `folder` as a process, with its output in pipes."""
     return subprocess.Popen(
         [*launcher, *arguments],
         cwd=folder,
@@ -222,7 +223,7 @@ def wait_until(
     process: subprocess.Popen[Any] | BaseProcess | None = None,
     seconds: float = 120,
 ) -> None:
-    """Wait for a condition, which must come true while `process` runs."""
+    """Wait until `condition` holds, which must happen while `process` runs."""
     deadline = time.monotonic() + seconds
     while not condition():
         if isinstance(process, BaseProcess):
@@ -234,13 +235,11 @@ def wait_until(
 
 
 def child(work: Callable[[], object]) -> BaseProcess:
-    """`work` in a process of its own; its exit code is what `sana` would end with."""
+    """Start `work` as a process, which ends with the exit code of `sana`."""
 
     def process() -> None:
         torch.set_num_threads(1)
-        signal.signal(
-            signal.SIGHUP, signal.SIG_DFL
-        )  # a suite run by nohup ignores it, and so would what it starts
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would stay ignored
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
@@ -254,11 +253,11 @@ def child(work: Callable[[], object]) -> BaseProcess:
     return started
 
 
-# --- what was written before keys were renamed ------------------------------------------------------------------------
+# --- files from before keys were renamed ------------------------------------------------------------------------------
 
 
 def in_old_names(content: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Sections of keys, each key under the name that it had before `RENAMED`."""
+    """Sections of keys, each key under its name from before `RENAMED`."""
     old_of = {new: old for old, new in RENAMED.items()}
     found: dict[str, dict[str, Any]] = {}
     for section, keys in content.items():

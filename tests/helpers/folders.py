@@ -1,4 +1,4 @@
-"""Folders, shards and sets of images, and what a source reads of them."""
+"""Folders, shards and sets of images, and what a source reads from them."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def folder_config(tmp_path: Path, source: Path, *more: str) -> Config:
 
 
 def finished(config: Config, **options: Any) -> EmbedSummary:
-    """Embed all that the source has, with these options of the command."""
+    """Embed the whole source, with these options of the command."""
     *_, summary = embed(EmbedOptions(config, **options))
     assert isinstance(summary, EmbedSummary)
     return summary
@@ -74,7 +74,7 @@ def image_bytes(seed: int = 0, kind: str = "PNG") -> bytes:
 
 
 def write(root: Path, files: dict[str, bytes | str | None]) -> Path:
-    """Files by their names; None is an image of its own."""
+    """Write files by name; None is an image unlike the others."""
     for seed, (name, content) in enumerate(files.items()):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def opened(path: Path, source: str = "folder", **more: Any) -> Source:
 
 
 def read(source: Source) -> tuple[dict[str, tuple[str, ...]], list[tuple[str, str]]]:
-    """Captions by sample id, and what is left out. It is counted, and comes in the same order each time."""
+    """Captions by sample id, and what is skipped; asserts the count and a stable order."""
     found = list(source)
     assert source.count() in (None, len(found))
     assert [getattr(entry, "id", entry) for entry in source] == [

@@ -1,4 +1,4 @@
-"""SANAs in the forms in which others save them: official names, the lesson's, trainers' files."""
+"""SANAs as others save them: official names, the lesson's file, trainers' files."""
 
 import os
 import random
@@ -20,8 +20,8 @@ from sana_cli.weights import checkpoint, configs
 from sana_cli.weights.stored import StoredWeights
 
 diffusers = pytest.importorskip("diffusers")
-# layers, self heads of 32, cross heads and their width, norm of q and k, guidance, parameters
-# (diffusers' conversion script)
+# layers, self-attention heads of 32, cross-attention heads and their width, norm of q and k,
+# guidance, parameters (from diffusers' conversion script)
 PUBLISHED = {
     "Sana 0.6B": (28, 36, 16, 72, False, False, 591_747_872),
     "Sana 1.6B": (20, 70, 20, 112, False, False, 1_604_462_752),
@@ -46,7 +46,7 @@ def published(name: str, **fields: Any) -> Architecture:
 
 
 def official(state: Mapping[str, Tensor], sprint: bool) -> dict[str, Tensor]:
-    """A diffusers state dict in NVlabs/Sana's names (`sana_multi_scale.py`, `sana_blocks.py`)."""
+    """A diffusers state dict in the names of NVlabs/Sana's `sana_multi_scale.py`."""
     left = dict(state)
     out: dict[str, Tensor] = {}
 
@@ -88,7 +88,7 @@ def official(state: Mapping[str, Tensor], sprint: bool) -> dict[str, Tensor]:
 
 
 def hollow(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Tensors of these shapes that take no room, in memory or in a file: one zero, seen many times."""
+    """Tensors of these shapes that take no space in memory or in a file: one zero, expanded."""
     return {name: torch.zeros((), dtype=dtype).expand(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -103,7 +103,7 @@ def extras(name: str, side: int = 32) -> dict[str, Tensor]:
 
 
 def same(ours: Any, theirs: Any, guidance: bool = False, time_scale: float = 1.0) -> float:
-    """The largest difference of two models over their largest output."""
+    """The largest difference between two models' outputs, relative to their largest output."""
     config = ours.config
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, config.in_channels, 3 * config.patch_size, 2 * config.patch_size, generator=generator)
@@ -117,7 +117,7 @@ def same(ours: Any, theirs: Any, guidance: bool = False, time_scale: float = 1.0
 
 
 def reference(config: Architecture) -> Any:
-    """diffusers' model with random weights in which everything shows."""
+    """diffusers' model with random weights, so that every part affects the output."""
     torch.manual_seed(0)
     model = diffusers.SanaTransformer2DModel.from_config(configs.diffusers_config(config)).eval()
     with torch.no_grad():
@@ -134,7 +134,7 @@ PIXELS = Architecture(
 
 
 def lesson_file(path: Path, theirs: Any, null_seed: int = 1, **changes: Any) -> Path:
-    """What the lesson's `save` writes (`training/image/train.py`)."""
+    """A file as the lesson's `save` writes it (`training/image/train.py`)."""
     state = {
         f"_score_network.{k}".replace(".attn2.", ".cross_attn."): t for k, t in theirs.state_dict().items()
     }
@@ -170,7 +170,7 @@ class Payload:
         return os.system, (f"touch {self.proof}",)
 
 
-# of a published width, which its tensors tell, and as small as that can be
+# the smallest model of a published width, which its tensors reveal
 CONFIG = Architecture(
     in_channels=4, patch_size=1, sample_size=8, num_layers=1, num_attention_heads=36, attention_head_dim=32,
     num_cross_attention_heads=16, cross_attention_head_dim=72, caption_channels=8,
@@ -180,7 +180,7 @@ OURS = build(CONFIG, seed=None).state_dict()
 
 
 def filled(value: float, like: Mapping[str, Tensor] = SHAPES) -> dict[str, Tensor]:
-    """One number in every place, which takes no room: it tells one set of weights from another."""
+    """Weights that are all one number, which identifies the set and takes no space."""
     return {
         name: torch.tensor(value, dtype=torch.bfloat16).expand(tensor.shape) for name, tensor in like.items()
     }
@@ -194,7 +194,7 @@ RAW, AVERAGE = filled(1), filled(2)
 
 
 def random_states() -> dict[str, Any]:
-    """As NVlabs/Sana's `diffusion/utils/checkpoint.py` keeps them."""
+    """Random states as NVlabs/Sana's `diffusion/utils/checkpoint.py` saves them."""
     return {
         "torch": torch.get_rng_state(),
         "torch_cuda": [torch.get_rng_state()],
@@ -205,7 +205,7 @@ def random_states() -> dict[str, Any]:
 
 
 def optimizer_states() -> dict[str, Any]:
-    """Of AdamW, of bitsandbytes' AdamW8bit, and of NVlabs/Sana's CAME8bit, which quantises in chunks."""
+    """States of AdamW, bitsandbytes' AdamW8bit and NVlabs/Sana's CAME8bit (chunked)."""
     bytes_ = torch.zeros(4, dtype=torch.uint8)
     parameter = torch.nn.Parameter(torch.ones(2))
     adamw = torch.optim.AdamW([parameter])
@@ -227,7 +227,7 @@ def optimizer_states() -> dict[str, Any]:
 
 
 def trainer_file(path: Path, old: bool = False, **more: Any) -> Path:
-    """A file of `save_checkpoint_ddp`."""
+    """A file as `save_checkpoint_ddp` writes it."""
     content = {
         "state_dict": RAW, "optimizer": optimizer_states(), "scheduler": {"base_lrs": [1e-4],
         "last_epoch": np.int64(3)},
@@ -238,21 +238,21 @@ def trainer_file(path: Path, old: bool = False, **more: Any) -> Path:
 
 
 def value(weights: StoredWeights) -> float:
-    """The number that a set was filled with."""
+    """The number that a set of weights was filled with."""
     numbers = {float(tensor.flatten()[0]) for tensor in weights.tensors.values()}
     assert len(numbers) == 1
     return numbers.pop()
 
 
 def refused(path: Path, *parts: str) -> str:
-    """The message for a file or folder, the same from each command: these parts, and what to do."""
-    told = set()
+    """The message for a path: equal from each command, with these parts and a next step."""
+    messages = set()
     for act in (lambda: checkpoint.load_transformer(path), lambda: inspect(InspectOptions(str(path)))):
         with pytest.raises(SanaError) as caught:
             act()
-        told.add(str(caught.value))
-    assert len(told) == 1, told
-    message = told.pop()
+        messages.add(str(caught.value))
+    assert len(messages) == 1, messages
+    message = messages.pop()
     assert all(part in message for part in (str(path), *parts)), message
     assert len(message.splitlines()) > 1, message
     return message

@@ -1,4 +1,4 @@
-"""Small things that the product made: a step folder away from its run, pictures drawn with it, a judge."""
+"""Small results of `sana`: a step folder without its run, pictures sampled from it, a judge."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ from sana_cli.weights import checkpoint, configs
 
 
 def perturb(folder: Path) -> None:
-    """Make the weights of a step folder ones in which captions matter, and its manifest true again."""
+    """Change the weights of a step folder so that captions matter, and update its manifest."""
     model = checkpoint.load_transformer(folder)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def perturb(folder: Path) -> None:
 
 
 def step_folder(tmp_path_factory: pytest.TempPathFactory, *overrides: str) -> Path:
-    """A step folder on its own. Without `overrides` it predicts velocities, as published models do."""
+    """A step folder without its run; by default it predicts velocities, like published models."""
     folder = tmp_path_factory.mktemp("training")
     config = small_config(folder, *overrides)
     embedded(config)
@@ -48,19 +48,19 @@ def step_folder(tmp_path_factory: pytest.TempPathFactory, *overrides: str) -> Pa
 
 
 def sample_predicting_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that predicts samples, and is to be drawn by a solver that diffusers cannot be given."""
+    """A step folder that predicts samples, with a solver that diffusers does not have."""
     return step_folder(tmp_path_factory, "objective.prediction_type=sample", "sample.solver=heun")
 
 
 def drawn(step: Path, *prompts: str, **options: Any) -> SampleSummary:
-    """Pictures of prompts, beside the step folder unless an option says where."""
+    """Sample pictures of prompts, beside the step folder unless an option says where."""
     if "separate" not in options:
         options.setdefault("out", step.parent / "out.png")
     return sampled(step, *prompts, **options)
 
 
 def small_judge(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, judge.Judge]:
-    """A config whose dataset has 600 digits, and the judge that learned them in six short epochs."""
+    """A config whose dataset has 600 digits, and the judge trained on them for six epochs."""
     monkeypatch.setattr(judge, "EPOCHS", 6)
     monkeypatch.setattr(judge, "BATCH", 32)
     config = small_config(

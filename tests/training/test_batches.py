@@ -1,4 +1,4 @@
-"""Micro-batches: every draw is a function of the seed and the number of the image."""
+"""Micro-batches: every draw depends only on the seed and the number of the image."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ from sana_cli.dataset.trainset import SingleDataset, TrainSet
 from sana_cli.runtime.distributed import World
 from sana_cli.sources import DIGIT_WORDS
 from sana_cli.training import batches
-from sana_cli.training.objective import Batch, Objective
+from sana_cli.training.objective import MicroBatch, Objective
 
 
-def assert_same_batch(one: Batch, two: Batch) -> None:
+def assert_same_batch(one: MicroBatch, two: MicroBatch) -> None:
     assert np.array_equal(one.rows, two.rows)
     for name in ("x_0", "noise", "sigma", "states", "mask", "caption_index"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
@@ -48,7 +48,7 @@ def test_draws_are_what_the_config_says(config: Config) -> None:
     assert len(batch.states) == 21  # each distinct caption once
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.03)
     row = int(dropped.nonzero()[0])
-    assert torch.equal(states[row, : len(null)], null)  # with its own mask, not the caption's
+    assert torch.equal(states[row, : len(null)], null)  # with the null caption's own mask
     labels = dataset.labels()
     assert labels is not None
     bytes_of = {
@@ -61,11 +61,11 @@ def test_draws_are_what_the_config_says(config: Config) -> None:
     ]
     assert all(text in (str(label), DIGIT_WORDS[label]) for text, label in kept)
     spelled = sum(len(text) > 1 for text, _ in kept) / len(kept)
-    assert spelled == pytest.approx(0.5, abs=0.03)  # "4" and "four" come equally often
+    assert spelled == pytest.approx(0.5, abs=0.03)  # "4" and "four" are equally frequent
 
 
 def test_any_run_of_images_sees_all_noise_levels() -> None:
-    """Of n in a row, each tenth of the density has n / 10, give or take two. Seeds begin elsewhere."""
+    """Each tenth of the density gets n / 10 of n successive images, within two."""
     for first, count in ((0, 64), (12345, 64), (10**9, 640)):
         drawn = batches.quantiles(np.arange(first, first + count), seed=3)
         assert (drawn > 0).all()
@@ -101,11 +101,11 @@ def test_held_out_noise_levels_are_the_quantiles_of_the_training_density(config:
 def test_a_step_is_cut_into_micro_batches_of_one_shape(
     images: int, size: int, processes: int, shapes: int
 ) -> None:
-    """Every image is in one of them, and all processes have the same number."""
+    """Every image is in exactly one, and all processes have the same number of them."""
     numbers = np.arange(images) % shapes
     shares = [batches.cut(numbers, size, World(rank, processes)) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
-    rounds = [share[m] for m in range(len(shares[0])) for share in shares]  # run m * processes + rank
+    rounds = [share[m] for m in range(len(shares[0])) for share in shares]  # run number m * processes + rank
     covered = np.concatenate([part.numbers for part in rounds if not part.padding])
     assert covered.tolist() == sorted(range(images), key=lambda image: (image % shapes, image))
     assert all(1 <= len(part.numbers) <= size for part in rounds)
@@ -118,18 +118,15 @@ def test_batches_come_in_order_and_the_next_is_made_beforehand(
     data, objective = train_set(config), rectified_flow(config)
     honest, made = batches.training_batch, list[list[int]]()
 
-    def recorded(data: TrainSet, objective: Objective, seed: int, numbers: np.ndarray) -> Batch:
+    def recorded(data: TrainSet, objective: Objective, seed: int, numbers: np.ndarray) -> MicroBatch:
         made.append(numbers.tolist())
         return honest(data, objective, seed, numbers)
 
     monkeypatch.setattr(batches, "training_batch", recorded)
     reader = batches.StepBatches(data, objective, seed=0, images=6, batch_size=4, world=World())
     steps = {0: [range(4), range(4, 6)], 1: [range(6, 10), range(10, 12)], 7: [range(42, 46), range(46, 48)]}
-    following = {
-        0: range(6, 10),
-        1: range(12, 16),
-        7: None,
-    }  # the step after next: once begun, it is not called off
+    # prefetched; once started, a batch of a step that does not follow is still made
+    following = {0: range(6, 10), 1: range(12, 16), 7: None}
     for step, parts in steps.items():
         found = reader.of_step(step, is_last=step == 7)
         for m, numbers in enumerate(parts):

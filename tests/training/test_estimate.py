@@ -1,4 +1,4 @@
-"""Estimated memory against a known computation, the tensors of a trainer, and a run."""
+"""Estimated memory against a known computation, a trainer's tensors, and a run."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from sana_cli.training.trainer import Placement
 
 
 def test_the_peak_of_a_known_computation() -> None:
-    """a @ b, 4 bytes each: a (10, 20), b (20, 30) and the product live at once, then its sum."""
+    """a @ b in float32: a (10, 20), b (20, 30) and the product exist at once, then its sum."""
     with FakeTensorMode(), estimate._Peak() as peak:
         product = torch.empty(10, 20) @ torch.empty(20, 30)
         assert peak.peak == 4 * (200 + 600 + 300)
@@ -32,7 +32,7 @@ def test_the_peak_of_a_known_computation() -> None:
 
 
 def on_cuda(config: Config, dataset: Dataset, images: int) -> estimate.Memory:
-    """The estimate for a GPU, in a run that samples so many images at once."""
+    """The estimate for a GPU, in a run that samples this many images at once."""
     model = resolve_architecture(config, dataset)
     objective = RectifiedFlow(config.objective, model.timestep_scale, "fp32")
     return estimate.training_memory(
@@ -56,7 +56,7 @@ def test_what_training_holds_is_counted(config: Config, optimizer: str, checkpoi
     found = on_cuda(settings, dataset, 4)
     model = build(resolve_architecture(settings, dataset))
     parameters = sum(p.numel() for p in model.parameters())
-    assert (found.program, found.dataset) == (0, 0)  # CUDA's own memory holds tensors alone
+    assert (found.program, found.dataset) == (0, 0)  # CUDA memory holds only tensors
     assert found.weights == found.gradients == found.average == 4 * parameters
     assert on_cuda(again(config, *wider, "optim.ema_decay=null"), dataset, 4).average == 0
     moments = Optimizer(dict(model.named_parameters()), settings.optim, torch.device("cpu"))
@@ -70,7 +70,7 @@ def test_what_training_holds_is_counted(config: Config, optimizer: str, checkpoi
 def test_the_estimated_memory_is_what_is_then_measured(
     sana: Sana, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 25 %, in a process of its own, for a model whose tensors are most of it."""
+    """Within 25 %, in its own process, for a model whose tensors are most of the memory."""
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(
         "data: {held_out_split: null}\nmodel: {num_layers: 8, num_attention_heads: 14}\ntext: {}\n"

@@ -29,7 +29,7 @@ def test_tensorboard_has_the_same_numbers_also_after_resuming(config: Config) ->
     embedded(watched)
     steps = train(TrainOptions(watched))
     for step in steps:
-        if isinstance(step, TrainStep) and step.step == 3:  # saved at 2, and a step more
+        if isinstance(step, TrainStep) and step.step == 3:  # one step after the checkpoint
             close(steps)
             break
     trained(watched, resume="auto")

@@ -1,4 +1,4 @@
-"""Rectified flow against its definition: velocities, predicted x_0, weights of noise levels."""
+"""Rectified flow against its definition: velocity, predicted x_0, weights of noise levels."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_loss_is_the_squared_error_of_the_velocity(config: Config) -> None:
     class Oracle(nn.Module):
         def forward(self, x: Tensor, states: Tensor, timestep: Tensor, **_: object) -> Tensor:
             sigma = (timestep / 1000).view(-1, 1, 1, 1)
-            return (x - batch.x_0) / sigma  # = noise - x_0 if and only if x_t and the signs are right
+            return (x - batch.x_0) / sigma  # noise - x_0 only if x_t and the signs are right
 
     losses = objective.losses(Oracle(), batch)
     assert losses.shape == (8,)
@@ -26,7 +26,7 @@ def test_loss_is_the_squared_error_of_the_velocity(config: Config) -> None:
 
 
 def test_loss_of_predicted_data_is_that_of_the_velocity_down_to_the_floor(config: Config) -> None:
-    """A wrong x_0: the error of its velocity, as a solver computes it, against noise - data."""
+    """For a wrong x_0, the loss is the error of the velocity that a solver computes from it."""
     objective = rectified_flow(config, prediction_type="sample", sigma_floor=0.5)
     batch = training_batch(train_set(config), objective, 0, np.arange(32))
     off = torch.linspace(-1, 2, 16 * 16).view(1, 16, 16)

@@ -1,4 +1,4 @@
-"""Lines of metrics against the steps that they tell of."""
+"""Lines of metrics against the steps that they describe."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The words that a run was trained on, and those that a prompt has beside them."""
+"""The words that a run was trained on, and a prompt's other words."""
 
 from pathlib import Path
 

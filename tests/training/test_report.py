@@ -1,4 +1,4 @@
-"""report.html: one page with everything in it, which asks the network for nothing."""
+"""report.html: one self-contained page that loads nothing from the network."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from sana_cli.training import report
 
 
 class Page(HTMLParser):
-    """What a page refers to, and the text of its script."""
+    """Collects the references of a page and the text of its script."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def test_the_report_holds_everything_and_loads_nothing(config: Config) -> None:
     embedded(watched)
     summary = trained(watched)
     assert summary.report == watched.run.dir / "report.html"
-    # a caption that would end the script
+    # a prompt that would end the script
     hostile = again(
         config, *HELD_OUT, "log.sample_every=2", 'sample.prompts=["4 two", "</script><img src=x>"]'
     )
@@ -77,7 +77,7 @@ def test_a_long_run_is_averaged_for_the_page(config: Config) -> None:
             bins = {"loss": [float(step)] + [None] * 9, "images": [step % 2, *[0] * 9]}
             line: dict[str, Any] = {"step": step, "loss": float(step), "sigma_bins": bins}
             file.write(json.dumps(line | ({"held_out_loss": 7.0} if step == 4 else {})) + "\n")
-        file.write('{"step": 2501, "lo')  # cut short
+        file.write('{"step": 2501, "lo')  # truncated
     data = report.collect(folder, model)
     assert len(data["lines"]) == 834
     bins = {"loss": [5.0] + [None] * 9, "images": [1, *[0] * 9]}

@@ -1,4 +1,4 @@
-"""A resumed run is, to the bit, one that never stopped. What does not fit is refused."""
+"""A resumed run is bitwise equal to an uninterrupted one; what does not fit is refused."""
 
 import re
 
@@ -23,7 +23,7 @@ from sana_cli.weights import checkpoint, configs
 
 
 def stopped(config: Config, step: int, polls: int = 1, resume: str = "none") -> Interrupted:
-    """Train until `step` is done, and ask for an end at the poll number `polls` after it."""
+    """Train until `step` is done, then ask for a stop at poll number `polls`."""
     asked = -1
 
     def stop() -> int | None:
@@ -45,7 +45,7 @@ def stopped(config: Config, step: int, polls: int = 1, resume: str = "none") -> 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_run_resumed_at_any_step_is_bitwise_one_never_stopped(config: Config, accumulate: int) -> None:
-    """Also where it stops between two lines of metrics, or in a held-out loss."""
+    """Also if it stops between two lines of metrics, or in a held-out loss."""
 
     def cut(name: str) -> Config:
         return again(
@@ -61,7 +61,7 @@ def test_a_run_resumed_at_any_step_is_bitwise_one_never_stopped(config: Config, 
     assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 12]
     assert [line["step"] for line in lines if "held_out_loss" in line] == [4, 8, 12]
     for step in range(12):
-        for polls in {1, accumulate}:  # the second: within a step, whose gradients so far are dropped
+        for polls in {1, accumulate}:  # the second stops inside a step, whose gradients are dropped
             there = cut(f"{step}-{polls}")
             message = str(stopped(there, step, polls))
             assert message.startswith(
@@ -74,7 +74,7 @@ def test_a_run_resumed_at_any_step_is_bitwise_one_never_stopped(config: Config, 
 
 
 def test_what_a_stop_cut_short_is_made_up_for(config: Config) -> None:
-    """A line that was owed, and a grid that was being sampled."""
+    """A pending line of metrics, and an unfinished grid."""
 
     def cut(name: str) -> Config:
         return again(
@@ -84,9 +84,8 @@ def test_what_a_stop_cut_short_is_made_up_for(config: Config) -> None:
 
     embedded(cut("straight"))
     straight = trained(cut("straight"))
-    for polls in range(
-        1, 9
-    ):  # step 2 is one micro-batch, a held-out loss of two, and a grid of three solver steps
+    # step 2: one micro-batch, a held-out loss of two, and a grid of three solver steps
+    for polls in range(1, 9):
         there = cut(str(polls))
         stopped(there, 1, polls)
         summary = trained(there, resume="auto")
@@ -101,7 +100,7 @@ def test_what_a_stop_cut_short_is_made_up_for(config: Config) -> None:
 def test_resume_rules(config: Config) -> None:
     with pytest.raises(SanaError, match="no checkpoint at"):
         trained(config, resume=str(config.run.dir / "checkpoints" / "step-000002"))
-    first = trained(again(config, "train.steps=2"), resume="auto")  # starts where there is nothing
+    first = trained(again(config, "train.steps=2"), resume="auto")  # starts a new run
     assert first.first_step == 0
     with pytest.raises(
         SanaError, match=r"has checkpoints already, the newest step-000002\ncontinue it with `resume` auto"
@@ -113,7 +112,7 @@ def test_resume_rules(config: Config) -> None:
     assert "optim.lr: the run has 0.006, not 0.5" in str(caught.value)
     last = trained(again(config, "save.every=1", "log.every=3", "sample.steps=1"), resume="auto")
     assert (last.first_step, last.steps) == (2, 4)
-    assert trained(config, resume="auto").first_step == 4  # finished: says so
+    assert trained(config, resume="auto").first_step == 4  # already finished
     with pytest.raises(SanaError, match=r"later checkpoints than step-000003: step-000004\n.*another run"):
         trained(again(config, "train.steps=9"), resume=str(config.run.dir / "checkpoints" / "step-000003"))
     other = again(config, f"data.dir={config.data.dir}-other", "train.steps=9")
@@ -164,7 +163,7 @@ def test_init_from_starts_with_the_weights_of_another_run(config: Config) -> Non
 
 
 def test_given_weights_draw_no_random_model_first(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a resume nor init_from. It would take seconds in every process, and be overwritten."""
+    """For resume and init_from: it would take seconds in every process, then be overwritten."""
     first = trained(config)
 
     def drawn(*_: object) -> None:
@@ -184,7 +183,7 @@ def test_given_weights_draw_no_random_model_first(config: Config, monkeypatch: p
 
 
 def test_a_longer_run_keeps_the_warm_up_that_it_began_with(config: Config) -> None:
-    """The default follows from the steps. With more of them, a run must not warm up a second time."""
+    """The default depends on the steps; with more steps, a run must not warm up again."""
 
     def cut(steps: int, warmup: int | None) -> Config:
         warm = "null" if warmup is None else warmup

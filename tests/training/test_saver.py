@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be written leave the last one whole; the card of one that can."""
+"""A checkpoint that cannot be written leaves the last one intact; the card of one that can."""
 
 import errno
 import math
@@ -52,7 +52,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(config: Config, monkeypatch: pyt
 
 
 def test_the_card_shows_the_newest_grid(config: Config) -> None:
-    """A step is saved before it is sampled: step 4 shows the grid of step 2, and step 2 shows none."""
+    """A step is saved before it is sampled: step 4 shows the grid of step 2, step 2 none."""
     summary = trained(again(config, "save.every=2", "log.sample_every=2", "save.keep=2"))
     first, last = checkpoint.steps(summary.run)
     assert not (first / "samples.png").exists()

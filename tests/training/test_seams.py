@@ -1,6 +1,6 @@
-"""The seams, each shown by the sketch of a next feature: a second objective, a set of two sizes, adapters.
+"""Extension points, each shown by a sketch: a second objective, a set of two sizes, adapters.
 
-Each sketch is a class of its own, and nothing else in the package changes for it.
+Each sketch is one class and changes nothing in the package.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,6 @@ import torch
 from helpers import embedded, small_config
 from torch import Tensor, nn
 
-from sana_cli.commands import train as command
 from sana_cli.commands.train import TrainOptions, TrainSummary, train
 from sana_cli.config.keys import Architecture, Config
 from sana_cli.dataset.match import resolve_architecture
@@ -24,11 +23,12 @@ from sana_cli.model import SanaTransformer, build
 from sana_cli.runtime import files
 from sana_cli.runtime.distributed import World
 from sana_cli.runtime.records import Origin
-from sana_cli.training import plan
+from sana_cli.training import plan, task
 from sana_cli.training.batches import cut
-from sana_cli.training.objective import Batch, Objective, RectifiedFlow, make_objective
+from sana_cli.training.objective import MicroBatch, Objective, RectifiedFlow
+from sana_cli.training.task import Task, make_objective
 from sana_cli.training.trainable import Trainable
-from sana_cli.training.trainer import Placement, Task, Trainer
+from sana_cli.training.trainer import Placement, Trainer
 from sana_cli.weights import checkpoint
 from sana_cli.weights.reader import read_weights
 
@@ -39,10 +39,10 @@ CPU = Placement(torch.device("cpu"), "fp32")
 
 
 class Weighted(RectifiedFlow):
-    """Rectified flow whose noise levels are weighed by a learned uncertainty u(sigma), as in EDM2 (arXiv 2312.02696).
+    """Rectified flow weighted by a learned uncertainty u(sigma) (EDM2, arXiv 2312.02696).
 
-    The loss is error / exp(u) + u: least where exp(u) is the mean error of the level. u is learned beside
-    the transformer.
+    The loss, error / exp(u) + u, is lowest where exp(u) is the mean error of the level. u is
+    trained together with the transformer.
     """
 
     def __init__(self, config: Config, model: Architecture, precision: str) -> None:
@@ -51,14 +51,14 @@ class Weighted(RectifiedFlow):
         nn.init.zeros_(self.uncertainty.weight)
         self.modules = {"uncertainty": self.uncertainty}
 
-    def losses(self, transformer: nn.Module, batch: Batch) -> Tensor:
+    def losses(self, transformer: nn.Module, batch: MicroBatch) -> Tensor:
         error = super().losses(transformer, batch)
         u = self.uncertainty(torch.stack([batch.sigma, 1 - batch.sigma], dim=-1)).squeeze(-1)
         return error / u.exp() + u
 
 
 def run(config: Config, resume: str = "none", until: int | None = None) -> Path:
-    """Train, or leave after so many steps as if asked to; the run directory."""
+    """Train, or stop after this many steps as if asked to; returns the run directory."""
     seen = 0
 
     def stop() -> int | None:
@@ -82,8 +82,8 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def test_a_second_objective_is_a_class_and_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has something to learn of its own, which moves, is saved, and is resumed to the bit."""
-    for module in (command, plan):
+    """Its own parameters are trained, saved, and resumed bitwise."""
+    for module in (task, plan):
         monkeypatch.setattr(module, "make_objective", Weighted)
     config = small_config(tmp_path, "save.every=2", "objective.prediction_type=sample")
     embedded(config)
@@ -103,7 +103,7 @@ def test_a_second_objective_is_a_class_and_its_keys(tmp_path: Path, monkeypatch:
 
 
 def test_its_first_losses_are_those_of_rectified_flow(config: Config) -> None:
-    """u begins at 0, so that error / exp(u) + u is the error."""
+    """u starts at 0, where error / exp(u) + u is the error."""
     dataset = Dataset(config.data.dir)
     model = resolve_architecture(config, dataset)
     found = []
@@ -120,7 +120,7 @@ def test_its_first_losses_are_those_of_rectified_flow(config: Config) -> None:
 
 
 class TwoSizes:
-    """Two datasets of the same captions and different sizes as one: rows and caption ids of the second follow the first's."""
+    """Two datasets of different image sizes as one; the second's rows and ids come last."""
 
     def __init__(self, first: Dataset, second: Dataset, seed: int) -> None:
         self.parts, self.seed = (first, second), seed
@@ -175,7 +175,7 @@ def two_sizes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, TwoSize
 
 
 def gradients(config: Config, train_set: TwoSizes, batch_size: int, processes: int) -> dict[str, Tensor]:
-    """Of the first step of 11 images, cut into micro-batches of so many and shared out over so many processes."""
+    """Gradients of the first step of 11 images, in micro-batches on simulated processes."""
     changed = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": batch_size})})
     model = resolve_architecture(changed, train_set.parts[0])
     total: dict[str, Tensor] = {}
@@ -193,7 +193,7 @@ def gradients(config: Config, train_set: TwoSizes, batch_size: int, processes: i
         for name, parameter in trainer.model.named_parameters():
             total[name] = total.get(name, torch.zeros(())) + (0 if parameter.grad is None else parameter.grad)
         trainer.close()
-    assert sorted(seen) == list(range(11)), "each image of the step once"
+    assert sorted(seen) == list(range(11)), "each image of the step is used once"
     return total
 
 
@@ -241,7 +241,7 @@ def test_two_sizes_are_trained_and_resumed_like_one(two_sizes: tuple[Config, Two
 
 
 class LowRank(nn.Module):
-    """A frozen layer with a low-rank branch beside it (LoRA, arXiv 2106.09685): it acts, and is not the layer itself."""
+    """A frozen layer wrapped with a low-rank branch (LoRA, arXiv 2106.09685)."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class LowRank(nn.Module):
 
 
 def adaptable(model: SanaTransformer) -> list[str]:
-    """Every linear layer and every 1x1 convolution."""
+    """The names of all linear layers and 1x1 convolutions."""
     return [
         name
         for name, module in model.named_modules()
@@ -294,19 +294,20 @@ def test_an_adapter_around_any_layer_acts(name: str) -> None:
     assert not torch.allclose(output(wrapped(build(ARCHITECTURE, seed=0), [name])), plain, atol=1e-4), (
         "it changes nothing"
     )
-    torch.testing.assert_close(
-        output(wrapped(build(ARCHITECTURE, seed=0), [name], 0.0)), plain
-    )  # scale 0: the layer alone
+    # scale 0: the layer alone
+    torch.testing.assert_close(output(wrapped(build(ARCHITECTURE, seed=0), [name], 0.0)), plain)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_hooks_parametrizations_and_replaced_forwards_act(name: str) -> None:
-    """The other ways in which tools attach something to a layer."""
+    """Other ways to attach something to a layer."""
 
     layer = build(ARCHITECTURE, seed=0).get_submodule(name)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     vector = torch.randn(len(layer.weight), generator=torch.Generator().manual_seed(2))
-    offset = vector if isinstance(layer, nn.Linear) else vector[:, None, None]  # which no norm takes back
+    offset = (
+        vector if isinstance(layer, nn.Linear) else vector[:, None, None]
+    )  # a constant would vanish in a norm
 
     class Moved(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
@@ -330,14 +331,16 @@ def test_hooks_parametrizations_and_replaced_forwards_act(name: str) -> None:
         assert not torch.allclose(output(model), plain, atol=1e-5), attach.__name__
 
 
-def test_adapters_alone_move_are_averaged_and_are_saved(config: Config) -> None:
+def test_adapters_alone_move_are_averaged_and_are_what_a_checkpoint_is_given(config: Config) -> None:
     dataset = Dataset(config.data.dir)
     model = resolve_architecture(config, dataset)
     adapted = wrapped(build(model, 0), [name for name in adaptable(build(model, None)) if ".attn" in name])
     base = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if "lora" not in name}
     objective: Objective = make_objective(config, model, "fp32")
-    task = Task(objective, SingleDataset(dataset, 0), trainable=Trainable(moves=lambda name: "lora" in name))
-    trainer = Trainer(adapted, task, config, CPU, 8)
+    adapters = Task(
+        objective, SingleDataset(dataset, 0), trainable=Trainable(moves=lambda name: "lora" in name)
+    )
+    trainer = Trainer(adapted, adapters, config, CPU, 8)
     for _ in range(3):
         trainer.advance()
     assert all("lora" in name for name in trainer.weights())
@@ -347,12 +350,12 @@ def test_adapters_alone_move_are_averaged_and_are_saved(config: Config) -> None:
     averaged = dict(trainer.average.model.named_parameters())
     for name, parameter in trainer.model.named_parameters():
         shared = averaged[name].data_ptr() == parameter.data_ptr()
-        assert shared == ("lora" not in name), f"{name}: what does not move is there once"
+        assert shared == ("lora" not in name), f"{name}: frozen tensors must be shared, trained ones not"
     trainer.close()
 
 
 def test_the_average_can_be_off(config: Config) -> None:
-    """Then the weights to use are those that the optimizer moves, there once in memory and once in a checkpoint."""
+    """Then the raw weights are used, and exist once in memory and once in a checkpoint."""
     off = config.model_copy(update={"optim": config.optim.model_copy(update={"ema_decay": None})})
     folder = checkpoint.steps(run(off))[-1]
     assert not (folder / checkpoint.RAW_WEIGHTS).exists()

@@ -7,7 +7,7 @@ from sana_cli.config.keys import Config
 
 
 def test_the_average_follows_the_weights(config: Config) -> None:
-    """Without any decay it is the weights themselves."""
+    """With a decay of 0 it equals the weights."""
     found = checkpoint_tensors(trained(again(config, "optim.ema_decay=0.0")).checkpoint)
     averages = {name: tensor for name, tensor in found.items() if name.startswith("transformer/")}
     assert averages

@@ -1,4 +1,4 @@
-"""A step's gradient however it is computed, and the held-out loss."""
+"""A step's gradient, computed in different ways, and the held-out loss."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from sana_cli.weights import checkpoint
 def test_autocast_casts_a_parameter_once_a_step(
     config: Config, monkeypatch: pytest.MonkeyPatch, recomputed: bool
 ) -> None:
-    """For all micro-batches. The gradient is the float32 sum of theirs, each computed alone."""
+    """Once for all micro-batches; the gradient is the float32 sum of their own."""
     monkeypatch.setattr("sana_cli.kernels.has_native_bf16", lambda _: True)
     cut = again(config, "train.accumulate=3", f"train.activation_checkpointing={str(recomputed).lower()}")
     one, other = (make_trainer(cut, 12, "bf16") for _ in range(2))
@@ -51,7 +51,7 @@ def test_autocast_casts_a_parameter_once_a_step(
 
 
 def test_held_out_loss_is_that_of_the_averaged_weights_on_fixed_draws(config: Config) -> None:
-    """Computed here image by image, with the weights that were saved."""
+    """Against a computation image by image, with the saved weights."""
     watched = again(config, *HELD_OUT)
     embedded(watched)
     summary = trained(watched)
