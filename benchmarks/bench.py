@@ -1,8 +1,9 @@
-"""Every stage against what a user would run instead, side by side: `make bench` prints this table of ratios.
+"""Compare every stage with what a user would run instead: `make bench` prints the ratios.
 
-The lesson's ways and diffusers' are written out here, on diffusers' `SanaTransformer2DModel` with the same weights. The ways of a
-case are run in turn, each in a process of its own that waits for its turn, after one round that is not counted; the ratio is the
-median of the rounds' ratios. A way that takes longer than `LONG` seconds is run once.
+The lesson's and diffusers' ways are written out here, on diffusers' `SanaTransformer2DModel`
+with the same weights. Each way of a case has its own process, and the processes take turns.
+The first round is not counted; the ratio is the median of the rounds' ratios. A way that takes
+longer than `LONG` seconds runs once.
 
     python benchmarks/bench.py [--repeats 5] [--only train-sana,sample] [--json FILE]
 """
@@ -33,20 +34,21 @@ from sana_cli.sampling import sampler
 from sana_cli.weights import configs
 
 LONG = 20.0  # seconds
-TURN = 0.5  # seconds that a way is gone for at least, each time its turn comes
+TURN = 0.5  # minimum seconds of a turn
 CROWD = 3.0  # seconds of a turn beside other work
 LESSON_TOKENS = 300
 LESSON_STEPS = 1000
-Ways = dict[str, Callable[[], object]]  # each does a thing once, or returns how often it did
+Ways = dict[str, Callable[[], object]]  # each runs once, or returns how many times it ran
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
 def training(name: str, tokens: int, precision: str) -> Ways:
-    """Forward and backward of a config's micro-batch: ours, diffusers' on the same captions, and as the lesson does.
+    """Forward and backward of a config's micro-batch: ours, diffusers', the lesson's.
 
-    Ours are as many as a step of the config has, since autocast casts parameters once for all of them, as in `sana train` (`Trainer._weights_cast_once`).
+    Ours runs all micro-batches of a step, since autocast casts the parameters once for all of
+    them, as in `sana train` (`Trainer._weights_cast_once`).
     """
     from sana_cli.runtime.device import autocast
 
@@ -109,10 +111,11 @@ def _models(name: str) -> tuple[Config, SanaTransformer, Any]:
 
 
 def sampling() -> Ways:
-    """64 images by the quickstart's defaults: ours, diffusers' transformer in the same solver, and the lesson's 1,000 Euler steps.
+    """64 images at the quickstart's defaults: ours, diffusers', the lesson's 1,000 Euler steps.
 
-    diffusers' runs both branches at every step, as `SanaPipeline` does, with captions as short as ours, or padded to 300 tokens, as
-    it pads them; and once more without the null branch where ours leaves it out.
+    diffusers' transformer runs in the same solver, with both branches at every step, as in
+    `SanaPipeline`. Its captions are as short as ours, or padded to 300 tokens as the pipeline
+    pads them. A third way leaves the null branch out where ours does.
     """
     from sana_cli import flow
     from sana_cli.text import pad_states
@@ -176,9 +179,8 @@ def sampling() -> Ways:
 
 
 def embedding() -> Ways:
-    """As many distinct captions through the same random Gemma 2: ours, and the lesson's one by one, padded to 300."""
+    """48 captions through the same random Gemma 2: ours, and the lesson's one by one."""
     import embed  # beside this file
-    from transformers import AutoModel, AutoTokenizer
 
     from sana_cli.config.keys import TextConfig
     from sana_cli.text import load_encoder
@@ -189,25 +191,15 @@ def embedding() -> Ways:
         json.loads(line)["text"] for line in (folder / "images" / "metadata.jsonl").read_text().splitlines()
     ]
     encoder = load_encoder(TextConfig(encoder=str(folder / "gemma")), torch.device("cpu"))
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder / "gemma"),
-        AutoModel.from_pretrained(folder / "gemma").eval(),
-    )
-    tokenizer.padding_side = "right"
-
-    @torch.no_grad()
-    def lesson() -> None:
-        for caption in captions:
-            tokens = tokenizer(
-                caption, padding="max_length", max_length=LESSON_TOKENS, truncation=True, return_tensors="pt"
-            )
-            model(**tokens)
-
-    return {"ours": lambda: list(encoder.encode(captions)), "lesson": lesson}
+    lesson, _ = embed.lesson_encoder(folder)
+    return {
+        "ours": lambda: list(encoder.encode(captions)),
+        "lesson": lambda: [lesson(caption) for caption in captions],
+    }
 
 
 def reading() -> Ways:
-    """20 batches of 64: ours, and the lesson's, which opens four memory maps for each sample. 128 images, Gemma 2's width."""
+    """20 batches of 64 at Gemma 2's width: ours, and the lesson's four memory maps a sample."""
     from sana_cli.dataset.reader import Dataset
     from sana_cli.dataset.trainset import SingleDataset
     from sana_cli.dataset.writer import DatasetWriter, Images
@@ -266,7 +258,10 @@ def reading() -> Ways:
 
 
 def waiting() -> Ways:
-    """The quickstart's step alone, twice at once, and beside two busy loops: as `sana` waits, and as OpenMP does unasked."""
+    """The quickstart's step alone, twice at once, and beside two busy loops.
+
+    Each with the waiting that `sana` asks OpenMP for, and with OpenMP's default.
+    """
     step = training("quickstart", 2, "fp32")["ours"]
 
     def for_a_while() -> int:
@@ -281,7 +276,7 @@ def waiting() -> Ways:
         def run() -> int:
             if not other:
                 other.append(Runner("waiting", way))
-                other[0].seconds()  # until it has begun
+                other[0].seconds()  # wait until it has started
             other[0].begin(CROWD)
             count = for_a_while()
             other[0].end()
@@ -300,11 +295,11 @@ def waiting() -> Ways:
 
     return {
         "ours": step,
-        "unasked": step,
+        "default": step,
         "ours, two at once": twice("ours"),
-        "unasked, two at once": twice("unasked"),
+        "default, two at once": twice("default"),
         "ours, beside two loops": beside_loops,
-        "unasked, beside two loops": beside_loops,
+        "default, beside two loops": beside_loops,
     }
 
 
@@ -325,7 +320,7 @@ def start_up() -> Ways:
 
 STEP = ("ours", "diffusers", "lesson")
 WAITING = tuple(
-    f"{who}{where}" for where in ("", ", two at once", ", beside two loops") for who in ("ours", "unasked")
+    f"{who}{where}" for where in ("", ", two at once", ", beside two loops") for who in ("ours", "default")
 )
 DRAWING = ("ours", "diffusers", "diffusers, same interval", "diffusers, 300 tokens", "lesson")
 CASES: dict[str, tuple[str, tuple[str, ...], Callable[[], Ways]]] = {
@@ -358,9 +353,9 @@ CASES: dict[str, tuple[str, tuple[str, ...], Callable[[], Ways]]] = {
 
 
 class Runner:
-    """A process that goes one way of a case each time it is told to, again and again for some seconds.
+    """A process that repeats one way of a case for some seconds at each request.
 
-    Ours ask OpenMP for what the command line asks for; others have what a Python process has.
+    Our ways get the OpenMP settings of the command line; the others get Python's defaults.
     """
 
     def __init__(self, case: str, way: str) -> None:
@@ -373,22 +368,22 @@ class Runner:
         )
 
     def seconds(self) -> float:
-        """Take a turn; how long the way takes."""
+        """Take a turn; return the seconds that the way takes."""
         self.begin(TURN)
         return self.end()
 
     def begin(self, seconds: float) -> None:
-        """Begin a turn of so many seconds."""
+        """Begin a turn of this many seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
 
     def end(self) -> float:
-        """Wait for the end of the turn; how long the way took."""
+        """Wait for the end of the turn; return the seconds that the way took."""
         return float(self._answer())
 
     def memory(self) -> int:
-        """The peak memory of the process, which ends. Processes that it started do not count."""
+        """End the process; return its peak memory in bytes, without that of its children."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         return int(self._answer())
@@ -399,16 +394,16 @@ class Runner:
 
 
 def times(done: object) -> int:
-    """How often a way did its thing, by what it returned."""
+    """How many times a way ran, from its return value."""
     return done if isinstance(done, int) else 1
 
 
 def serve(case: str, way: str) -> None:
-    """What such a process does: a line of seconds for each line of input, which says for how long, and the peak memory at its end."""
+    """Run a way for the seconds in each line of stdin; print its time, and peak memory last."""
     from sana_cli.runtime.device import peak_memory, resolve_device
 
     if way == "ours":
-        resolve_device("cpu")  # as every command does; it has a say in how memory is kept
+        resolve_device("cpu")  # as every command does; it also sets how memory is kept
     ours = openmp.watch() if way.startswith("ours") else contextlib.nullcontext()
     with contextlib.redirect_stdout(sys.stderr), ours:
         ways = CASES[case][2]()
@@ -417,12 +412,12 @@ def serve(case: str, way: str) -> None:
             while elapsed < turn:
                 count, elapsed = count + times(ways[way]()), time.perf_counter() - start
             print(elapsed / count, file=sys.__stdout__, flush=True)
-    with contextlib.suppress(BrokenPipeError):  # whoever asked has gone
+    with contextlib.suppress(BrokenPipeError):  # the benchmark has ended
         print(peak_memory(torch.device("cpu")), flush=True)
 
 
 def rounds(runners: dict[str, Runner], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round, in turn; one round before them is not counted. Long ways are run once, and counted."""
+    """Seconds of each way in each round. The first one only warms up, except for long ways."""
     seconds: dict[str, list[float]] = {way: [] for way in runners}
     first = {way: runner.seconds() for way, runner in runners.items()}
     for _ in range(repeats):
@@ -433,7 +428,7 @@ def rounds(runners: dict[str, Runner], repeats: int) -> dict[str, list[float]]:
 
 
 def peak_arithmetic(dtype: torch.dtype, side: int) -> float:
-    """The best of ten matrix products, in operations a second."""
+    """The fastest of ten matrix products, in operations per second."""
     a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
@@ -446,7 +441,7 @@ def peak_arithmetic(dtype: torch.dtype, side: int) -> float:
 def operations(ways: Ways) -> int:
     """Multiplications and additions in the matrix products of our way, forward and backward.
 
-    Convolutions are left out: PyTorch's counter takes the depthwise one, a hundredth of the work, for a full one.
+    Without convolutions: PyTorch counts the depthwise one, 1 % of the work, as a full one.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -457,7 +452,7 @@ def operations(ways: Ways) -> int:
 
 
 def measure(names: list[str], repeats: int) -> Iterator[dict[str, Any]]:
-    """A row for each way of each case."""
+    """Yield a row for each way of each case."""
     for name in names:
         title, ways, make = CASES[name]
         runners = {way: Runner(name, way) for way in ways}
@@ -487,7 +482,7 @@ def measure(names: list[str], repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure and print the table."""
     from sana_cli.runtime.device import has_native_bf16
     from sana_cli.units import human_bytes
 
@@ -495,8 +490,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", default=",".join(CASES), help="cases, with commas between them")
-    parser.add_argument("--json", type=Path, help="also keep the rows here")
+    parser.add_argument("--only", default=",".join(CASES), help="cases, separated by commas")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()

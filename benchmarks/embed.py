@@ -1,8 +1,8 @@
-"""Embedding against the lesson's way, side by side: captions/s, images/s, bytes on disk, peak memory.
+"""Compare `sana embed` with the lesson's way: captions/s, images/s, bytes on disk, peak memory.
 
-The lesson encodes one caption at a time, padded to 300 tokens, in float32, and stores a padded array for every image. Both
-ways run on the same random Gemma 2 (its size is an option) and the same drawn images and captions, each in a process of its
-own, alternately; the table has medians.
+The lesson encodes one caption at a time in float32, padded to 300 tokens, and stores a padded
+array for every image. Both ways use the same random Gemma 2 and the same random images and
+captions. They take turns, each in its own process; the table shows medians.
 
     python benchmarks/embed.py [--images 400] [--width 256] [--layers 4] [--repeats 3]
 """
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ THINGS = (
 
 
 def make(folder: Path, images: int, width: int, layers: int) -> None:
-    """A random Gemma 2 with a byte-level tokenizer, and a folder of captioned 64 x 64 images, every caption distinct."""
+    """Make a random Gemma 2 with a byte-level tokenizer, and images with distinct captions."""
     from PIL import Image
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
@@ -72,7 +73,7 @@ def make(folder: Path, images: int, width: int, layers: int) -> None:
 
 
 def ours(folder: Path) -> dict[str, float]:
-    """`sana embed` on that folder."""
+    """Run `sana embed` on that folder."""
     overrides = (
         "data.source=folder",
         f"data.path={folder / 'images'}",
@@ -87,33 +88,42 @@ def ours(folder: Path) -> dict[str, float]:
     return {"seconds": summary.seconds, "bytes": summary.bytes, "memory": summary.peak_memory}
 
 
-def lesson(folder: Path) -> dict[str, float]:
-    """What the lesson's pre-embedding did: one caption at a time, padded, an array for each image."""
-    from PIL import Image
+def lesson_encoder(folder: Path) -> tuple[Callable[[str], tuple[np.ndarray, np.ndarray]], int]:
+    """The lesson's encoder, caption -> states (300, width) and mask (300,); and its width."""
     from transformers import AutoModel, AutoTokenizer
 
-    start = time.perf_counter()
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder / "gemma"),
-        AutoModel.from_pretrained(folder / "gemma").eval(),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "gemma")
+    model = AutoModel.from_pretrained(folder / "gemma").eval()
     tokenizer.padding_side = "right"
+
+    @torch.no_grad()
+    def encode(caption: str) -> tuple[np.ndarray, np.ndarray]:
+        tokens = tokenizer(
+            caption, padding="max_length", max_length=300, truncation=True, return_tensors="pt"
+        )
+        return model(**tokens).last_hidden_state[0].numpy(), tokens["attention_mask"][0].numpy()
+
+    return encode, model.config.hidden_size
+
+
+def lesson(folder: Path) -> dict[str, float]:
+    """Embed as the lesson did: one caption at a time, padded, an array for each image."""
+    from PIL import Image
+    from transformers import AutoModel  # noqa: F401  # imported before the clock starts
+
+    start = time.perf_counter()
+    encode, width = lesson_encoder(folder)
     rows = [json.loads(line) for line in (folder / "images" / "metadata.jsonl").read_text().splitlines()]
     out = folder / "lesson"
     out.mkdir(exist_ok=True)
-    shape = (len(rows), 300, model.config.hidden_size)
+    shape = (len(rows), 300, width)
     states = np.lib.format.open_memmap(out / "states.npy", mode="w+", dtype=np.float32, shape=shape)
     masks = np.lib.format.open_memmap(out / "masks.npy", mode="w+", dtype=np.int64, shape=shape[:2])
     images = np.lib.format.open_memmap(
         out / "images.npy", mode="w+", dtype=np.float32, shape=(len(rows), 3, 64, 64)
     )
     for index, row in enumerate(rows):
-        tokens = tokenizer(
-            row["text"], padding="max_length", max_length=300, truncation=True, return_tensors="pt"
-        )
-        with torch.no_grad():
-            states[index] = model(**tokens).last_hidden_state[0].numpy()
-        masks[index] = tokens["attention_mask"][0].numpy()
+        states[index], masks[index] = encode(row["text"])
         with Image.open(folder / "images" / row["file_name"]) as image:
             images[index] = np.asarray(image.resize((64, 64))).transpose(2, 0, 1) / 255.0
     for array in (states, masks, images):
@@ -123,7 +133,7 @@ def lesson(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run both ways alternately and print the table."""
+    """Run both ways in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("images", 400), ("width", 256), ("layers", 4), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,12 +1,14 @@
-"""From nothing to digits, timed: `sana embed` and `sana train`, then every checkpoint judged, against the seconds since the start.
+"""Time `sana embed` and `sana train` from nothing to digits, and judge every checkpoint.
 
-It runs the command line as a user does, in an empty folder, with the default config; saving more checkpoints than that does is the
-only difference. The times are those at which checkpoints were whole, embedding and every start-up included.
+It runs the command line as a user does: in an empty folder, with the default config. The only
+difference is that it saves more checkpoints. The time of a checkpoint is when it was complete,
+with embedding and every start-up included.
 
-    python benchmarks/quickstart.py [--seeds 0 1] [--steps 3000] [--images 10000] [--scales 3] [--plot docs/quickstart.png] [--ship]
+    python benchmarks/quickstart.py [--seeds 0 1] [--steps 3000] [--images 10000] [--scales 3]
+        [--plot docs/quickstart.png] [--ship]
 
-What is in `--folder` already is gone on with. `--ship` puts the last checkpoint of the first seed, in bf16 and with its score, where
-the package finds it (`sana sample` on a fresh install).
+Earlier work in `--folder` is continued. `--ship` writes the last checkpoint of the first seed,
+in bf16 and with its score, into the package: the weights of `sana sample` on a fresh install.
 """
 
 import argparse
@@ -24,46 +26,46 @@ from sana_cli.judging import plots
 from sana_cli.weights import checkpoint
 
 EVERY_STEP = ("--guidance-interval", "0", "1")
-PLAIN = ("--solver", "euler", "--steps", "20", "--flow-shift", "1", *EVERY_STEP)  # as plain as can be
+PLAIN = ("--solver", "euler", "--steps", "20", "--flow-shift", "1", *EVERY_STEP)
 
 
 def sana(folder: Path, *arguments: str) -> str:
-    """Run `sana ...` in `folder`; what it printed to stdout."""
+    """Run `sana ...` in `folder` and return its stdout."""
     command = [sys.executable, "-m", "sana_cli", *arguments]
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def judged(folder: Path, step: Path, images: int, *options: str) -> dict[str, Any]:
-    """The result of `sana eval` for one checkpoint, by its own sampler or another."""
+    """The result of `sana eval` for one checkpoint; `options` change the sampler."""
     found = json.loads(sana(folder, "eval", str(step), "--images", str(images), *options, "--json"))
     (result,) = found["results"]
     return dict(result) | {"judge": found["judge"]}
 
 
 def main() -> None:
-    """Embed, train, judge; a table, a plot, and with `--ship` the package's weights."""
+    """Embed, train and judge; draw the plot and write the package's weights if asked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="of training, if not the config's")
-    parser.add_argument("--guidance-scale", type=float, help="to judge and ship with, if not the config's")
+    parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
+    parser.add_argument("--guidance-scale", type=float, help="to judge and ship with (default: the config's)")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument(
         "--between",
         type=int,
         default=2000,
-        help="images for other checkpoints and samplers than the last one's own",
+        help="images for earlier checkpoints and for other samplers",
     )
     parser.add_argument(
         "--scales",
         type=float,
         nargs="*",
         default=[],
-        help="also judge with guidance of these scales at every step",
+        help="also judge at these guidance scales, applied at every step",
     )
     parser.add_argument("--every", type=int, default=400, help="steps between checkpoints")
-    parser.add_argument("--folder", type=Path, help="work here, and keep what was made")
+    parser.add_argument("--folder", type=Path, help="work in this folder and keep it")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--ship", action="store_true")
     options = parser.parse_args()
@@ -97,7 +99,7 @@ def main() -> None:
             folders = checkpoint.steps(folder / run)
             for step in folders:
                 made = (step / checkpoint.MANIFEST).stat().st_mtime
-                seconds = embedding + made - start if made > start else math.nan  # made before this began
+                seconds = embedding + made - start if made > start else math.nan  # from an earlier call
                 images = options.images if step == folders[-1] else options.between
                 for name, way in ways.items():
                     found = judged(folder, step, images, *way)

@@ -1,9 +1,9 @@
-"""What a terminal of 80 columns shows while the four commands run, as SVG pictures, and what a file gets of the same.
+"""Record what an 80-column terminal shows of the four commands, as SVG, and what a file gets.
 
     python benchmarks/terminal.py docs
 
-Each command runs in a pseudo-terminal, in an empty folder; an emulator keeps the screen. `train` is shown half way and at its end.
-It needs pyte.
+Each command runs in a pseudo-terminal, in an empty folder; an emulator (pyte) keeps the screen.
+`train` is shown half way and at its end.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped"
@@ -37,7 +37,7 @@ COMMANDS = {
 
 
 def colour(name: str) -> str:
-    """Rich's name of a colour of the emulator's, which has hexadecimal ones too."""
+    """Rich's name for a colour of the emulator, which may be hexadecimal."""
     if name == "default":
         return ""
     return (
@@ -48,7 +48,7 @@ def colour(name: str) -> str:
 
 
 def picture(screen: pyte.Screen) -> Text:
-    """The screen's lines, with colours, without the empty ones at the end."""
+    """The screen's lines with their colours, without empty lines at the end."""
     text = Text()
     used = max((y for y, line in enumerate(screen.display) if line.strip()), default=0)
     for y in range(used + 1):
@@ -60,7 +60,7 @@ def picture(screen: pyte.Screen) -> Text:
 
 
 def save(text: Text, command: str, path: Path) -> None:
-    """An SVG that loads nothing."""
+    """Write an SVG that loads no fonts."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text(f"$ {command}", style="bold"))
     console.print(text, end="")
@@ -69,7 +69,7 @@ def save(text: Text, command: str, path: Path) -> None:
 
 
 def watch(arguments: list[str], folder: Path, at: Callable[[str], bool]) -> tuple[Text | None, Text]:
-    """Run a command in a terminal; its screen when `at` first likes its text, and at the end."""
+    """Run a command in a terminal; its screen when `at` accepts the text, and at the end."""
     screen = pyte.Screen(COLUMNS, LINES)
     stream, half = pyte.ByteStream(screen), None
     main, other = pty.openpty()
@@ -97,7 +97,7 @@ def watch(arguments: list[str], folder: Path, at: Callable[[str], bool]) -> tupl
 
 
 def main() -> None:
-    """All four, in a terminal; then the same into a file."""
+    """Run all four in a terminal, then into a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

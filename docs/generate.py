@@ -24,8 +24,8 @@ A config file holds the keys that differ from the defaults below. `sana inspect 
 config as a file to start from. [Training](training.md#configs) says how configs are found and overridden.
 
 "On resume" says whether a key may change when a run is resumed. Three things stay fixed by other means: the dataset is
-compared by its hash, the encoder by its fingerprint, and `train.batch_size` x `train.accumulate` x processes must stay
-the number of images of a step.
+compared by its hash, the encoder by its fingerprint, and `train.batch_size` x `train.accumulate` must stay the same
+product. With another number of processes a step keeps its images.
 """
 CLI = """\
 # Commands

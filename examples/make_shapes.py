@@ -1,4 +1,4 @@
-"""Draws `examples/shapes`: small RGB pictures of coloured shapes, each with two captions, in Hugging Face's imagefolder form.
+"""Draw `examples/shapes`, a Hugging Face imagefolder: coloured shapes with two captions each.
 
 Run it as: python examples/make_shapes.py [FOLDER]
 """
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-SIDE, FINE = 32, 8  # pixels; drawn so many times larger and shrunk, for smooth edges
-EACH = 20  # pictures of every colour and shape
+SIDE, FINE = 32, 8  # pixels; drawn FINE times larger, then shrunk, for smooth edges
+EACH = 20  # pictures of each colour and shape
 COLORS = {"red": 0.0, "yellow": 0.15, "green": 0.33, "cyan": 0.5, "blue": 0.63, "purple": 0.8}  # hues
 CORNERS = {"triangle": 3, "square": 4, "star": 5}
 
 
 def draw(color: str, shape: str, chosen: random.Random) -> Image.Image:
-    """One shape somewhere on white, turned and sized as it comes."""
+    """Draw one shape on white, at a random position, angle and size."""
     sheet = Image.new("RGB", (SIDE * FINE, SIDE * FINE), "white")
     pen = ImageDraw.Draw(sheet)
     hue = (COLORS[color] + chosen.uniform(-0.02, 0.02)) % 1
@@ -33,7 +33,7 @@ def draw(color: str, shape: str, chosen: random.Random) -> Image.Image:
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         return sheet.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     points = CORNERS[shape] * (2 if shape == "star" else 1)
-    turn = math.pi / 4 if shape == "square" else -math.pi / 2  # the base is level, the tip above
+    turn = math.pi / 4 if shape == "square" else -math.pi / 2  # level base, tip on top
     turn, corners = turn + chosen.uniform(-0.15, 0.15), []
     for corner in range(points):
         length = radius * (0.4 if shape == "star" and corner % 2 else 1.0)
@@ -44,7 +44,7 @@ def draw(color: str, shape: str, chosen: random.Random) -> Image.Image:
 
 
 def main(folder: Path) -> None:
-    """Draw them all, and write metadata.jsonl."""
+    """Draw all pictures and write metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen, lines = random.Random(0), []
     for color in COLORS:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def lowest() -> list[str]:
-    """`name==version` of each dependency, but torch, whose pin chooses a build as well."""
+    """`name==version` of each dependency except torch, whose pin also chooses a build."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     ranges = [
         *project["dependencies"],

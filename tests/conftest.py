@@ -1,4 +1,4 @@
-"""Fixtures: a tiny dataset, a random Gemma 2, the command line as a process."""
+"""Fixtures: a tiny dataset, a random Gemma 2, `sana` as a process."""
 
 import os
 import subprocess
@@ -15,13 +15,13 @@ from sana_cli.config.keys import Config  # noqa: E402
 from sana_cli.runtime import device  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Bitwise comparisons need a fixed number of threads. And two workers with two threads each, on two
-# cores, are ten times as slow as with one.
+# Bitwise comparisons need a fixed number of threads. Also, two workers with two threads each on
+# two cores are ten times slower than with one.
 torch.set_num_threads(1)
-# SANA_TESTS_BF16=yes or no runs the suite as if this processor had bf16 arithmetic, or had not.
-SAID_OF_BF16 = os.environ.get("SANA_TESTS_BF16")
-if SAID_OF_BF16:
-    device.cpu_has_bf16 = lambda: SAID_OF_BF16 == "yes"
+# SANA_TESTS_BF16=yes (no) runs the suite as if this processor had (lacked) bf16 arithmetic.
+FORCED_BF16 = os.environ.get("SANA_TESTS_BF16")
+if FORCED_BF16:
+    device.cpu_has_bf16 = lambda: FORCED_BF16 == "yes"
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def sana(tmp_path: Path) -> Sana:
-    """Run `sana ...` as a process of its own in `tmp_path`, with the network refused."""
+    """Run `sana ...` as a process in `tmp_path`, without network."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK)
 
@@ -54,7 +54,7 @@ def sana(tmp_path: Path) -> Sana:
 
 @pytest.fixture(scope="session")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Gemma 2 of two layers and a byte-level tokenizer, as Hugging Face saves them."""
+    """A Hugging Face folder with a random two-layer Gemma 2 and a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
@@ -86,7 +86,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A config file for runs of seconds, in the working directory of `sana`."""
+    """A config file for runs of a few seconds, in the working directory of `sana`."""
     path = tmp_path / "small.yaml"
     path.write_text(SMALL + "run: {dir: runs/small, device: cpu}\n")
     return path

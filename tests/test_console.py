@@ -1,4 +1,4 @@
-"""What a person sees of a long command: the curve, and lines of a log."""
+"""The console of a long command: the curve, and the lines of a log."""
 
 import math
 import time
@@ -16,10 +16,10 @@ def test_the_curve_is_logarithmic_and_as_wide_as_it_may_be() -> None:
 
 
 def test_lines_of_a_log_grow_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, told = iter(range(10**6)), list[str]()
+    clock, notes = iter(range(10**6)), list[str]()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(console, "note", told.append)
+    monkeypatch.setattr(console, "note", notes.append)
     console._watch_plain(range(1, 20001), lambda n: console.Line("train", n, 20000, f"loss {n}"))
-    assert told[0].startswith("train 10/20000")
-    assert told[-1].startswith("train 20000/20000")
-    assert 200 < len(told) < 600  # every ten seconds at first, then every fiftieth of the time
+    assert notes[0].startswith("train 10/20000")
+    assert notes[-1].startswith("train 20000/20000")
+    assert 200 < len(notes) < 600  # every ten seconds at first, then every fiftieth of the time so far

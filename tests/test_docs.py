@@ -1,4 +1,4 @@
-"""The pages, run: commands and what they print, mistakes and their messages; and every key, file and link that is named."""
+"""The pages, executed: commands, their output, mistakes; and every key, file and link."""
 
 import ast
 import inspect
@@ -37,7 +37,7 @@ OTHER_TYPER = PINNED_TYPER is not None and PINNED_TYPER[1] != metadata.version("
 
 
 def consoles(text: str) -> list[tuple[str, str]]:
-    """The `$ ...` lines of console blocks, each with what is shown below it."""
+    """The `$ ...` lines of console blocks, each with the output shown below it."""
     found = []
     for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
@@ -117,7 +117,7 @@ def test_keys_and_make_targets_that_are_named_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_and_links_that_are_named_exist(page: str) -> None:
-    """Files by their path in the repository, or in the package; links with their anchors."""
+    """Files by their path in the repository or the package; links with their anchors."""
     for name in re.findall(r"`([^`\n]+)`", PAGES[page]):
         if re.fullmatch(r"(benchmarks|configs|docs|examples|sana_cli|tests)/[\w./-]*|[\w/]+/\w+\.py", name):
             assert any((folder / name).exists() for folder in (REPOSITORY, REPOSITORY / "sana_cli")), name
@@ -170,7 +170,7 @@ def test_pages_from_the_code_are_what_the_code_says(page: str) -> None:
     if page == "cli" and OTHER_TYPER:
         pytest.skip("other versions of typer put it in other words")
     made = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))
-    assert PAGES[f"docs/{page}.md"] == made[f"{page}_page"](), "make docs writes it again"
+    assert PAGES[f"docs/{page}.md"] == made[f"{page}_page"](), "run `make docs` to update it"
 
 
 def figures_aside(line: str) -> str:
@@ -178,17 +178,17 @@ def figures_aside(line: str) -> str:
 
 
 def without_bf16(shown: str) -> str:
-    """What the pages show of a processor with bf16 arithmetic, as one without it prints it."""
+    """Output of the pages, made with bf16 arithmetic, as a processor without it prints it."""
     text = shown.replace("bf16 (cpu has native bf16)", "fp32 (cpu lacks native bf16)")
     return re.sub(r"^(precision +)bf16$", r"\1fp32", text, flags=re.MULTILINE)
 
 
 def same_text(printed: str, shown: str, put_aside: Callable[[str], str]) -> None:
-    """What was printed is what is shown, where `...` stands for any number of lines."""
+    """Assert that the output is as shown, where `...` stands for any number of lines."""
     kept = (
         line.rstrip() for line in printed.strip().splitlines() if not re.match(r"[\w ]+ [\d,]+/[\d,]+", line)
     )
-    lines = [put_aside(line) for line in kept]  # of a terminal's bar, a file has lines
+    lines = [put_aside(line) for line in kept]  # without progress lines
     wanted = [put_aside(line.rstrip()) for line in shown.splitlines()]
     if "..." not in wanted:
         assert lines == wanted
@@ -199,7 +199,7 @@ def same_text(printed: str, shown: str, put_aside: Callable[[str], str]) -> None
 
 
 def measured(*starts: str) -> Callable[[str], str]:
-    """Figures of these lines are of the machine, or of the moment."""
+    """Ignore figures in lines with these starts: they depend on the machine or the moment."""
     return lambda line: figures_aside(line).replace("GB", "MB") if line.startswith(starts) else line
 
 
@@ -207,7 +207,7 @@ def of_its_step(line: str) -> str:
     return re.sub(r"(step-)\d+|[0-9a-f]{64}", r"\1", line)
 
 
-SESSION: dict[str, Callable[[str], str]] = {  # in its order; and what is put aside of each line
+SESSION: dict[str, Callable[[str], str]] = {  # in this order, with what to ignore in each line
     "sana inspect": str,
     "sana embed": measured("time"),
     "sana train --dry-run": measured("memory", "disk"),
@@ -222,7 +222,7 @@ SESSION: dict[str, Callable[[str], str]] = {  # in its order; and what is put as
 def test_the_session_of_the_pages_prints_what_they_show(
     native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On all of MNIST, on either kind of processor. Training stops after two steps, so its figures are put aside."""
+    """On all of MNIST. Training stops after two steps, so its figures are ignored."""
     monkeypatch.setattr(device, "cpu_has_bf16", lambda: native)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(MINE)
@@ -233,7 +233,7 @@ def test_the_session_of_the_pages_prints_what_they_show(
         for block in consoles(page)
         if block[1]
     ]
-    assert {line for line, _ in blocks} == {*SESSION}, "what is shown is run"
+    assert {line for line, _ in blocks} == {*SESSION}, "each shown command is in SESSION"
     for line, put_aside in SESSION.items():
         (command,) = words(line.replace("step-003000", "step-000002"))
         few = ("--set", "train.steps=2") if line == "sana train" else ()
@@ -258,7 +258,7 @@ def somebodys_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare(folder: Path) -> Path:
-    """A folder in which things go wrong: a small dataset and its run, a config with typos, photos that are text."""
+    """A folder for mistakes: a small dataset, its run, a config with typos, text as photos."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         small = parse_config(SMALL, "small.yaml", ["run.dir=runs/small", "run.device=cpu"])
@@ -274,7 +274,7 @@ def prepare(folder: Path) -> Path:
 
 
 def answer(command: list[str]) -> str:
-    """Stderr of a command that fails."""
+    """The stderr of a command that fails."""
     printed = CliRunner().invoke(
         app, command, prog_name="sana", env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
     )

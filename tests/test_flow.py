@@ -39,7 +39,7 @@ def test_path_and_target() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0])
 def test_a_straight_path_is_integrated_exactly(solver: str, steps: int, flow_shift: float) -> None:
-    """If all paths end in one point, velocity = (x - x_0) / sigma, and any solver ends there."""
+    """If all paths end in one point, velocity = (x - x_0) / sigma; any solver ends there."""
     x_0, noise = torch.randn(2, 5, dtype=torch.float64).unbind()
     sigmas = flow.solver_sigmas(solver, steps, flow_shift)
     start = (1 - sigmas[0]) * x_0 + sigmas[0] * noise

@@ -1,4 +1,4 @@
-"""Quicker forms against the plain ones."""
+"""Faster forms of operations against the plain ones."""
 
 import pytest
 import torch

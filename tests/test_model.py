@@ -1,4 +1,4 @@
-"""The transformer against diffusers' own, and against properties that the paper promises."""
+"""The transformer against diffusers', and against properties from the paper."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ from sana_cli.weights.configs import diffusers_config
 
 
 def perturbed(config: Architecture, seed: int = 0) -> SanaTransformer:
-    """A model whose every parameter matters. The initial caption norm of 0.01 would hide errors."""
+    """A model in which every parameter matters: a caption norm of 0.01 would hide errors."""
     model = build(config, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -61,20 +61,19 @@ CONFIGS = st.fixed_dictionaries(
         "dropout": st.sampled_from([0.0, 0.1]),
         "mlp_ratio": st.sampled_from([2.5, 3.0, 1.3]),
         "num_layers": st.integers(1, 2),
-        # heads of 32, as published: in narrower ones relu(q) relu(k) may be almost 0, and gradients noise
+        # heads of 32, as published: in narrower ones relu(q) relu(k) may be near 0
         "num_attention_heads": st.integers(1, 3),
         "attention_head_dim": st.just(32),
         "num_cross_attention_heads": st.integers(1, 2),
         "cross_attention_head_dim": st.sampled_from([12, 16]),
     }
 )
-GRIDS = st.tuples(
-    st.integers(1, 7), st.integers(1, 7)
-)  # tokens down and across: fewer and more than a head is wide
+# tokens down and across, both fewer and more than the width of a head
+GRIDS = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
 
 def a_pair(fields: dict[str, Any]) -> tuple[SanaTransformer, Any]:
-    """Ours and diffusers' of one config. Their weights are the same, loaded both ways with strict keys."""
+    """Our model and diffusers' with the same weights, loaded both ways with strict keys."""
     diffusers = pytest.importorskip("diffusers")
     config = small(**fields, sample_size=2 * fields["patch_size"])
     ours = perturbed(config)
@@ -96,7 +95,7 @@ def call(
 
 
 def test_equals_diffusers() -> None:
-    """Forward and gradients, over drawn configurations."""
+    """Forward and gradients, over random configurations."""
     drawn, largest = set(), {"forward": 0.0, "gradient": 0.0, "forward of padding only": 0.0}
 
     @settings(max_examples=220, deadline=None, derandomize=True)
@@ -111,12 +110,12 @@ def test_equals_diffusers() -> None:
             theirs.zero_grad()
             torch.manual_seed(3)
             expected = call(theirs, ours.config, grid)
-            torch.manual_seed(3)  # the same dropout falls in the same places
+            torch.manual_seed(3)  # the same dropout
             found = call(ours, ours.config, grid)
             scale = max(1.0, float(expected.detach().abs().max()))
             error = (found - expected).detach().abs() / scale
             largest["forward"] = max(largest["forward"], float(error[:2].max()))
-            # the scores of padding lie near -10000, where the last digit of float32 is 0.001
+            # the scores of padding are near -10000, where float32 has steps of 0.001
             largest["forward of padding only"] = max(
                 largest["forward of padding only"], float(error[2].max())
             )
@@ -138,7 +137,7 @@ def test_equals_diffusers() -> None:
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bf16_equals_diffusers_within_its_rounding(autocast: bool) -> None:
-    """Ours is as near to float32 as diffusers': under autocast, and with weights in bf16."""
+    """Ours is as close to float32 as diffusers', under autocast and with bf16 weights."""
     ratios = []
 
     @settings(max_examples=40, deadline=None, derandomize=True)
@@ -149,15 +148,14 @@ def test_bf16_equals_diffusers_within_its_rounding(autocast: bool) -> None:
         theirs.requires_grad_(False)
         if not autocast:
             ours.to(torch.bfloat16)
-            torch.nn.Module.to(theirs, torch.bfloat16)  # their own `to` logs a warning each time
+            torch.nn.Module.to(theirs, torch.bfloat16)  # diffusers' own `to` logs a warning each time
         exact = call(ours.float() if autocast else copy.deepcopy(ours).float(), ours.config, grid)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             dtype = torch.float32 if autocast else torch.bfloat16
             found, expected = (call(model, ours.config, grid, dtype).float() for model in (ours, theirs))
         assert found.isfinite().all()
-        mine, other = (
-            float((out - exact)[:2].norm()) for out in (found, expected)
-        )  # bf16 counts near -10000 in steps of 64
+        # not the third row: near -10000, bf16 has steps of 64
+        mine, other = (float((out - exact)[:2].norm()) for out in (found, expected))
         ratios.append((mine, other))
         assert 0 < ratios[-1][1] < 0.2 * float(exact.norm())
 
@@ -169,7 +167,7 @@ def test_bf16_equals_diffusers_within_its_rounding(autocast: bool) -> None:
 
 
 def test_positions_are_those_of_the_published_2k_and_4k_models() -> None:
-    """Half the width for the column, half for the row, sines then cosines, in steps of the trained grid."""
+    """Sines, then cosines, in units of the trained grid; half the width column, half row."""
     table = positions(2, 4, 2, 2.0, 16).view(2, 4, 16)
     for row, column, index in [(0, 0, 0), (1, 3, 2), (1, 1, 3), (0, 2, 1)]:
         frequency = 10000 ** -(index / 4)
@@ -198,7 +196,7 @@ def test_a_row_without_caption_gives_numbers() -> None:
 
 
 def test_nope_knows_positions_only_by_its_convolution() -> None:
-    """With only the centre of the depthwise convolution, permuting patches permutes the output."""
+    """With only the centre of the convolution left, permuting patches permutes the output."""
     config = small(patch_size=1, num_layers=2)
     model = perturbed(config)
     x, captions, timestep, mask = inputs(config, 4, 4)
@@ -303,7 +301,7 @@ def test_wrong_shapes_are_named() -> None:
 
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm_across_heads"])
 def test_captions_once_and_gathered_are_captions_each_time(qk_norm: str | None) -> None:
-    """Distinct captions with an index, and keys and values made beforehand: velocity and gradients."""
+    """Velocity and gradients: distinct captions with an index, and cached keys and values."""
     config = small(qk_norm=qk_norm)
     model = perturbed(config)
     x, captions, timestep, mask = inputs(config, 8, 12)
@@ -335,8 +333,8 @@ def test_bf16_autocast_on_a_cpu_that_has_none_is_float32(monkeypatch: pytest.Mon
         found = model(x, captions, timestep, encoder_attention_mask=mask)
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert torch.equal(found, model(x, captions, timestep, encoder_attention_mask=mask))
-    assert product.dtype == torch.bfloat16  # autocast is as it was
-    with torch.autocast("cpu", torch.bfloat16):  # weights that are kept in bf16 go on in bf16
+    assert product.dtype == torch.bfloat16  # autocast is still on
+    with torch.autocast("cpu", torch.bfloat16):  # bf16 weights compute in bf16
         kept = copy.deepcopy(model).bfloat16()(x, captions, timestep, encoder_attention_mask=mask)
     difference = (kept - found)[:2].detach()  # the third row sees padding only
     assert float(difference.norm() / found[:2].detach().norm()) < 0.05

@@ -1,4 +1,4 @@
-"""Caption encoders against transformers: states are those of the model for that caption alone."""
+"""Caption encoders against transformers: states equal the model's for that caption alone."""
 
 import hashlib
 import importlib
@@ -75,7 +75,7 @@ def test_states_are_those_of_transformers_for_each_caption_alone(
             expected = reference(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0]
         assert found[caption].dtype == torch.bfloat16
         assert found[caption].shape == expected.shape
-        # one rounding to bf16 (8 bits), and float32's own between a batch and one alone
+        # one rounding to bf16 (8 bits), and float32's rounding between a batch and one caption
         assert torch.allclose(found[caption].float(), expected, rtol=2**-8, atol=1e-4), caption
     assert encoder.dim == 32
 
@@ -106,7 +106,7 @@ def test_batches_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tiny_is_the_same_everywhere() -> None:
-    """Its vectors by hand: SHAKE-256 of the word's hash, and of the place."""
+    """Its vectors by hand: SHAKE-256 of the word's hash and of its position."""
 
     def numbers(name: str) -> Tensor:
         raw = hashlib.shake_256(f"sana tiny encoder 2: {name}".encode()).digest(256)
@@ -142,19 +142,18 @@ def test_tiny_tells_captions_apart() -> None:
     ]
     states = encode(text.load_encoder(TextConfig(), CPU), captions)
     assert [len(states[caption]) for caption in captions] == [2, 2, 2, 3, 2, 8, 8, 3, 3]
-    means = torch.stack(
-        [states[caption].float().relu().mean(0) for caption in captions]
-    )  # as attention may see them: no order
+    # without order, as in attention
+    means = torch.stack([states[caption].float().relu().mean(0) for caption in captions])
     distance = torch.cdist(means, means) / 128**0.5 + 9 * torch.eye(len(captions))
-    assert float(distance.min()) > 0.01  # where sizes are 1: far beyond what bf16 rounds a mean by
-    assert torch.equal(
-        states["4"], encode(text.load_encoder(TextConfig(), CPU), [" 4  "])[" 4  "]
-    )  # white space parts words
+    assert float(distance.min()) > 0.01  # sizes are 1, so far above bf16's rounding
+    # white space separates words
+    assert torch.equal(states["4"], encode(text.load_encoder(TextConfig(), CPU), [" 4  "])[" 4  "])
 
 
 def test_instruction_follows_the_select_index_rule(gemma: Path) -> None:
-    """Of `instruction + caption`, cut to n + max_length - 2 tokens, the first state and the last
-    max_length - 1 stay.
+    """`instruction + caption` is cut to n + max_length - 2 tokens.
+
+    The first state and the last max_length - 1 are kept.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -241,11 +240,11 @@ def test_fingerprint_is_of_the_weights_not_of_the_path(gemma: Path, tmp_path: Pa
         text.check_same_encoder(first, shorter, "there")
 
 
-# --- what cannot be had -------------------------------------------------------------------------------------
+# --- what is not available ----------------------------------------------------------------------------------
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """The hub answers with `error`, wrapped as transformers wraps it; nothing is cached."""
+    """The hub answers with `error`, as transformers wraps it; nothing is cached."""
     from huggingface_hub.errors import LocalEntryNotFoundError
     from transformers import AutoConfig
 
@@ -262,7 +261,7 @@ def response(status: int) -> Any:
 
     http = importlib.import_module(
         errors.HfHubHTTPError.__mro__[1].__module__.split(".")[0]
-    )  # httpx or httpx2, by its version
+    )  # httpx or httpx2, depending on its version
     return http.Response(status, request=http.Request("GET", "https://huggingface.co/x"))
 
 
@@ -303,7 +302,7 @@ def test_missing_and_offline_models_are_told_apart(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_lessons_template_begins_twice(gemma: Path) -> None:
-    """Its chat template was tokenised again as text, with special tokens, unlike the paper's code."""
+    """Unlike the paper's code, it tokenises its chat template again, with special tokens."""
     once, twice = (
         text.load_encoder(TextConfig(encoder=str(gemma), template=name), CPU).token_ids("four")[0]
         for name in ("chat", "lesson")
@@ -339,10 +338,7 @@ def test_words_that_differ_only_by_case_are_one_and_lower_case_ones_keep_their_v
     assert torch.equal(states["four"], states["Four"])
     assert torch.equal(states["ÉTÉ"], states["été"])
     assert torch.equal(states["ΟΔΟΣ"], states["οδος"])
-    for word in (
-        "four",
-        "straße",
-    ):  # ids are of the word as it is written: what was trained on them stays valid
+    for word in ("four", "straße"):  # ids hash the word as written, so trained models stay valid
         written = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little") >> 1
         assert text.WordTokenizer()(word, 9) == [text.WordTokenizer.bos_id, written]
 
@@ -350,9 +346,7 @@ def test_words_that_differ_only_by_case_are_one_and_lower_case_ones_keep_their_v
 def test_unseen_words_are_those_that_no_caption_has() -> None:
     known = {"a", "red", "cube", "4"}
     assert text.unseen_words(["A red CUBE", "a blue ball, red", "44"], known) == ["blue", "ball", ","]
-    assert text.unseen_words(["anything"], None) == [], (
-        "a checkpoint that does not know its words says nothing"
-    )
+    assert text.unseen_words(["anything"], None) == [], "no warning from a checkpoint without a word list"
     assert list(text.words_of("a red-Cube, 12 四十!")) == [
         "a",
         "red",
@@ -370,7 +364,7 @@ def test_unseen_words_are_those_that_no_caption_has() -> None:
 @pytest.mark.parametrize("instruction", [None, "Say more of it: "])
 @pytest.mark.parametrize("kind", ["tiny", "gemma"])
 def test_what_is_cut_is_known(kind: str, instruction: str | None, gemma: Path) -> None:
-    """The last caption that is whole loses nothing; one token more, and its end is not seen."""
+    """The longest caption that fits loses nothing; with one more token, its end is cut."""
     settings = TextConfig(
         encoder="tiny" if kind == "tiny" else str(gemma), max_length=8, instruction=instruction
     )

@@ -1,10 +1,10 @@
-"""The tree of the package: imports point down."""
+"""The package tree: imports point down."""
 
 import ast
 
 from helpers import REPOSITORY
 
-WINGS = (  # each may import those before it, and its own modules
+WINGS = (  # each may import the lines above it, and its own modules
     {"errors", "units", "choices"},
     {"runtime"},
     {"config"},
@@ -22,7 +22,7 @@ WINGS = (  # each may import those before it, and its own modules
 
 
 def test_the_tree_imports_downwards() -> None:
-    """And commands do not import each other: what two of them need lies one floor down."""
+    """Commands do not import each other either: what two of them need is one level down."""
     level = {name: number for number, names in enumerate(WINGS) for name in names}
     package = REPOSITORY / "sana_cli"
     for path in package.rglob("*.py"):

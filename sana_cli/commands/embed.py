@@ -181,9 +181,9 @@ def embed(options: EmbedOptions) -> Iterator[EmbedStep | EmbedSummary]:
             the new one is whole); the source, the encoder or the disk fails; no entry can be used, or with
             `strict`, one cannot.
     """
-    summaries = []
+    parts, summaries = [options, *_held_out(options)], []
     with world() as here:
-        for part in [options, *_held_out(options)]:
+        for part in parts:
             for step in _embed(part, here):
                 if isinstance(step, EmbedSummary):
                     summaries.append(step)

@@ -483,8 +483,6 @@ class Config(Section):
         yield from (f"model.{problem}" for problem in model.problems())
         if model.guidance_embeds:
             yield "model.guidance_embeds: is for distilled models that are sampled, and cannot be trained here"
-        if model.dropout:
-            yield "model.dropout: models are trained without dropout here; set it to 0"
 
     def _run_problems(self) -> Iterator[str]:
         warmup, (low, high) = self.optim.warmup(self.train.steps), self.sample.guidance_interval
@@ -522,8 +520,8 @@ class Config(Section):
 
 def may_change(section: str, key: str) -> bool:
     """Whether a key may change when a run is resumed: the key says so itself."""
-    extra = Config.model_fields[section].annotation.model_fields[key].json_schema_extra  # type: ignore[union-attr]
-    return bool(extra["on_resume"] == "may change")
+    field = Config.model_fields[section].annotation.model_fields.get(key)  # type: ignore[union-attr]
+    return field is not None and field.json_schema_extra["on_resume"] == "may change"
 
 
 def json_schema() -> dict[str, Any]:

@@ -26,14 +26,19 @@ RENAMED = {
 
 
 def in_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of keys, as a record holds them, with each key under its new name."""
-    found: dict[str, Any] = {}
+    """Sections of keys, as a record holds them, with each key under its new name.
+
+    A section that is no mapping stays as it is, for validation to refuse; an emptied one (None) is none.
+    """
+    found: dict[str, Any] = {key: value for key, value in content.items() if not isinstance(value, Mapping)}
     for section, keys in content.items():
         if not isinstance(keys, Mapping):
-            found[section] = keys
             continue
-        found.setdefault(section, {})
+        found[section] = found.get(section) or {}
         for key, value in keys.items():
-            place, _, name = RENAMED.get(f"{section}.{key}", f"{section}.{key}").partition(".")
-            found.setdefault(place, {})[name] = value
+            new_section, _, name = RENAMED.get(f"{section}.{key}", f"{section}.{key}").partition(".")
+            if found.get(new_section) is None:
+                found[new_section] = {}
+            if isinstance(found[new_section], dict):
+                found[new_section][name] = value
     return found

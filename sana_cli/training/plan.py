@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sana_cli.choices import PredictionType
 from sana_cli.config.keys import Architecture, Config
 from sana_cli.dataset.match import check_matches, resolve_architecture
 from sana_cli.dataset.reader import Dataset
@@ -54,6 +55,7 @@ class TrainPlan:
     disk_bytes: int  # of those that are kept, and the next while it is written
     disk_free: int
     model: Architecture
+    prediction_type: PredictionType
     memory: MemoryPlan | None = None  # only where asked for: it takes seconds to find
 
     def with_images(self, images: int) -> "TrainPlan":
@@ -89,6 +91,8 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
     """
     train = config.train
     check_matches(config, dataset)
+    if config.model.dropout:
+        raise SanaError("model.dropout: models are trained without dropout here", "set it to 0", exit_code=2)
     model = resolve_architecture(config, dataset)
     if config.log.tensorboard:
         metrics.check_tensorboard()
@@ -129,6 +133,7 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
         disk_bytes=one * (config.save.keep + 1),
         disk_free=shutil.disk_usage(existing).free,
         model=model,
+        prediction_type=config.objective.prediction_type,
         memory=_memory(config, dataset, model, placement) if with_memory else None,
     )
 

@@ -103,6 +103,7 @@ def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainP
     # a checkpoint of an earlier version has fewer keys: it was made with their defaults
     for section in COMPARED:
         defaults = type(getattr(config, section))().model_dump(mode="json")
+        defaults |= {"warmup_steps": FORMER_WARMUP} if section == "optim" else {}
         old = defaults | state.config.get(section, {})
         for key, before, after in differences(old, now[section]):
             if not may_change(section, key):

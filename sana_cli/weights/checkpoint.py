@@ -394,7 +394,8 @@ def load_transformer(
         raise SanaError(f"`weights`: {weights!r} is not one of {', '.join(get_args(Weights))}", exit_code=2)
     source = find_checkpoint(Path(path))
     found = read_weights(transformer_path(source), weights if source.is_file() else "ema")
-    if weights == "raw" and source.is_dir():
+    only_raw = (source / STATE).is_file() and not (source / RAW_WEIGHTS).is_file()  # a run without an average
+    if weights == "raw" and source.is_dir() and not only_raw:
         file = source / RAW_WEIGHTS  # in step folders only
         if not file.is_file():
             raise SanaError(f"{source} has no raw weights ({RAW_WEIGHTS})", "leave out `weights` raw")

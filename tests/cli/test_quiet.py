@@ -1,4 +1,4 @@
-"""`--quiet`."""
+"""`--quiet`: results and errors only."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from helpers import SMALL, Sana, invoke
 def test_quiet_says_nothing_but_results_and_errors(
     sana: Sana, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One real process, whose libraries could speak as they load; the others here."""
+    """One command runs as a process, since libraries may print as they load."""
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(SMALL + "run: {dir: runs/small, device: cpu}\n")
     embedded = invoke("embed", "--config", "small.yaml", "--limit", "50", "--quiet")
@@ -20,4 +20,4 @@ def test_quiet_says_nothing_but_results_and_errors(
     assert (sampled.stdout, sampled.stderr) == ("runs/small/sample-step-000004.png\n", "")
     again = invoke("train", "--config", "small.yaml", "-q")
     assert again.stderr.startswith("error: runs/small has checkpoints already")
-    assert "--resume auto" in again.stderr  # the flag, where Python has a setting
+    assert "--resume auto" in again.stderr  # the flag, not the setting's name in Python

@@ -1,4 +1,4 @@
-"""`sana embed`: the same bytes each time, bad entries are listed, killed work goes on."""
+"""`sana embed`: the same bytes each time, bad entries are listed, killed work is resumed."""
 
 import json
 import multiprocessing
@@ -124,7 +124,7 @@ def test_missing_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def bad_files(folder: Path) -> dict[str, str | tuple[str, str]]:
-    """One file of each kind of trouble, and what should be said of it."""
+    """One file of each kind of trouble, and the expected reason."""
     outside = folder.parent / "outside.png"
     picture(0).save(outside)
     whole = encoded(picture(0), "PNG")
@@ -181,9 +181,9 @@ def test_bad_entries_are_left_out_and_listed(tmp_path: Path, workers: int) -> No
     assert summary.images == 1000
     skipped = {entry.name: entry.reason for entry in Dataset(config.data.dir).skipped()}
     for name, reason in reasons.items():
-        assert skipped.pop(name).startswith(reason), name  # of two rows for one name, the last
+        assert skipped.pop(name).startswith(reason), name  # the last of two rows for one name
     assert skipped.pop("0000.png") == "named twice; the first is kept"
-    if "unreadable.png" not in reasons:  # root reads everything, so no row is about it
+    if "unreadable.png" not in reasons:  # root can read it
         assert skipped.pop("unreadable.png") == "metadata.jsonl does not name it"
     assert sorted(skipped.values()) == [
         "no file_name", "not JSON", "not UTF-8: invalid start byte at byte 15 of the line",
@@ -219,12 +219,12 @@ def test_too_small_a_disk_is_said_before_the_first_byte(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- the same bytes, however it went ------------------------------------------------------------------------
+# --- the same bytes, with or without interruptions ----------------------------------------------------------
 
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
-    """A folder of 300 images, three of them bad, with distinct captions of all lengths."""
+    """A folder of 300 images, three of them bad, with distinct captions of many lengths."""
     words = random.Random(1)
     rows = [
         {"file_name": f"{n:04d}.png", "text": [f"{n} " + "x" * words.randrange(60),
@@ -243,7 +243,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stop_after_a_window(config: Config) -> None:
-    """Embed until a window is whole, and leave it at that."""
+    """Embed until one window is complete, then stop."""
     steps = embed(EmbedOptions(config))
     while not any(layout.partial_dir(config.data.dir).glob("window-*.json")):
         next(steps)
@@ -258,7 +258,7 @@ def test_workers_do_not_change_a_byte(tmp_path: Path, many: Path, small_windows:
         made.append(contents(config.data.dir))
     assert made[0] == made[1] == made[2]
     assert len([name for name in made[0] if name.startswith("images-")]) == 5
-    assert len([name for name in made[0] if name.startswith("captions-")]) > 5  # bounded by bytes too
+    assert len([name for name in made[0] if name.startswith("captions-")]) > 5  # their bytes are limited too
 
 
 def test_interrupted_work_goes_on(
@@ -281,7 +281,7 @@ def test_interrupted_work_goes_on(
             list(embed(EmbedOptions(config)))
         assert not config.data.dir.exists()
     summary = finished(config)
-    assert calls == [0, 1, 2, 2, 3, 3, 4]  # what was whole was not done again
+    assert calls == [0, 1, 2, 2, 3, 3, 4]  # complete windows are not repeated
     assert summary.resumed == 3
     assert contents(config.data.dir) == contents(whole.data.dir)
     assert not layout.partial_dir(config.data.dir).exists()
@@ -324,7 +324,7 @@ if os.environ.get("RANK") == "1":
 
 
 def embed_process(tmp_path: Path, config: Config, *launch: str) -> Callable[[], "subprocess.Popen[bytes]"]:
-    """Start `sana embed` with small windows as a process of its own, or as several, of which one is late."""
+    """Start `sana embed` with small windows: one process, or several of which one is late."""
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     script = tmp_path / "small.py"
     body = "from sana_cli.cli import app\nif __name__ == '__main__':\n    app(['embed', '--config', 'config.yaml'])\n"
@@ -340,7 +340,7 @@ def embed_process(tmp_path: Path, config: Config, *launch: str) -> Callable[[], 
 
 
 def test_killed_work_goes_on(tmp_path: Path, many: Path, small_windows: None) -> None:
-    """SIGKILL whenever a new file appears: the bytes in the end are those of work that nobody stopped."""
+    """SIGKILL at each new file: the final bytes are those of an uninterrupted run."""
     whole = folder_config(tmp_path / "whole", many)
     list(embed(EmbedOptions(whole)))
     config = folder_config(tmp_path / "cut", many)
@@ -361,7 +361,7 @@ def test_killed_work_goes_on(tmp_path: Path, many: Path, small_windows: None) ->
 
 
 def test_a_killed_worker_is_one_message(tmp_path: Path, many: Path, small_windows: None) -> None:
-    """As when memory runs out: the other processes end, nothing hangs, and the work can go on."""
+    """As when memory runs out: the other processes end, nothing hangs, work can resume."""
     whole = folder_config(tmp_path / "whole", many)
     list(embed(EmbedOptions(whole)))
     config = folder_config(tmp_path / "cut", many, "data.workers=2")
@@ -379,7 +379,7 @@ def test_a_killed_worker_is_one_message(tmp_path: Path, many: Path, small_window
     assert not config.data.dir.exists()
     list(embed(EmbedOptions(config)))
     assert contents(config.data.dir) == contents(whole.data.dir)
-    for worker in multiprocessing.active_children():  # they end by themselves
+    for worker in multiprocessing.active_children():  # they end without being killed
         worker.join(60)
         assert worker.exitcode is not None
 
@@ -400,11 +400,11 @@ def test_two_processes_make_the_same_bytes(tmp_path: Path, many: Path, small_win
     process = embed_process(tmp_path / "two", config, *launch)()
     stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr.decode()
-    assert stdout.decode().count("images ") == 1, "one process speaks"
+    assert stdout.decode().count("images ") == 1, "only one process reports"
     assert contents(config.data.dir) == contents(whole.data.dir)
 
 
-# --- what a review found ------------------------------------------------------------------------------------
+# --- found in reviews ---------------------------------------------------------------------------------------
 
 
 def test_a_change_of_content_alone_is_noticed(tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ def test_strict_looks_at_what_was_done_before(tmp_path: Path, many: Path, small_
     for _ in range(2):
         with pytest.raises(SanaError, match=r"0003\.png: .*\nleave out `strict`"):
             list(embed(EmbedOptions(config, strict=True)))
-        list(embed(EmbedOptions(config)))  # then it is finished, and looked at as it is
+        list(embed(EmbedOptions(config)))  # now finished, and checked as it is
 
 
 def test_what_was_whole_but_not_in_its_place_is_put_there(tmp_path: Path, many: Path) -> None:
@@ -527,7 +527,7 @@ def test_interrupting_is_prompt(tmp_path: Path, many: Path) -> None:
     config = folder_config(tmp_path, many)
     steps = embed(EmbedOptions(config))
     next(steps)
-    close(steps)  # the reader stops at its next images, and nobody waits for the window
+    close(steps)  # the reader stops at its next images, not at the end of the window
     assert finished(config).images == 297
 
 
@@ -539,8 +539,8 @@ def test_captions_that_are_cut_are_counted(tmp_path: Path) -> None:
     ]
     config = folder_config(tmp_path, metadata_folder(tmp_path / "source", rows), "text.max_length=4")
     summary = embedded(config)
-    assert summary.cut == 2, "distinct captions of more than three words, and the beginning"
-    assert embedded(config).cut == 2, "also where it was there already"
+    assert summary.cut == 2, "distinct captions of more than three words; the first token is <bos>"
+    assert embedded(config).cut == 2, "also for an existing dataset"
     assert inspect(InspectOptions(str(config.data.dir))).facts["cut"] == "2 captions, at text.max_length"
     whole = folder_config(tmp_path / "whole", tmp_path / "source")
     assert embedded(whole).cut == 0

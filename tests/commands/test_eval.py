@@ -1,4 +1,4 @@
-"""`sana eval` of checkpoints and folders, and what it cannot do."""
+"""`sana eval` of checkpoints and folders, and what it refuses."""
 
 import json
 import signal
@@ -48,24 +48,22 @@ def test_eval_of_a_checkpoint_and_of_a_folder(
         assert image.width > 1000
     monkeypatch.setattr(evaluating, "SWEEP_STEPS", (1,))
     monkeypatch.setattr(evaluating, "SWEEP_GUIDANCE", (1.0,))
-    *_, swept = evaluate(
-        EvalOptions(run, images=40, sweep=True)
-    )  # the usual settings, and the checkpoint's own, 2 and 2.5
+    # the patched settings, and the checkpoint's own: 2 steps, guidance 2.5
+    *_, swept = evaluate(EvalOptions(run, images=40, sweep=True))
     assert isinstance(swept, EvalSummary)
     found = [(r.settings.steps, r.settings.guidance_scale, r.images) for r in swept.results if r.settings]
     assert found == [(1, 1.0, 40), (1, 2.5, 40), (2, 1.0, 40), (2, 2.5, 40)]
     labels = Dataset(config.data.dir).labels()
     assert labels is not None
-    for share in summary.results[
-        0
-    ].verdict.captions:  # as frequent as in the dataset, where half of a digit's have either name
+    # as frequent as in the dataset, where a digit's two names have half of its images each
+    for share in summary.results[0].verdict.captions:
         meant = int(share.name) if share.name.isdigit() else [*DIGIT_WORDS].index(share.name)
         assert abs(share.count - 40 * int((labels == meant).sum()) / len(labels) / 2) < 1
     assert (
         record(summary)["results"][0]["real_frechet_distance"] == summary.results[0].verdict.real_distance > 0
     )
 
-    # the same pictures, from a folder of PNG files that say their prompts
+    # the same pictures, from a folder of PNG files that record their prompts
     captions = [share.name for share in summary.results[-1].verdict.captions for _ in range(share.count)]
     sampled(run, " ".join(captions), steps=2, guidance_scale=2.0, separate=tmp_path / "s")
     *_, again = evaluate(EvalOptions(tmp_path / "s", data=config.data.dir))

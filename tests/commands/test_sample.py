@@ -1,4 +1,4 @@
-"""Pictures that depend on prompt, seed and settings alone; and what is refused."""
+"""`sana sample`: pictures depend only on prompt, seed and settings; and what is refused."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_guide_to_weights_draws_our_image_with_diffusers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its code as it stands there, on a checkpoint of that name."""
+    """Runs the page's code unchanged, on a checkpoint of that name."""
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     own = (
@@ -96,7 +96,7 @@ def test_odd_prompts_are_drawn(step: Path, tmp_path: Path) -> None:
 
 
 def test_encoder_and_transformer_take_turns(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under offload, the encoder is gone before the transformer comes; with "none" it stays."""
+    """With offload, the encoder is freed before the transformer loads; with "none" it stays."""
     import gc
     import weakref
 

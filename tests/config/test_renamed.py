@@ -1,4 +1,4 @@
-"""Renamed keys: a user's config is told the new name; sana's own old files are read."""
+"""Renamed keys: refused in a user's config, read in sana's own old files."""
 
 from pathlib import Path
 
@@ -55,3 +55,19 @@ def test_a_runs_config_is_read_by_its_old_keys(tmp_path: Path) -> None:
     run.mkdir()
     (run / RUN_CONFIG).write_text(yaml.safe_dump(old))
     assert load_run_config(run) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "lr"),
+    [("train: {lr: 0.5}\noptim:", 0.5), ("optim:\ntrain: {lr: 0.5}", 0.5), ("optim: {lr: 0.5}\ntrain:", 0.5)],
+)
+def test_an_emptied_section_of_a_recorded_config_loses_nothing(text: str, lr: float) -> None:
+    assert parse_config(text, "c.yaml", recorded=True).optim.lr == lr
+
+
+@pytest.mark.parametrize(
+    "text", ["optim: 3\ntrain: {lr: 0.1}", "train: {lr: 0.1}\noptim: 3", "optim: [1]\ntrain: {lr: 1}"]
+)
+def test_a_recorded_section_that_is_no_mapping_is_one_message(text: str) -> None:
+    with pytest.raises(SanaError, match="optim needs keys below it"):
+        parse_config(text, "c.yaml", recorded=True)

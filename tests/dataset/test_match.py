@@ -1,4 +1,4 @@
-"""Whether a dataset, and its held-out split, are those that a config asks for."""
+"""Whether a dataset and its held-out split match a config."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_config_and_dataset_must_agree(config: Config) -> None:
 
 
 def test_embed_makes_the_held_out_split_a_dataset_of_its_own(config: Config) -> None:
-    summary = embedded(again(config, *HELD_OUT))  # the other is there already
+    summary = embedded(again(config, *HELD_OUT))  # the training split exists already
     assert summary.held_out is not None
     assert (summary.was_there, summary.held_out.was_there) == (True, False)
     dataset = Dataset(Path(f"{config.data.dir}-test"))

@@ -1,4 +1,4 @@
-"""Datasets that come back as they went in, or are called damaged."""
+"""Datasets are read as they were written, or reported as damaged."""
 
 import random
 

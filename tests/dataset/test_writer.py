@@ -1,4 +1,4 @@
-"""Datasets written in any order of windows come back."""
+"""Datasets whose windows are written in any order are read back."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_any_dataset_comes_back(
         nothing = [None] * len(captions)
         images = writer.Images(torch.from_numpy(pixels[-1]), names, captions, nothing, nothing)
         windows.append(([fresh] if fresh else [], images))
-    for number in reversed(range(windows_count)):  # in any order, by any writer of the same plan
+    for number in reversed(range(windows_count)):  # in any order, by any writer with the same plan
         into = writer.DatasetWriter(folder, plan)
         shards = [into.write_captions(number, at, fresh) for at, fresh in enumerate(windows[number][0])]
         into.write(number, shards, windows[number][1], ids, [])

@@ -194,7 +194,7 @@ def invoke(*arguments: str, columns: int = 80) -> Result:
 
 
 def process_environment(folder: Path) -> dict[str, str]:
-    """For a `sana` process: one thread, no colours, 80 columns; offline if NO_NETWORK is in site/."""
+    """For a process: one thread, no colours, 80 columns; offline if site/ has NO_NETWORK."""
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(REPOSITORY)]),
         "OMP_NUM_THREADS": "1",

@@ -46,7 +46,7 @@ def published(name: str, **fields: Any) -> Architecture:
 
 
 def official(state: Mapping[str, Tensor], sprint: bool) -> dict[str, Tensor]:
-    """A diffusers state dict in the names of NVlabs/Sana's `sana_multi_scale.py`."""
+    """A state dict renamed as in NVlabs/Sana (`sana_multi_scale.py`, `sana_blocks.py`)."""
     left = dict(state)
     out: dict[str, Tensor] = {}
 

@@ -35,7 +35,7 @@ def perturb(folder: Path) -> None:
 
 
 def step_folder(tmp_path_factory: pytest.TempPathFactory, *overrides: str) -> Path:
-    """A step folder without its run; by default it predicts velocities, like published models."""
+    """A step folder without its run; predicts velocities by default, as published models do."""
     folder = tmp_path_factory.mktemp("training")
     config = small_config(folder, *overrides)
     embedded(config)

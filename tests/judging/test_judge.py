@@ -1,4 +1,4 @@
-"""The judge: its formulas against closed forms, and pictures whose answer is known."""
+"""The judge: its formulas against closed forms, and pictures with known answers."""
 
 import math
 from pathlib import Path
@@ -16,11 +16,11 @@ from sana_cli.sources import DIGIT_WORDS
 
 
 def test_frechet_distance_of_gaussians() -> None:
-    """With commuting covariances it is |m_a - m_b|^2 + sum (sqrt a_i - sqrt b_i)^2, in any basis."""
+    """For commuting covariances: |m_a - m_b|^2 + sum (sqrt a_i - sqrt b_i)^2, in any basis."""
     generator = torch.Generator().manual_seed(0)
     basis, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
     a, b = (torch.rand(6, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
-    a[0] = 0  # a feature that never moves
+    a[0] = 0  # a constant feature
     mean_a, mean_b = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
     first = Moments(mean_a, basis @ a.diag() @ basis.T)
     second = Moments(mean_b, basis @ b.diag() @ basis.T)
@@ -31,7 +31,7 @@ def test_frechet_distance_of_gaussians() -> None:
 
 
 def test_frechet_distance_where_covariances_do_not_commute() -> None:
-    """tr (A B)^(1/2) from the eigenvalues of A B, which is not how it is computed."""
+    """Against tr (A B)^(1/2) from the eigenvalues of A B, unlike the implementation."""
     generator = torch.Generator().manual_seed(1)
     roots = [torch.randn(5, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
     a, b = (root @ root.T for root in roots)
@@ -52,7 +52,7 @@ def test_moments_and_scatter() -> None:
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 5), (5, 5), (3, 10), (990, 1000)])
 def test_wilson_is_where_the_share_is_z_deviations_away(hits: int, count: int) -> None:
-    """Its ends solve |p - share| = z sqrt(p (1 - p) / count), which is the definition."""
+    """By definition, its ends solve |p - share| = z sqrt(p (1 - p) / count)."""
     low, high = wilson(hits, count)
     assert 0 <= low <= hits / count <= high <= 1
     for end in (low, high):
@@ -75,7 +75,7 @@ def test_a_judge_reads_what_it_was_not_trained_on(
     meaning = judge.labels_of_captions(dataset)
     assert meaning == {name: digit for digit in range(10) for name in (str(digit), DIGIT_WORDS[digit])}
     assert len(found.real) == 60  # every tenth image
-    assert found.accuracy > 0.6  # of 60 images, after 540: by chance it would be 0.1
+    assert found.accuracy > 0.6  # on 60 images, trained on 540; chance is 0.1
     labels = dataset.labels()
     assert labels is not None
     rows = np.arange(600)
@@ -94,12 +94,12 @@ def test_a_judge_reads_what_it_was_not_trained_on(
         == right.total.hits
     )
 
-    # kept beside the dataset, and read again; another dataset's is not taken
+    # saved beside the dataset and loaded again; a damaged one is not used
     path = judge.judge_path(config.data.dir)
     monkeypatch.setattr(judge, "_train", None)
     (again,) = judge.load_or_train(dataset, None, torch.device("cpu"))
     assert isinstance(again, Judge)
     assert judge.verdict_on(again, pixels, captions, meaning) == right
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(TypeError):  # damaged, so it would be trained again
+    with pytest.raises(TypeError):  # it would be trained again
         list(judge.load_or_train(dataset, None, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Several processes against one: gradients, weights, checkpoints. Real processes on the CPU."""
+"""Several real processes on the CPU against one: gradients, weights, checkpoints."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.fsdp  # here, and not again in each of many processes: it is slow
+import torch.distributed.fsdp  # slow, so imported once here and not in each process
 from helpers import again, embedded, make_trainer, metrics_lines, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +21,7 @@ from sana_cli.weights import checkpoint
 
 
 def in_processes(count: int, work: Callable[[], object]) -> None:
-    """Do `work` in so many processes, as torchrun would start them; each must end well."""
+    """Run `work` in this many processes, as torchrun would start them; each must succeed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +54,7 @@ def in_processes(count: int, work: Callable[[], object]) -> None:
 
 
 def gradients(config: Config, images: int, here: World | None = None) -> dict[str, Tensor]:
-    """Of the first step."""
+    """Gradients of the first step."""
     trainer = make_trainer(config, images, world=here)
     trainer._gradients(lambda: None)
     found = {
@@ -65,7 +65,7 @@ def gradients(config: Config, images: int, here: World | None = None) -> dict[st
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Norm of the difference over the norm."""
+    """Norm of the difference, relative to the norm."""
     assert found.keys() == expected.keys()
     wrong = sum(float((found[n] - t).double().square().sum()) for n, t in expected.items())
     right = sum(float(t.double().square().sum()) for t in expected.values())
@@ -81,7 +81,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(
 
     images = 12
     expected = gradients(cut(images), images)
-    for size in (6, 5, 1):  # 5: a ragged last micro-batch
+    for size in (6, 5, 1):  # 5: a smaller last micro-batch
         assert error(gradients(cut(size), images), expected) < 1e-6, size
     for processes, size, kind in (
         (2, 6, "ddp"),
@@ -135,12 +135,12 @@ def test_runs_do_not_depend_on_the_number_of_processes(config: Config, optimizer
         there = cut(name, size, accumulate, f"train.parallel={kind}")
         in_processes(processes, lambda there=there: trained(there))  # type: ignore[misc]
         for folder in checkpoint.steps(alone.run):
-            # Muon makes its matrices orthogonal in bf16
+            # Muon orthogonalises its matrices in bf16
             assert_near(
                 there.run.dir / "checkpoints" / folder.name, folder, 2e-5 if optimizer == "adamw" else 1e-3
             )
         found = metrics_lines(there.run.dir)
-        # as far as a loss tells of weights that Muon's bf16 products keep apart by 1e-3
+        # Muon's bf16 products let weights differ by 1e-3, so losses differ slightly
         rounding = 1e-6 if optimizer == "adamw" else 1e-5
         assert [line["loss"] for line in found] == pytest.approx(
             [line["loss"] for line in lines], rel=rounding
@@ -156,8 +156,8 @@ def test_runs_do_not_depend_on_the_number_of_processes(config: Config, optimizer
 def test_any_number_of_processes_resumes(
     config: Config, first: tuple[int, str], second: tuple[int, str]
 ) -> None:
-    """A step keeps its images. Another number of processes only cuts it otherwise."""
-    size = 6 // first[0]  # a step of the first part has 6 images, or with four processes 4
+    """A step keeps its images; another number of processes only splits it differently."""
+    size = 6 // first[0]  # a step of the first part has 6 images, or 4 with four processes
     rules = ("optim.schedule=constant", "optim.lr=1e-3")
     expected = trained(
         again(config, f"run.dir={config.run.dir}-straight", f"train.batch_size={size * first[0]}", *rules)
@@ -174,7 +174,7 @@ def test_any_number_of_processes_resumes(
 
 
 def test_a_problem_of_one_process_is_reported_once() -> None:
-    """What goes wrong in one process ends all. Rank 0 alone reports it."""
+    """A problem in one process ends all of them, and only rank 0 reports it."""
 
     def work() -> None:
         def alone() -> None:

@@ -19,7 +19,7 @@ from sana_cli.runtime import files
 
 def test_two_do_not_write_one_run_or_dataset(config: Config, tmp_path: Path) -> None:
     steps = train(TrainOptions(config))
-    next(steps), next(steps)  # has begun to write
+    next(steps), next(steps)  # it has started to write
     holder = rf"is being written by process {os.getpid()}"
     with pytest.raises(SanaError, match=holder):
         next(iter(train(TrainOptions(config, resume="auto"))))

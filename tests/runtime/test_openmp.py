@@ -1,4 +1,4 @@
-"""Waiting that leaves the cores to others: asked for in every way in, and switched while a command works."""
+"""Short OpenMP waits: set by every way to start `sana`, and switched while a command runs."""
 
 import ctypes
 import json
@@ -15,27 +15,27 @@ from sana_cli.runtime import openmp
 
 TELL = "import json, os, sys; print(json.dumps({n: os.environ.get(n) for n in sys.argv[1].split(',')}))"
 NAMES = ",".join(openmp.USERS)
-# what a process has in its environment when torch is first imported, written beside it
+# writes the OpenMP variables of a process at its first import of torch to a file beside it
 SPY = """
 import importlib.abc, importlib.util, json, os, pathlib, sys
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torch":
-            told = {n: os.environ[n] for n in %r if n in os.environ}
-            pathlib.Path(__file__).with_name(f"told-{os.getpid()}.json").write_text(json.dumps(told))
+            found = {n: os.environ[n] for n in %r if n in os.environ}
+            pathlib.Path(__file__).with_name(f"found-{os.getpid()}.json").write_text(json.dumps(found))
             sys.meta_path.remove(self)
         return None
 sys.meta_path.insert(0, Finder())
 """
 
 
-def told(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(path.read_text()) for path in folder.glob("told-*.json")]
+def recorded(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(path.read_text()) for path in folder.glob("found-*.json")]
 
 
 @pytest.fixture
 def spied(tmp_path: Path) -> Path:
-    """A folder whose processes write down what OpenMP will find, in site/."""
+    """A folder in which processes record their OpenMP variables, in site/."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SPY % (openmp.USERS,))
     (tmp_path / "small.yaml").write_text(SMALL + "run: {dir: runs/small, device: cpu}\n")
@@ -68,14 +68,14 @@ def test_every_way_in_asks_before_torch_is_loaded(way: str, spied: Path) -> None
         command, cwd=spied, env=environment(spied), capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = told(spied / "site")
+    found = recorded(spied / "site")
     asked = [one for one in found if one == openmp.SETTINGS]
-    launcher = 1 if way == "torchrun" else 0  # torchrun itself, which computes nothing
+    launcher = 1 if way == "torchrun" else 0  # torchrun itself computes nothing
     assert len(asked) == len(found) - launcher >= (2 if way == "torchrun" else 1)
 
 
 def test_workers_inherit_it(spied: Path) -> None:
-    """Processes that are started by spawning have what their parent asked for."""
+    """Spawned processes inherit the settings of their parent."""
     script = (
         "import os, sys, subprocess\nfrom sana_cli.runtime.openmp import ask_for_short_waits\n"
         "ask_for_short_waits(os.environ)\n"
@@ -98,15 +98,15 @@ def test_the_users_own_word_counts(name: str) -> None:
 
 
 def test_the_watch_knows_a_crowd_from_a_run_alone() -> None:
-    """Shares as measured on two cores, spinning and not, alone and beside other work."""
+    """Shares measured on two cores, with and without spinning, alone and beside other work."""
     watch = openmp.Watch(cores=2)
-    assert not any(watch.look(0.07 * 0.25, 0.25) for _ in range(50)), "a run alone, and its reader of batches"
+    assert not any(watch.look(0.07 * 0.25, 0.25) for _ in range(50)), "a run alone, with its batch reader"
     assert watch.look(0.6 * 0.25, 0.25), "one busy loop beside it"
     assert all(watch.look(0.46 * 0.25, 0.25) for _ in range(50)), "two runs that do not spin: still a crowd"
     assert watch.look(0.02 * 0.25, 0.25), "one quiet moment is not enough"
     assert not [watch.look(0.02 * 0.25, 0.25) for _ in range(openmp.LOOKS_UNTIL_CALM)][-1], "alone again"
     assert not openmp.Watch(cores=64).look(0.8, 1.0), "many threads have many small waits"
-    assert not openmp.Watch(cores=2).look(1.0, 0.0), "no time has gone by"
+    assert not openmp.Watch(cores=2).look(1.0, 0.0), "no time has passed"
 
 
 def test_waits_are_read_off_each_thread(tmp_path: Path) -> None:
@@ -118,9 +118,9 @@ def test_waits_are_read_off_each_thread(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "schedstat").write_text(text)
-    (tmp_path / "5").mkdir()  # a thread that has just ended
+    (tmp_path / "5").mkdir()  # a thread that just ended
     assert openmp.waited_for_a_core(tmp_path) == 2.5
-    assert openmp.waited_for_a_core(tmp_path / "nowhere") is None, "a system that does not tell"
+    assert openmp.waited_for_a_core(tmp_path / "nowhere") is None, "a system without schedstat"
 
 
 def libgomp() -> bool:
@@ -128,11 +128,9 @@ def libgomp() -> bool:
     return hasattr(library, "GOMP_parallel") and not hasattr(library, "kmp_set_blocktime")
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux") or not libgomp(), reason="torch is built on another OpenMP"
-)
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not libgomp(), reason="torch uses another OpenMP")
 def test_more_threads_than_cores_stop_libgomp_from_spinning() -> None:
-    """After an operation of two threads, the second one spins or sleeps: its processor time says."""
+    """After an operation of two threads, the processor time of the second shows if it spins."""
     script = """
 import os, time
 os.environ["GOMP_SPINCOUNT"] = "100000000000"
@@ -172,7 +170,7 @@ print(spinning > 0.1, throttled < 0.05, again > 0.1)
 
 
 def test_a_watch_opens_and_closes_its_throttle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Driven by what the system would say: first a crowd, then none."""
+    """Driven by simulated waits: first a crowd, then none."""
     waited = [0.0]
     teams: list[int] = []
     alive = [0]
@@ -206,9 +204,9 @@ def test_a_watch_opens_and_closes_its_throttle(monkeypatch: pytest.MonkeyPatch) 
         wait_until(1, 1.0)
         wait_until(0, 0.0)
         wait_until(1, 1.0)
-    assert alive[0] == 0, "closed with the command"
+    assert alive[0] == 0, "it closes with the command"
     monkeypatch.delenv("KMP_BLOCKTIME")
-    with openmp.watch():  # one of the two will do, as README says for Python
+    with openmp.watch():  # one of the two variables is enough
         wait_until(1, 1.0)
     assert teams
     assert min(teams) > (
@@ -219,4 +217,4 @@ def test_a_watch_opens_and_closes_its_throttle(monkeypatch: pytest.MonkeyPatch) 
     with openmp.watch():
         waited[0] += 100
         time.sleep(0.1)
-    assert len(teams) == before, "the user has decided"
+    assert len(teams) == before, "the user's setting wins"

@@ -1,4 +1,4 @@
-"""What a person asks to be written: devices and links, suffixes and slashes, one path for two things, modes."""
+"""Output paths: devices and links, suffixes and slashes, one path given twice, file modes."""
 
 import errno
 import os
@@ -40,11 +40,11 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert got[0].startswith(b"\x89PNG")
     assert summary.saved == (pipe,)
-    assert list(tmp_path.iterdir()) == [pipe], "nothing is left beside it"
+    assert list(tmp_path.iterdir()) == [pipe], "no other file remains"
 
 
 def test_a_device_is_never_renamed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for /dev/null: whatever `stat` says is a character device is opened for writing, and no name changes."""
+    """A stand-in for /dev/null: a character device is opened for writing and never replaced."""
     target = tmp_path / "device"
     target.write_bytes(b"")
     there = target.stat()
@@ -85,7 +85,7 @@ def test_links_are_followed(exists: bool, tmp_path: Path) -> None:
     assert real.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["real.png"]
     if exists:
-        assert stat.S_IMODE(real.stat().st_mode) == 0o640, "a file that is replaced keeps its mode"
+        assert stat.S_IMODE(real.stat().st_mode) == 0o640, "a replaced file keeps its mode"
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(SanaError, match="writing the pictures"):
@@ -184,7 +184,9 @@ def test_a_slash_or_a_folder_means_a_folder(tmp_path: Path, monkeypatch: pytest.
         (Path("new/sample-quickstart.png"), Path("film/sample-quickstart.gif"))
     ]
     assert drawn(out=there).saved == (there / "sample-quickstart.png",)
-    assert drawn(out="there").saved == (there / "sample-quickstart-2.png",), "no picture in a folder is lost"
+    assert drawn(out="there").saved == (there / "sample-quickstart-2.png",), (
+        "no picture in a folder is overwritten"
+    )
     Path("file").write_text("kept")
     with pytest.raises(SanaError, match="`separate`: file is not a folder"):
         drawn(separate=Path("file"))
@@ -252,7 +254,7 @@ def test_a_jpeg_without_room_for_its_record_says_so(tmp_path: Path) -> None:
         assert isinstance(summary, SampleSummary)
         return summary
 
-    assert grid(150, "some.jpg").notes == (), "without the other tools' words there is room"
+    assert grid(150, "some.jpg").notes == (), "there is room without the words for other tools"
     assert len(pictures.read_record(tmp_path / "some.jpg").images) == 150
     (note,) = grid(720, "many.jpg").notes
     assert "many.jpg has no room for all its prompts" in note

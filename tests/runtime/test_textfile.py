@@ -1,4 +1,4 @@
-"""Text files as people save them: one reading of them all."""
+"""Text files in the encodings and line ends that people use."""
 
 import codecs
 from pathlib import Path
@@ -14,7 +14,7 @@ from sana_cli.runtime import textfile
     st.lists(st.text(st.characters(exclude_characters="\r\n\ufeff", exclude_categories=["Cs"])), max_size=6)
 )
 def test_lines_end_where_people_end_them_and_nowhere_else(lines: list[str]) -> None:
-    """U+2028, form feeds and their kin, at which str.splitlines breaks, are text."""
+    """U+2028, form feeds and others at which str.splitlines breaks are text."""
     for end in ("\n", "\r\n", "\r"):
         assert textfile.split_lines("".join(line + end for line in lines)) == lines
 

@@ -1,4 +1,4 @@
-"""Labels of grids: legible in any script, whole on several lines."""
+"""Labels of grids: legible in any script, complete on several lines."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sana_cli.sampling import labels, pictures
 
 @pytest.fixture
 def only_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with no other font than Pillow's."""
+    """A machine with no font but Pillow's."""
     monkeypatch.setattr(labels, "fonts", lambda size: (ImageFont.load_default(size),))
 
 
@@ -31,12 +31,12 @@ def test_what_a_font_lacks_comes_from_another_one_or_is_spelt_out(
     assert isinstance(font, ImageFont.FreeTypeFont)
     assert isinstance(font.path, str)
     assert Path(font.path).is_relative_to(Path(matplotlib.__file__).parent)
-    assert labels.readable("a 中", 12)[1] == "a \\u4e2d", "which it lacks as well"
+    assert labels.readable("a 中", 12)[1] == "a \\u4e2d", "this font lacks it too"
     labels.fonts.cache_clear()
 
 
 def test_every_letter_that_is_drawn_is_a_letter(only_pillows: None) -> None:
-    """No two different letters of a label look alike, as all do that a font lacks."""
+    """No letter of a label is drawn as the box for a missing one."""
     font, text = labels.readable("日本語 한국어 العربية", 12)
     boxes = bytes(font.getmask(labels.NO_CHARACTER))
     assert all(bytes(font.getmask(letter)) != boxes for letter in set(text) - {" "})
@@ -65,7 +65,7 @@ def test_a_long_prompt_is_whole_in_the_grid_and_hides_no_image() -> None:
     pixels = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 1, 32, 32) * 60 + 7
     sheet = np.asarray(pictures.grid(pixels, rows).convert("L"))
     for number in range(4):
-        assert (sheet == 60 * number + 7).sum() >= 64 * 64, "each image is there in full"
+        assert (sheet == 60 * number + 7).sum() >= 64 * 64, "each image is complete"
     short = np.asarray(
         pictures.grid(pixels, [[pictures.Cell("4", 0), pictures.Cell("6", 1)], rows[1]]).convert("L")
     )

@@ -1,4 +1,4 @@
-"""Other people's whole pipelines against diffusers, and which models are on the device when."""
+"""Complete diffusers pipelines against diffusers, and which models are on the device when."""
 
 import itertools
 import json
@@ -22,11 +22,11 @@ from sana_cli.weights import checkpoint
 diffusers = pytest.importorskip("diffusers")
 
 PROMPT = "  A Small RED cube on a Blue sphere "
-CHANNELS, FACTOR, SIDE = 8, 8, 4  # of the latents, of the autoencoder, and of a sample
+CHANNELS, FACTOR, SIDE = 8, 8, 4  # of latents, of the autoencoder, and of a sample
 
 
 def saved_pipeline(folder: Path, gemma: Path, sprint: bool, scheduler: Any, **fields: Any) -> Path:
-    """A random pipeline in miniature, saved by diffusers: every folder that an official one has."""
+    """A tiny random pipeline saved by diffusers, with every folder of an official one."""
     from transformers import AutoModel, AutoTokenizer
 
     torch.manual_seed(1)
@@ -37,7 +37,7 @@ def saved_pipeline(folder: Path, gemma: Path, sprint: bool, scheduler: Any, **fi
         sample_size=SIDE,
         qk_norm="rms_norm_across_heads" if sprint else None, guidance_embeds=sprint, **fields,
     )  # fmt: skip
-    with torch.no_grad():  # weights with which the caption, the time and the guidance all show
+    with torch.no_grad():  # weights for which caption, time and guidance all matter
         for parameter in transformer.parameters():
             parameter.add_(0.08 * torch.randn_like(parameter))
     vae = diffusers.AutoencoderDC(
@@ -123,16 +123,16 @@ def test_pipelines_draw_what_diffusers_draws(
     assert summary.settings.solver == solver
     found = summary.pixels[0].permute(1, 2, 0).numpy().astype(float)
     assert found.shape == expected.shape == (*size, 3)
-    assert expected.std() > 10  # a picture, if not a pretty one
+    assert expected.std() > 10  # the picture is not flat
     print(f"{solver} {settings} {size}: largest difference {np.abs(found - expected).max():.2f} of 255")
-    assert np.abs(found - expected).max() <= 0.6  # half of it is the rounding to whole numbers
+    assert np.abs(found - expected).max() <= 0.6  # 0.5 of it is rounding to integers
 
 
-# --- settings that show -------------------------------------------------------------------------------------
+# --- settings that matter -----------------------------------------------------------------------------------
 
 
 def test_prompts_are_treated_as_diffusers_treats_them(pipelines: dict[str, Path]) -> None:
-    """Lower-cased and stripped, after the instruction; recorded as settings, and each of them shows."""
+    """Lower-cased and stripped, after the instruction: recorded settings, and each matters."""
     folder = pipelines["dpm++"]
     base = ours(folder, steps=3)
     assert torch.equal(base.pixels, ours(folder, steps=3).pixels)
@@ -186,7 +186,7 @@ def test_several_prompts_and_bf16_weights(pipelines: dict[str, Path], tmp_path: 
 
 
 def test_several_images_each_have_their_own_noise(pipelines: dict[str, Path]) -> None:
-    """Sprint's solver adds noise at every step: an image must not depend on what is drawn beside it."""
+    """Sprint's solver adds noise at every step: an image must not depend on its batch."""
     for solver in ("dpm++", "scm"):
         row = ours(pipelines[solver], images_per_prompt=3, seed=5)
         alone = ours(pipelines[solver], seed=6).pixels[0]
@@ -287,7 +287,7 @@ def test_inspect_names_what_a_pipeline_has(pipelines: dict[str, Path]) -> None:
 
 
 def test_models_take_turns_on_the_device(pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recorded moves, and at each coming which other models are still alive."""
+    """Records each move, and which other models are still alive when one arrives."""
     import gc
     import weakref
 
@@ -339,7 +339,7 @@ def test_models_take_turns_on_the_device(pipelines: dict[str, Path], monkeypatch
 def test_taking_turns_keeps_memory_low(
     pipelines: dict[str, Path], gemma: Path, tmp_path: Path, sana: Sana
 ) -> None:
-    """Peak resident memory of whole processes, with an encoder and a transformer of about 130 MB each."""
+    """Peak resident memory, with an encoder and a transformer of about 130 MB each."""
     from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 
     folder = tmp_path / "large"
@@ -382,7 +382,7 @@ def test_taking_turns_keeps_memory_low(
 def test_training_on_latents_from_published_weights(
     pipelines: dict[str, Path], gemma: Path, tmp_path: Path
 ) -> None:
-    """sana-0.6b and sana-1.6b in miniature: embed latents, start from weights, sample images."""
+    """Tiny sana-0.6b and sana-1.6b: embed latents, start from given weights, sample images."""
     from PIL import Image
 
     from sana_cli.dataset.reader import Dataset
@@ -447,7 +447,7 @@ def test_training_on_latents_from_published_weights(
         )
 
 
-# --- strangers' folders -------------------------------------------------------------------------------------
+# --- folders from others ------------------------------------------------------------------------------------
 
 
 def test_a_folder_brings_no_code_and_no_pickles(pipelines: dict[str, Path], tmp_path: Path) -> None:
@@ -523,7 +523,7 @@ def test_very_large_images_are_decoded_in_tiles(
     (tiled,) = decoder.decode(latents)
     assert tiled.shape == whole.shape == (1, 3, 64, 64)
     assert decoder.model.use_tiling
-    assert not torch.equal(tiled, whole)  # seams are blended, so near but not the same
+    assert not torch.equal(tiled, whole)  # tile seams are blended, so close but not equal
     assert float((tiled - whole).abs().mean()) < 0.2 * float(whole.std())
 
 

@@ -1,4 +1,4 @@
-"""The sampling loop: diffusers' pictures, guidance by its formula, memory used again."""
+"""The sampling loop: diffusers' pictures, the guidance formula, reuse of memory."""
 
 import platform
 import subprocess
@@ -31,7 +31,7 @@ def predicts_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("which", ["step", "predicts_samples"])
 def test_our_pictures_are_those_of_diffusers(which: str, request: pytest.FixtureRequest) -> None:
-    """The dozen lines with which a user of diffusers draws what `sana sample` draws, from the same noise."""
+    """A dozen lines of diffusers draw what `sana sample` draws, from the same noise."""
     diffusers = pytest.importorskip("diffusers")
     step: Path = request.getfixturevalue(which)
     summary = drawn(step, "4 two", steps=6, guidance_scale=2.0, seed=7, solver="dpm++")
@@ -60,7 +60,7 @@ def test_our_pictures_are_those_of_diffusers(which: str, request: pytest.Fixture
 
 
 def test_guidance_is_the_formula(step: Path) -> None:
-    """One Euler step from sigma 1: x_0 = noise - guided velocity, with the null caption's states."""
+    """One Euler step from sigma 1: x_0 = noise - guided velocity, with the null caption."""
     model, record = checkpoint.load_transformer(step), checkpoint.read_record(step)
     null = files.read_tensors(step / checkpoint.NULL_CAPTION)["states"]
     from sana_cli.text import load_encoder, text_config
@@ -114,11 +114,9 @@ print(faults())
 """
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory in their own way"
-)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries manage memory differently")
 def test_drawing_again_takes_the_memory_that_it_has() -> None:
-    """There are over 40,000 page faults if the C library returns to the system what layers free."""
+    """Over 40,000 page faults occur if the C library returns freed memory to the system."""
     answer = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     assert int(answer.stdout) < 5000
 

@@ -1,4 +1,4 @@
-"""What a person's folders hold: everything is read, passed over for a reason, or counted and listed."""
+"""Folders of images: each entry is read, ignored for a reason, or counted and listed."""
 
 import os
 import random
@@ -57,7 +57,7 @@ def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
         embedded(folder_config(tmp_path, source, "data.split=elsewhere"))
 
 
-# --- captions that are not read must not be replaced by others ----------------------------------------------
+# --- unread captions must not be replaced by others ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_captions_that_are_not_read_are_refused(
             tmp_path, rf"{name.split('/')[-1]} seems to hold captions, but is not read: .*folders\n.*{todo}"
         )
         assert error.exit_code == 2
-    else:  # metadata wins, and it is listed or is nobody's loss
+    else:  # metadata wins, and the file is listed or not needed
         write(tmp_path, {"metadata.jsonl": rows(("cat/1.png", "x"))})
         entries, left = folder(tmp_path)
         assert entries == {"cat/1.png": ("x",)}
@@ -166,7 +166,7 @@ def test_folders_of_other_splits_are_no_classes(tmp_path: Path, with_text: bool)
 
 
 def test_captions_are_read_as_text_is(tmp_path: Path) -> None:
-    """Lines end at line ends only; other encodings are named."""
+    """Lines end only at line ends; other encodings are named."""
     write(tmp_path, images(*(f"{n}.png" for n in range(5))))
     odd = "one\u2028still one\x0cand\x85on"
     write(tmp_path, {
@@ -200,7 +200,7 @@ HIDDEN = [
 
 @pytest.mark.parametrize("captions", ["classes", "text", "metadata"])
 def test_hidden_entries_are_passed_over(tmp_path: Path, captions: str) -> None:
-    root = tmp_path / ".cache" / "@eaDir"  # which the given folder may lie in
+    root = tmp_path / ".cache" / "@eaDir"  # the given folder may lie in hidden ones
     write(root, {**images("cat/1.png", "dog/1.png"), **images(*HIDDEN)})
     if captions == "text":
         write(root, {"cat/1.txt": "cat", "dog/1.txt": "dog", "cat/._1.txt": "\0\5\x16\7"})
@@ -224,7 +224,7 @@ def test_names_that_only_look_hidden_are_read(tmp_path: Path) -> None:
 
 
 def test_a_row_may_name_a_hidden_file(tmp_path: Path) -> None:
-    """Who writes the name down wants the file."""
+    """A name in the metadata asks for the file."""
     write(tmp_path, {**images(".keep/a.png", "b.png"), "metadata.jsonl": rows(
         (".keep/a.png", "x"), (".keep/none.png", "x"), (".keep", "x"), (".out/a.png", "x"), (".\ud800", "x"),
     ).replace("\ud800", "\\ud800")})  # fmt: skip
@@ -292,14 +292,14 @@ def test_links_are_read_or_listed(tmp_path: Path, captions: str) -> None:
         "cat/up",
         "birds/round",
         "dead",
-    }  # where nothing is, and nobody asked for it
+    }  # nothing is there, and no metadata names it
     assert left[0] == ("out/5.png", "a link that leads out of the source")
     assert left[1] == ("5.png", "a link that leads out of the source")
     assert left[2:] == sorted(item for item in listed.items() if item[0] not in {*ends, "5.png"})
 
 
 def test_a_folder_is_read_once_whatever_links_there_are(tmp_path: Path) -> None:
-    """Any web of links among folders: each image is read once, by a path that leads to it."""
+    """Whatever links the folders have, each image is read once, by a path that leads to it."""
     chosen = random.Random(0)
     for trial in range(30):
         root = tmp_path / str(trial)
@@ -328,7 +328,7 @@ def test_folders_that_cannot_be_listed_are_said(tmp_path: Path) -> None:
         (tmp_path / "dog").chmod(0o755)
 
 
-# --- what is there and not read -----------------------------------------------------------------------------
+# --- what is not read ---------------------------------------------------------------------------------------
 
 
 STRAYS = {

@@ -146,7 +146,7 @@ def test_tables_that_git_lfs_has_not_fetched_are_named(tmp_path: Path) -> None:
 
 
 def test_csv_written_by_the_library_comes_back(tmp_path: Path) -> None:
-    """Whatever captions a writer quotes, they are those that were given."""
+    """Captions survive, whatever the writer quotes."""
     chosen = random.Random(3)
     texts = ["".join(chosen.choices('a ,"\n\t;é|=', k=12)) + "." for _ in range(60)]
     with (tmp_path / "metadata.csv").open("w", newline="", encoding="utf-8") as file:

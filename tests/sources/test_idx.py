@@ -1,4 +1,4 @@
-"""MNIST as it is, and files like it: strict bytes, EMNIST's names, several sets in a folder."""
+"""MNIST and files in its format: strict bytes, EMNIST's names, several sets in a folder."""
 
 import gzip
 import shutil
@@ -92,7 +92,7 @@ def test_idx_files(tmp_path: Path, channels: int) -> None:
 
 
 # --- EMNIST and others in MNIST's file format ---------------------------------------------------------------
-# an F, so that no turn and no mirror image looks the same; as EMNIST's files have it, column by column
+# an F, since all its rotations and mirror images differ; EMNIST stores it column by column
 UPRIGHT = np.array([[9, 9, 9], [9, 0, 0], [9, 9, 0], [9, 0, 0]], dtype=np.uint8)
 
 
@@ -145,7 +145,7 @@ def test_emnist_is_named_by_its_mapping(tmp_path: Path) -> None:
         ("the letter A", "the letter a"), ("the letter Z", "the letter z"), ("the letter K", "the letter k")
     ]  # fmt: skip
     assert captions_in(idx_source(folder, caption_template="a letter")) == [("a letter",)] * 3, (
-        "not twice the same"
+        "equal captions count once"
     )
     prints = [numbers, idx_source(folder).fingerprint(), named.fingerprint()]
     (folder / "emnist-letters-mapping.txt").write_bytes(b"\xef\xbb\xbf1 945\r\n26 8364\r\n\r\n11 66")
@@ -156,7 +156,7 @@ def test_emnist_is_named_by_its_mapping(tmp_path: Path) -> None:
         "labels begin at 1"
     )
     assert captions_in(idx_source(folder, class_names=("none", *letters))) == [("a",), ("z",), ("k",)], (
-        "or 0 has a name too"
+        "0 may have a name too"
     )
     prints.append(idx_source(folder, class_names=letters).fingerprint())
     assert all(a != b for i, a in enumerate(prints) for b in prints[:i])
@@ -186,16 +186,15 @@ def test_a_mapping_that_says_too_little_is_refused(tmp_path: Path) -> None:
 
 def test_several_sets_in_a_folder_are_refused(tmp_path: Path) -> None:
     folder = write_set(tmp_path, "emnist-letters-train", [1], UPRIGHT.T)
-    write_set(
-        tmp_path, "emnist-balanced-test", [1], UPRIGHT.T, ".gz"
-    )  # another split alone would be another dataset's
+    # the other split alone is another dataset too
+    write_set(tmp_path, "emnist-balanced-test", [1], UPRIGHT.T, ".gz")
     with pytest.raises(
         SanaError, match=r"several datasets: emnist-balanced, emnist-letters\n(.|\n)*folder of its own"
     ):
         idx_source(folder)
     other = write_set(tmp_path / "other", "emnist-letters-train", [1], UPRIGHT.T)
     (other / "emnist-balanced-mapping.txt").write_text("1 65\n")
-    assert captions_in(idx_source(other)) == [("1",)], "another's mapping is no other set"
+    assert captions_in(idx_source(other)) == [("1",)], "a mapping alone is not another set"
     write_set(other, "train", [1], UPRIGHT)
     with pytest.raises(SanaError, match=r"several datasets: emnist-letters, train-images\*"):
         idx_source(other)
@@ -210,7 +209,7 @@ def test_plain_names_stay_as_they_are(tmp_path: Path, end: str, dot: str) -> Non
     assert captions_in(found) == [("one",), ("zero",)]
     image = next(iter(found)).image
     assert isinstance(image, np.ndarray)
-    assert np.array_equal(image, UPRIGHT), "it is not turned"
+    assert np.array_equal(image, UPRIGHT), "it is not transposed"
     assert found.fingerprint()["captions"] == ["{}", "zero", "one"]
     assert set(found.fingerprint()) == {"source", "split", "sha256", "captions"}
 

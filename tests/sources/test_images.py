@@ -1,4 +1,4 @@
-"""Pictures: brightness by kind, transparency, colour profiles, data beside the pixels, fitting."""
+"""Pictures: brightness by format, transparency, colour profiles, metadata, fitting."""
 
 import itertools
 import struct
@@ -24,7 +24,7 @@ from sana_cli.sources import colour, containers, images
 ORDERS: tuple[Literal["<", ">"], ...] = ("<", ">")
 
 
-# --- files, written here bit by bit, so that what Pillow reads is compared with something else than what Pill
+# --- files, written by hand so that Pillow's reading is not compared with Pillow's writing ------------------
 
 
 def chunk(kind: bytes, content: bytes, crc: int | None = None) -> bytes:
@@ -65,7 +65,7 @@ def tiff(
     photo: int | None = None, packed: bool = False, planar: bool = False, extra: int | None = None,
     raw: bytes | None = None,
 ) -> bytes:  # fmt: skip
-    """A TIFF of (H, W) or (H, W, channels) values of any type; `tags` are (tag, type, count, value)."""
+    """A TIFF of (H, W) or (H, W, channels) values; `tags` are (tag, type, count, value)."""
     deep = values.astype(values.dtype.newbyteorder(order))
     height, width = values.shape[:2]
     channels = values.shape[2] if values.ndim == 3 else 1
@@ -120,7 +120,7 @@ def refused(raw: bytes) -> str:
     return str(caught.value)
 
 
-# --- brightness goes by the kind of image -------------------------------------------------------------------
+# --- brightness depends on the format -----------------------------------------------------------------------
 
 
 DEEP = np.array([[0, 200, 25_700, 65_535]], dtype=np.uint16)
@@ -204,13 +204,13 @@ def test_values_that_fit_no_white_are_refused_by_what_they_are() -> None:
     )
     sparse = np.zeros((50, 50), np.float32)
     sparse[0, 0] = 255
-    assert "from 0 to 255" in refused(tiff(sparse)), "most values are in range, and yet it holds 0 to 255"
+    assert "from 0 to 255" in refused(tiff(sparse)), "most values are in range, but the file holds 0 to 255"
     assert "from -1 to 1" in refused(grey("f4", -1, 0.2, 0.3, 1))
     assert "up to 0.001, where white is 1: scale them to 0 to 1" in refused(grey("f4", 0, 0.001))
     for value in (np.nan, np.inf, -np.inf):
         assert "some of them not finite" in refused(grey("f4", 0.5, value))
     bright = np.full((50, 50), 0.5, np.float32)
-    bright[0] = 7.5  # 2 values in 100: a lamp, where white would be elsewhere
+    bright[0] = 7.5  # 2 % of the values: too many for highlights
     assert "to 7.5" in refused(tiff(bright))
     bright[0, 5:] = 0.5
     assert pixels(tiff(bright))[0][:6] == [255] * 5 + [128]
@@ -318,8 +318,8 @@ def test_one_transparent_grey_or_colour_is_compared_at_all_its_bits() -> None:
     colours = [[[0x8000, 0x1001, 0x2002], [0x8000, 0x1001, 0x2003]]]
     assert pixels(png(colours, 16, 2, before=[trns(0x8000, 0x1001, 0x2003)])) == [[[0x80, 0x10, 0x20], white]]
     assert pixels(png([[[1, 2, 3], [1, 2, 4]]], 8, 2, before=[trns(1, 2, 3)])) == [[white, [1, 2, 4]]]
-    # where every colour is under 256 and one is transparent, the file is refused like one without
-    assert "under" not in refused(png([[[1, 2, 3], [1, 2, 4]]], 16, 2, before=[trns(1, 2, 3)]))
+    dark = [[[1, 2, 3], [1, 2, 4]]]  # a transparent colour does not change why it is refused
+    assert refused(png(dark, 16, 2, before=[trns(1, 2, 3)])) == refused(png(dark, 16, 2))
 
 
 def test_alpha_of_any_depth_lies_over_white() -> None:
@@ -337,7 +337,7 @@ def test_alpha_of_any_depth_lies_over_white() -> None:
     for order, packed in itertools.product(ORDERS, (False, True)):
         half = np.array([[[0, 0, 0xFF00, 0xFFFF], [0, 0, 0, 0]]], dtype=np.uint16)
         assert pixels(tiff(half, order=order, packed=packed, extra=2)) == [[[0, 0, 255], [255] * 3]]
-    for extra in (1, 2):  # colours that alpha is in already, and others
+    for extra in (1, 2):  # colours premultiplied by alpha, and others
         grey = tiff(np.array([[[50, 255], [0, 0]]], np.uint8), extra=extra)
         if extra == 2 or int(PIL.__version__.partition(".")[0]) >= 13:
             assert pixels(grey) == [[[50] * 3, [255] * 3]]
@@ -367,7 +367,7 @@ def fixed(*values: float) -> bytes:
 
 
 def icc(space: bytes, tags: dict[bytes, bytes], connection: bytes = b"XYZ ", kind: bytes = b"mntr") -> bytes:
-    """An ICC profile of version 2 with these tags."""
+    """The bytes of an ICC profile, version 2, with these tags."""
     text = b"none\0"
     tags = {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78),
@@ -411,7 +411,7 @@ def srgb_of_linear(values: np.ndarray) -> np.ndarray:
 
 
 def converted(colours: np.ndarray, primaries: tuple[tuple[float, ...], ...], power: float) -> np.ndarray:
-    """By the definition: linear light, XYZ, linear light in sRGB, its curve."""
+    """The conversion by definition: linear light, XYZ, linear sRGB light, sRGB's curve."""
     light = (colours / 255.0) ** power @ np.array(primaries) @ np.linalg.inv(np.array(SRGB))
     return srgb_of_linear(light)
 
@@ -422,7 +422,7 @@ GREY_PROFILE = icc(b"GRAY", {b"kTRC": gamma(1.0)})
 
 
 def cmyk_profile() -> bytes:
-    """Where ink of any plate makes the same grey: lightness is 100 less 25 for each full plate."""
+    """A profile in which each full plate takes 25 from a lightness of 100, whatever its ink."""
     corners = [100 - 25 * sum(plates) for plates in itertools.product((0, 1), repeat=4)]
     nodes = bytes(itertools.chain.from_iterable((round(max(0, light) * 2.55), 128, 128) for light in corners))
     ramp = bytes(range(256))
@@ -452,7 +452,7 @@ def test_profiles_are_converted_to_srgb_in_every_format(
         assert abs(found - expected).max() < (1.5 if kind not in ("JPEG", "AVIF") else 16), kind
         assert abs(found - expected).mean() < 2, kind
     assert np.array_equal(pixels(encoded(image)), COLOURS)
-    # alpha is kept aside, and lies on the white of sRGB
+    # alpha is not converted, and the image lies on sRGB white
     clear = np.dstack([COLOURS, np.full((8, 8), 128, np.uint8)])
     clear[0] = 0
     kinds = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True, "exact": True}}
@@ -511,7 +511,7 @@ def test_cmyk_and_lab() -> None:
     ink = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
     for kind, more in {"TIFF": {}, "JPEG": {"quality": 100}}.items():
         assert np.allclose(pixels(encoded(ink, kind, **more)), [0, 255, 255], atol=2), (
-            "as Pillow has it; JPEG inverts it"
+            "Pillow's convention; JPEG inverts it"
         )
         found = np.array(pixels(encoded(ink, kind, icc_profile=cmyk_profile(), **more)))
         assert np.ptp(found) < 5
@@ -539,11 +539,10 @@ def test_srgb_profiles_leave_every_pixel_as_it_is(monkeypatch: pytest.MonkeyPatc
         pixels(png(levels.astype(np.uint16) * 257, 16, before=[icc_chunk(icc(b"GRAY", {b"kTRC": curve}))]))
         == levels.tolist()
     )
-    rough = icc(
-        b"GRAY", {b"kTRC": table(linear_of_srgb(np.linspace(0, 1, 20)))}
-    )  # nowhere off by more than 1
+    # off by 1 at most
+    rough = icc(b"GRAY", {b"kTRC": table(linear_of_srgb(np.linspace(0, 1, 20)))})
     assert pixels(png(levels, before=[icc_chunk(rough)])) == levels.tolist()
-    # looked at once for each profile, and the memory of them is bounded
+    # each profile is built once, and the cache is bounded
     built: list[str] = []
     build = colour._build_transform
 
@@ -597,16 +596,15 @@ def test_a_pillow_without_little_cms_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert "no LittleCMS" in refused(encoded(Image.fromarray(COLOURS), icc_profile=ADOBE_PROFILE))
 
 
-# --- what lies beside the pixels ----------------------------------------------------------------------------
+# --- metadata -----------------------------------------------------------------------------------------------
 
 
 def exif(orientation: int) -> bytes:
     return b"MM\0*\0\0\0\x08\0\1" + struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0) + bytes(4)
 
 
-BOTH = (
-    exif(6)[:9] + b"\2" + struct.pack(">HHII", 0x010F, 2, 4, 0x61626300) + exif(6)[10:]
-)  # beside the maker of a camera
+# orientation after the camera's maker
+BOTH = exif(6)[:9] + b"\2" + struct.pack(">HHII", 0x010F, 2, 4, 0x61626300) + exif(6)[10:]
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
 LEVELS = np.random.default_rng(1).integers(0, 256, (4, 6), dtype=np.uint8)
 TURNED = np.rot90(LEVELS, -1).tolist()  # what orientation 6 asks for
@@ -658,7 +656,7 @@ def test_a_png_is_as_good_as_its_pixels(remarks: list[bytes], tmp_path: Path) ->
         (tmp_path / "a.png").write_bytes(raw)
         assert pixels(tmp_path / "a.png") == LEVELS.tolist()
     cut = png(LEVELS, after=[chunk(b"tEXt", b"key\0" + b"x" * 1000)])
-    assert pixels(cut[:-500]) == LEVELS.tolist(), "the end of a text is missing, and no pixel"
+    assert pixels(cut[:-500]) == LEVELS.tolist(), "only the end of a text is missing"
 
 
 def test_text_takes_no_memory() -> None:
@@ -682,7 +680,7 @@ def test_damaged_pixels_are_refused_as_before() -> None:
     whole = png(np.random.default_rng(0).integers(0, 256, (50, 50)))
     assert refused(whole[: len(whole) // 2]).startswith("damaged: ")
     assert refused(whole.replace(b"PLTE", b"PLTE")[:60] + bytes(100)).startswith("damaged")
-    for name in (b"IHDR", b"PLTE", b"tRNS"):  # without these, what the pixels are is not known
+    for name in (b"IHDR", b"PLTE", b"tRNS"):  # without these, the pixels cannot be read
         bad = chunk(name, bytes(13), crc=1)
         assert refused(png(LEVELS, before=[bad])).startswith("damaged")
     for kind in ("JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"):
@@ -796,7 +794,7 @@ def test_a_webp_and_an_avif_are_as_good_as_their_pixels() -> None:
         assert turned == np.rot90(pixels(plain), -1).tolist()
         assert avif.count(b"MM\0*") == 1
         assert pixels(avif.replace(b"MM\0*", b"what")) == turned, (
-            "its EXIF is broken; the orientation is told elsewhere"
+            "its EXIF is broken; the container has the orientation too"
         )
 
 
@@ -844,7 +842,7 @@ def test_orientation_is_read_wherever_it_may_be() -> None:
         assert pixels(png(LEVELS, before=[chunk(b"eXIf", exif(orientation))])) == expected.tolist()
 
 
-# --- files that are no pictures, or of other kinds ----------------------------------------------------------
+# --- files that are no pictures, or of other formats --------------------------------------------------------
 
 
 def test_what_is_no_image_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -919,9 +917,7 @@ def test_images_are_fitted() -> None:
     assert (wide[1:] == 0).all()
     checks = np.zeros((64, 64), dtype=np.uint8)
     checks[::2, ::2] = checks[1::2, 1::2] = 255
-    assert (
-        abs(data.fit_image(Image.fromarray(checks), (8, 8), 1).astype(int) - 127).max() < 20
-    )  # antialiased, not aliased
+    assert abs(data.fit_image(Image.fromarray(checks), (8, 8), 1).astype(int) - 127).max() < 20  # antialiased
     with pytest.raises(SanaError, match="1 or 3 channels, not 2"):
         data.fit_image(ramp, (8, 8), 2)
 
@@ -929,7 +925,7 @@ def test_images_are_fitted() -> None:
 def test_images_come_upright_grey_opaque_and_in_eight_bits() -> None:
     upright = picture(0, (6, 4))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter: what a camera held sideways writes
+    exif[0x0112] = 6  # a quarter turn, from a camera held sideways
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     assert np.array_equal(
         np.asarray(data.decode_image(encoded(turned, "PNG", exif=exif))), np.asarray(upright)

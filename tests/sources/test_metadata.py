@@ -1,4 +1,4 @@
-"""Metadata files: where they may lie, what they may hold, and the names in their rows."""
+"""Metadata files: their places, their contents, and the file names in their rows."""
 
 import csv
 import json
@@ -116,7 +116,7 @@ def test_names_above_a_split_may_be_spelt_as_elsewhere(tmp_path: Path, name: str
 
 
 def test_metadata_above_that_names_nothing_of_the_split_is_refused(tmp_path: Path) -> None:
-    """Its names may be relative to another folder. Class names must not become captions silently."""
+    """Its names may be relative to another folder; class names must not replace captions."""
     write(
         tmp_path,
         {**images("train/cat/1.png"), "metadata.jsonl": rows(("cat/1.png", "x"), ("val/2.png", "y"))},
@@ -127,7 +127,7 @@ def test_metadata_above_that_names_nothing_of_the_split_is_refused(tmp_path: Pat
 
 
 def test_metadata_above_the_given_folder_is_named(tmp_path: Path) -> None:
-    """The captions lie one folder up: they are not read there, so class names would take their place."""
+    """Captions one folder up are not read, so class names would replace them."""
     write(
         tmp_path,
         {**images("all/images/cat/1.png"), "all/metadata.csv": "file_name,text\nimages/cat/1.png,x\n"},
@@ -175,7 +175,7 @@ def test_metadata_that_leads_out_or_nowhere_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "in", r"metadata\.jsonl is a link that leads out of")
 
 
-# --- of other kinds, and names in them ----------------------------------------------------------------------
+# --- other formats, and the names in them -------------------------------------------------------------------
 JSON_ROWS = [{"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "text": "y"}]
 
 
@@ -219,7 +219,7 @@ JSON_ROWS = [{"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "text":
 def test_metadata_of_other_kinds_is_refused_by_name(
     tmp_path: Path, name: str, content: str | bytes, reason: str
 ) -> None:
-    """At once, also where it lies in a sub-folder: neither classes nor .txt take its place."""
+    """At once, also in a sub-folder: neither classes nor .txt replace it."""
     write(tmp_path, {**images("cat/a.png"), "cat/a.txt": "x", f"cat/{name}": content})
     refused(tmp_path, rf"cat/{name}.*{reason}")
 

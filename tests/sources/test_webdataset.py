@@ -1,4 +1,4 @@
-"""Tar shards: everything is read, passed over for a reason, or listed; and splits of shards."""
+"""Tar shards: each entry is read, ignored for a reason, or listed; and splits of shards."""
 
 import io
 import json
@@ -89,7 +89,7 @@ def test_damaged_tars_say_what_is_lost(tmp_path: Path) -> None:
     with tarfile.open(source / "a.tar") as tar:
         third = tar.getmembers()[4].offset
     flipped = bytearray(whole)
-    flipped[third + 150] ^= 1  # in a header's checksum
+    flipped[third + 150] ^= 1  # the checksum of a header
     for content, reason in (
         (bytes(flipped), "no header at byte"),
         (whole[:third], "cut short"),
@@ -108,7 +108,7 @@ def test_damaged_tars_say_what_is_lost(tmp_path: Path) -> None:
 
 
 def shard(path: Path, members: Iterable[tuple[str, bytes | str | None]]) -> Path:
-    """A tar; None is an image."""
+    """Write a tar; None is an image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for seed, (name, content) in enumerate(members):
@@ -196,7 +196,7 @@ APART = ": its parts are not adjacent; sort the shard by name (tar --sort=name)"
 def test_shards_that_are_not_sorted_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """Both halves of what is apart say it; what lacks something for good does not."""
+    """Both halves of a separated pair are reported as apart; a single half is not."""
     monkeypatch.setattr(webdataset, "MAX_WITHHELD", most)
     members = [
         ("0.png", None),
@@ -215,12 +215,12 @@ def test_shards_that_are_not_sorted_say_so(
         ("a.tar/0", "no image" + APART),
         ("a.tar/1", "no image" + APART), ("a.tar/8", "no caption"), ("a.tar/2", "no image" + APART),
     ]  # fmt: skip
-    if most == 1:  # memory is bounded: of the first it is not known yet
+    if most == 1:  # memory is bounded: the first are reported before their other half is found
         said[0], said[2] = ("a.tar/0", "no caption"), ("a.tar/1", "no caption" + APART)
         assert {name for name, _ in left} == {name for name, _ in said} | {"a.tar/3"}
         assert [reason for _, reason in left].count("no image" + APART) == 3
         assert isinstance(next(iter(opened(tmp_path / "a.tar", "webdataset"))), Skipped), (
-            "it is not kept until the end"
+            "it is reported before the end"
         )
     else:
         assert left == [("a.tar/3", "named twice; the first is kept"), *said]
@@ -312,7 +312,7 @@ def test_shards_that_are_something_else_say_what(tmp_path: Path, content: bytes,
 
 
 def test_shards_are_streamed(tmp_path: Path) -> None:
-    """The first entry comes before the rest of the shard is looked at."""
+    """The first entry is yielded before the rest of the shard is read."""
     whole = shard(tmp_path / "a.tar", [member for n in range(2000) for member in pair(f"{n:05d}")])
     entries = iter(opened(whole, "webdataset"))
     next(entries)
@@ -360,7 +360,7 @@ def test_only_the_shards_of_the_split_are_read(tmp_path: Path) -> None:
     )
     assert error.exit_code == 2
     assert list(tars(tmp_path / "val-0.tar", split="test")[0]) == ["val-0.tar/v"], (
-        "one shard is what was given"
+        "a single given shard is used for any split"
     )
     shard(tmp_path / "Test" / "train-9.tar", pair("9"))
     (tmp_path / "Test" / "val-0.tar").symlink_to("../val-0.tar")
@@ -374,7 +374,7 @@ def test_plain_shards_are_of_train(tmp_path: Path) -> None:
     assert list(tars(tmp_path)[0]) == ["000.tar/a"]
     refused(tmp_path, r"data\.split: .* has no folder val\nleave it out", "webdataset", split="val")
     shard(tmp_path / "test" / "000.tar", pair("b"))
-    assert list(tars(tmp_path)[0]) == ["000.tar/a"], "what lies in another split's folder is its own"
+    assert list(tars(tmp_path)[0]) == ["000.tar/a"], "another split's folder belongs to that split"
     assert list(tars(tmp_path, split="test")[0]) == ["000.tar/b"]
     shard(tmp_path / "more" / "train" / "0.tar", pair("c"))
     assert list(tars(tmp_path)[0]) == ["more/train/0.tar/c"]

@@ -1,6 +1,9 @@
 """A resumed run is bitwise equal to an uninterrupted one; what does not fit is refused."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,3 +222,32 @@ def test_a_run_without_an_average_is_resumed_to_the_bit(config: Config) -> None:
     summary = trained(cut("cut"), resume="auto")
     assert summary.first_step == 3
     assert_same_tensors(checkpoint_tensors(summary.checkpoint), checkpoint_tensors(straight.checkpoint))
+
+
+def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a checkpoint's state.json, with a manifest that fits it."""
+    state = files.read_json(folder / checkpoint.STATE)
+    change(state)
+    files.write_json(folder / checkpoint.STATE, state)
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint._seal(folder)
+
+
+def test_states_of_other_versions(config: Config) -> None:
+    """An unknown key is refused by name; a warm-up that is not on record is the former default of 50 steps."""
+    long = again(config, "optim.warmup_steps=null", "train.steps=60", "save.every=30", "log.sample_every=60")
+    stopped(long, 3)
+    folder = checkpoint.steps(long.run.dir)[-1]
+    rewrite_state(folder, lambda state: state["config"]["optim"].pop("warmup_steps"))
+    steps = [step for step in train(TrainOptions(long, "auto")) if isinstance(step, TrainStep)]
+    assert [step.lr for step in steps[1:3]] == pytest.approx(
+        [long.optim.lr * n / 50 for n in (4, 5)], rel=1e-9
+    )
+    rewrite_state(checkpoint.steps(long.run.dir)[-1], lambda state: state["config"]["train"].update(foo=1))
+    with pytest.raises(SanaError, match=r"train.foo: the run has 1, not None"):
+        list(train(TrainOptions(again(long, "train.steps=70"), "auto")))
+
+
+def test_dropout_is_refused_where_training_begins(config: Config) -> None:
+    with pytest.raises(SanaError, match=r"model.dropout: models are trained without dropout here"):
+        list(train(TrainOptions(again(config, "model.dropout=0.1"))))

@@ -1,4 +1,4 @@
-"""Step folders: as others read them, found, checked, given away."""
+"""Step folders: as other tools read them, found, checked, shared."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_diffusers_loads_the_step_folder_and_computes_the_same(step: Path) -> No
 
 
 def test_what_is_predicted_goes_with_the_weights(predicts_samples: Path, tmp_path: Path) -> None:
-    """In our folder, in its file alone, and in a pipeline that diffusers saved (in its scheduler)."""
+    """In our folder, in its weights file alone, in the scheduler of a diffusers pipeline."""
     diffusers = pytest.importorskip("diffusers")
     assert (
         json.loads((predicts_samples / "transformer" / "config.json").read_text())["prediction_type"]
@@ -80,7 +80,7 @@ def test_step_folders_tell_no_paths_and_no_pickle(step: Path) -> None:
         if path.is_file():
             assert path.suffix in (".json", ".safetensors", ".md"), path
             content = path.read_bytes()
-            if path.suffix == ".safetensors":  # its header; the rest is numbers
+            if path.suffix == ".safetensors":  # only the header has text
                 content = content[: 8 + int.from_bytes(content[:8], "little")]
             for secret in (
                 b"/tmp",
@@ -123,7 +123,7 @@ def test_the_newest_whole_checkpoint_is_the_default(
 
 
 def test_the_weights_that_come_with_sana(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a run they draw, say so, and write into the working directory. A run goes first."""
+    """Used and named if there is no run; pictures go to the working directory."""
     monkeypatch.chdir(tmp_path)
     *_, summary = sample(SampleOptions(("4 two 4 six",), device="cpu"))
     assert isinstance(summary, SampleSummary)
@@ -165,11 +165,11 @@ def test_a_release_is_its_checkpoint_in_bf16(step: Path, tmp_path: Path) -> None
     assert inspect(InspectOptions(str(given))).facts["step"] == 4
 
 
-# --- from before keys were renamed --------------------------------------------------------------------------
+# --- records from before keys were renamed ------------------------------------------------------------------
 
 
 def test_a_record_with_old_names_is_read_with_the_new_ones(tmp_path: Path) -> None:
-    """The record that comes with sana, as it was first written: its sections were model, train and sample."""
+    """sana's shipped record in its first form, with the sections model, train and sample."""
     record = checkpoint.read_record(checkpoint.shipped())
     assert record.config is not None
     old = in_old_names(record.config)

@@ -1,4 +1,4 @@
-"""Diffusers' scheduler configs: those that are solvers here, out and back; others are refused."""
+"""diffusers' scheduler configs: supported ones are written and read, others refused."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_other_schedulers_are_refused(content: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("solver", ["dpm++", "euler", "heun", "scm"])
 def test_scheduler_configs_go_out_and_come_back(solver: str, tmp_path: Path) -> None:
-    """Through diffusers, which fills in every default."""
+    """By way of diffusers, which fills in every default."""
     chosen = SampleConfig.model_validate({"solver": solver, "flow_shift": 1.0 if solver == "scm" else 2.5})
     content = configs.scheduler_config(chosen)
     scheduler = getattr(diffusers, content["_class_name"]).from_config(content)

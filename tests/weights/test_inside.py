@@ -1,4 +1,4 @@
-"""What other people's trainers and packers save: the SANA in it is found."""
+"""Files of other trainers and packers: the SANA inside is found."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ from sana_cli.weights.reader import read_weights
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before zip"])
 @pytest.mark.parametrize("numpy_core", [b"numpy._core", b"numpy.core"])
 def test_nvlabs_training_checkpoints_are_read(old: bool, numpy_core: bytes, tmp_path: Path) -> None:
-    """Of either numpy; and none of numpy's functions is called, nor allowed to others afterwards."""
+    """From numpy 1 and 2. No numpy function is called, or allowed in later pickles."""
     path, allowed = (
         trainer_file(tmp_path / "epoch_1_step_10.pth", old),
         torch.serialization.get_safe_globals(),
@@ -107,7 +107,7 @@ EMA_PYTORCH = {
 }
 EMA_PYTORCH |= prefixed("ema_model.module.", AVERAGE)
 LIT_EMA = {"model_ema.diffusion_model" + name.replace(".", ""): tensor for name, tensor in AVERAGE.items()}
-BOTH: dict[str, tuple[Any, str, str]] = {  # content, what the average and the raw weights are called
+BOTH: dict[str, tuple[Any, str, str]] = {  # content, names of the averaged and of the raw weights
     "DiT": ({"model": RAW, "ema": AVERAGE, "opt": {}, "args": argparse.Namespace(a=1)}, "ema", "model"),
     "DDP": (
         {"state_dict": prefixed("module.", RAW), "ema": prefixed("module.", AVERAGE)},
@@ -239,7 +239,7 @@ def test_what_cannot_be_told_is_named(tmp_path: Path) -> None:
         (
             prefixed("exp_avg.", RAW) | prefixed("exp_avg_sq.", RAW),
             "exp_avg, exp_avg_sq",
-        ),  # an optimizer's state by name
+        ),  # an optimizer's state, by parameter name
         ({"teacher": RAW}, "teacher"),
     ):
         torch.save(content, path)

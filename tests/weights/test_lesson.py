@@ -1,4 +1,4 @@
-"""The lesson's files: the same field, sampled with the lesson's own null caption."""
+"""The lesson's files: the same velocity, sampled with the lesson's own null caption."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from sana_cli.weights import checkpoint
 
 
 def test_the_lesson_computes_the_same_field(tmp_path: Path) -> None:
-    """Its network says data - noise at time 1 - sigma; ours noise - data at 1000 sigma timestep_scale."""
+    """Its output: data - noise at 1 - sigma; ours: noise - data at 1000 sigma timestep_scale."""
     theirs = reference(PIXELS)
     path = lesson_file(tmp_path / "diffusion-9999.pt", theirs)
     ours = checkpoint.load_transformer(path)
@@ -28,13 +28,13 @@ def test_the_lesson_computes_the_same_field(tmp_path: Path) -> None:
     error = float((found - expected).abs().max() / expected.abs().max())
     print(f"lesson: largest error {error:.1e}")
     assert error < 1e-5
-    assert float((found[0] - found[3]).abs().max()) > 0.01  # the time shows
+    assert float((found[0] - found[3]).abs().max()) > 0.01  # the time matters
 
 
 def test_the_lesson_is_sampled_with_its_own_null_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under the mask of each prompt, as it was trained."""
+    """With the mask of each prompt, as in its training."""
     path = lesson_file(tmp_path / "diffusion-9999.pt", reference(PIXELS))
     pipeline = open_pipeline(path, encoder="tiny")
     assert pipeline.null_caption is not None

@@ -1,4 +1,4 @@
-"""Official files: recognised by what is in them, and computing what diffusers computes."""
+"""Official files: recognised by their content, with the same output as diffusers."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sana_cli.weights.stored import check_tensors
 @pytest.mark.parametrize("with_extras", [False, True])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_are_recognised(name: str, with_extras: bool, tmp_path: Path) -> None:
-    """At full size, from a .pth as NVlabs/Sana saves them."""
+    """At full size, from a .pth as NVlabs/Sana saves it."""
     config = published(name)
     model = build(config, seed=None)
     assert checkpoint.parameter_count(model.parameters()) == PUBLISHED[name][-1]
@@ -44,7 +44,7 @@ def test_published_models_are_recognised(name: str, with_extras: bool, tmp_path:
     "kept", [(), ("pos_embed",), ("logvar_linear.weight", "logvar_linear.bias"), ("y_embedder.y_embedding",)]
 )
 def test_each_extra_may_be_there_or_not(kept: tuple[str, ...]) -> None:
-    """diffusers' script takes them out in one `try`, and fails where only some are there."""
+    """diffusers' script removes them in one `try`, and fails if only some exist."""
     config = published("Sana 0.6B")
     state = official(build(config, seed=None).state_dict(), sprint=False)
     state |= {name: tensor for name, tensor in extras("Sana 0.6B").items() if name in kept}
@@ -73,7 +73,7 @@ def test_resolution_is_read_off_the_positions(
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     pipeline = open_pipeline(tmp_path / "x.pth")
     assert pipeline.model == published(name, sample_size=side, interpolation_scale=scale)
-    if side == 32:  # the official 0.6B at this size has a shift of its own
+    if side == 32:  # the official 0.6B has another shift at this size
         small = official(build(published("Sana 0.6B"), seed=None).state_dict(), sprint=False) | extras(
             "Sana 0.6B", side
         )
@@ -110,7 +110,7 @@ def test_official_files_give_diffusers_numbers(name: str, tmp_path: Path) -> Non
         assert error < 1e-5
     if (
         not config.guidance_embeds
-    ):  # diffusers' own converter, which knows the first models only, agrees on the names
+    ):  # the names agree with diffusers' converter, which knows only the first models
         from diffusers.loaders.single_file_utils import convert_sana_transformer_to_diffusers
 
         converted = convert_sana_transformer_to_diffusers(

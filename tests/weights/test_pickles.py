@@ -86,7 +86,7 @@ def test_a_pickle_in_a_folder_is_not_opened_unasked(tmp_path: Path) -> None:
     assert same(checkpoint.load_transformer(tmp_path / "diffusion_pytorch_model.bin"), theirs) < 1e-5
 
 
-# --- what may stand beside weights --------------------------------------------------------------------------
+# --- what may come with weights -----------------------------------------------------------------------------
 
 
 def test_settings_paths_and_times_beside_weights_are_passed_over(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_settings_paths_and_times_beside_weights_are_passed_over(tmp_path: Path)
 
 
 def pickled(path: Path, name: str) -> Path:
-    """A checkpoint of PyTorch's old form with {"x": name()} in it, whose state is set; by hand."""
+    """Write {"x": name()} with a state by hand, in PyTorch's old checkpoint format."""
     module, _, function = name.rpartition(".")
     call = b"\x80\x02}X\x01\x00\x00\x00xc" + f"{module}\n{function}\n".encode() + b")R}bs."
     start = [
@@ -124,7 +124,7 @@ def pickled(path: Path, name: str) -> Path:
 
 
 def test_each_stand_in_stands_in(tmp_path: Path) -> None:
-    """Each name gives an object that keeps nothing, or an empty dictionary; its package is not used."""
+    """Each name gives an empty object or dictionary, and its package is not used."""
     for stand_in, name in pickles._STAND_INS:
         if stand_in is pickles._AsList:
             continue
@@ -158,7 +158,7 @@ def test_all_other_names_are_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_pickle_called_safetensors_is_a_pickle(tmp_path: Path) -> None:
-    """PyTorch goes by the name of a path."""
+    """PyTorch decides by the suffix of a path."""
     path = trainer_file(tmp_path / "x.safetensors", state_dict_ema=AVERAGE)
     assert value(read_weights(path)) == 2.0
     refused(
@@ -183,7 +183,7 @@ def test_a_payload_among_random_states_does_not_run(tmp_path: Path) -> None:
 
 
 class Ordered:
-    """Pickled as an ordered dictionary with attributes that stand in front of its methods."""
+    """Pickled as an ordered dictionary with attributes that hide its methods."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.content = content

@@ -1,4 +1,4 @@
-"""Diffusers' folders and files, whole, sharded and of a variant; and what is no SANA."""
+"""diffusers' folders and files, whole, sharded or a variant; and what is not a SANA."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         checkpoint.load_transformer(tmp_path)
 
 
-# --- diffusers' folders and files ---------------------------------------------------------------------------
+# --- folders and files of diffusers -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -108,7 +108,7 @@ def test_the_plain_weights_come_before_a_variant(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.load_transformer(tmp_path).proj_out.bias, plain["proj_out.bias"])
     named = checkpoint.load_transformer(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
     assert torch.equal(named.proj_out.bias, variant["proj_out.bias"])
-    for first in ("", ".bf16", ".fp16"):  # with each the best of those that are left
+    for first in ("", ".bf16", ".fp16"):  # the best of the remaining files
         path = tmp_path / f"diffusion_pytorch_model{first}.safetensors"
         assert torch.equal(
             checkpoint.load_transformer(tmp_path).proj_out.bias, load_file(path)["proj_out.bias"]
@@ -136,7 +136,7 @@ def test_a_bare_diffusers_file_of_a_published_width(tmp_path: Path) -> None:
 
 
 def test_our_own_file_speaks_for_itself(tmp_path: Path) -> None:
-    """Away from its folder: the model is in its metadata."""
+    """Outside its folder: its metadata describe the model."""
     config = small_config(tmp_path)
     embedded(config)
     list(train(TrainOptions(config)))
@@ -207,7 +207,7 @@ def test_odd_shapes_keys_and_configs_are_messages(tmp_path: Path) -> None:
 
 
 def test_names_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file is known by its content, a folder by what it holds, and `.` is a folder like any other."""
+    """Files and folders are recognised by their content; `.` is a folder like any other."""
     reference(PIXELS).save_pretrained(tmp_path / "transformer")
     shutil.copy(tmp_path / "transformer" / configs.WEIGHTS, tmp_path / "transformer" / "blob")
     torch.save(

@@ -1,4 +1,4 @@
-"""Files and folders that are no SANA are called what they are."""
+"""Files and folders without a SANA: the message says what they are."""
 
 import io
 import json
@@ -32,7 +32,7 @@ from sana_cli.weights.reader import read_weights
 
 
 def named(*names: str, prefix: str = "") -> bytes:
-    """A safetensors file of small tensors with these names."""
+    """Write a safetensors file of small tensors with these names."""
     return save({prefix + name: torch.zeros(1) for name in names})
 
 
@@ -163,7 +163,7 @@ def test_a_model_with_an_adapter_that_is_not_merged(tmp_path: Path) -> None:
 
 
 def packed(dtype: torch.dtype, *names: str) -> dict[str, Tensor]:
-    """A SANA one of whose weights is of this type, with these names beside it."""
+    """A SANA in which one weight has this type, with these extra names."""
     odd = {"blocks.0.attn.qkv.weight": torch.zeros(8, 1, dtype=torch.uint8).to(dtype)}
     return filled(1) | odd | {f"blocks.0.attn.qkv.{name}": torch.zeros(1) for name in names}
 
@@ -319,7 +319,7 @@ SHOWN_BY_CONTENT = set(FORMATS) - {
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_other_formats_are_called_what_they_are(kind: str, tmp_path: Path) -> None:
-    """By a suffix of weights always, and by any suffix or none where the beginning tells."""
+    """By a suffix of weights, otherwise by the first bytes."""
     content, parts = FORMATS[kind]
     for name in (
         "x.safetensors",
@@ -332,7 +332,7 @@ def test_other_formats_are_called_what_they_are(kind: str, tmp_path: Path) -> No
 
 
 def test_a_config_is_still_a_config(tmp_path: Path) -> None:
-    """Though its ninth character is that of a safetensors header."""
+    """Although its ninth character is that of a safetensors header."""
     (tmp_path / "mine.yaml").write_text("sample: {steps: 3}\n")
     assert inspect(InspectOptions(str(tmp_path / "mine.yaml"))).kind == "config"
 
@@ -411,7 +411,7 @@ def test_other_folders_are_called_what_they_are(kind: str, tmp_path: Path) -> No
 
 
 def saved(place: Path, **options: Any) -> Path:
-    """A diffusers pipeline's folder with a small transformer."""
+    """The folder of a diffusers pipeline with a small transformer."""
     reference(PIXELS).save_pretrained(place / "transformer", **options)
     return place
 
@@ -465,7 +465,7 @@ def test_an_average_in_a_folder_beside_is_said(tmp_path: Path) -> None:
 
 
 def test_a_dataset_is_not_told_to_be_weights(tmp_path: Path) -> None:
-    """Its shards are safetensors as well."""
+    """Its shards are safetensors files too."""
     place = folder_of(tmp_path / "data", {"index.json": b"{}", "images-00000.safetensors": MODEL})
     with pytest.raises(SanaError, match="it has neither checkpoints/ nor transformer/"):
         checkpoint.load_transformer(place)

@@ -1,4 +1,4 @@
-"""What can fail around a run: disks, memory, clocks, files that vanish, bits that flip."""
+"""Failures around a run: disks, memory, clocks, vanished files, flipped bits."""
 
 import os
 import random
@@ -20,7 +20,7 @@ from sana_cli.weights import checkpoint
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system of its own, or a skip where none can be had."""
+    """A small file system; skips the test if it cannot be mounted."""
     place = tmp_path / "small-disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
@@ -31,7 +31,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(place: Path) -> None:
-    """Leave no byte free."""
+    """Fill the file system completely."""
     with (place / "fill").open("wb", buffering=0) as file:
         try:
             while True:
@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_what_was_whole(config: Config, full_disk: Path) -> N
 def test_files_that_vanish_are_one_message(config: Config) -> None:
     steps = train(TrainOptions(config))
     next(steps)
-    shutil.rmtree(config.data.dir)  # memory-mapped: training goes on with what it has
+    shutil.rmtree(config.data.dir)  # memory-mapped, so training continues
     list(steps)
     with pytest.raises(SanaError, match="no dataset in"):
         next(iter(train(TrainOptions(config))))
@@ -82,7 +82,7 @@ def test_files_that_vanish_are_one_message(config: Config) -> None:
 
 
 def test_the_clock_may_jump(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "time", lambda: 0.0)  # monotonic clocks alone tell durations
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # durations come from monotonic clocks
     assert 0 < trained(config).seconds < 600
     for step in checkpoint.steps(config.run.dir):  # files from the future
         os.utime(step / checkpoint.MANIFEST, (4e9, 4e9))
@@ -90,7 +90,7 @@ def test_the_clock_may_jump(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_hundred_flipped_bits_of_a_checkpoint_are_found(config: Config) -> None:
-    """Of a dataset, `dataset/test_reader.py` shows it."""
+    """For a dataset, see `dataset/test_reader.py`."""
     folder = trained(config).checkpoint
     chance, paths = random.Random(0), sorted(path for path in folder.rglob("*") if path.is_file())
     for _ in range(200):

@@ -1,6 +1,6 @@
-"""Any file, config or caption gives a result or one message: no traceback, no flood, no hang.
+"""Any file, config or caption gives a result or one message: no traceback, flood or hang.
 
-The counts are those of the table in docs/trust.md: 2,000 configs, 500 files.
+docs/trust.md states the counts: 2,000 configs, 500 files.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from sana_cli.sampling import pictures
 from sana_cli.weights import checkpoint, configs
 
 CONFIGS, FILES_OF_A_KIND = 2000, 100  # of five kinds
-MOST_GROWTH = 300 * 2**20  # bytes that a kind's hundred files may add to the memory of the process
+MOST_GROWTH = 300 * 2**20  # bytes that the hundred files of a kind may add to the memory of the process
 HANG = 20  # seconds
 
 # --- configs ------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ ODD = st.one_of(
 
 
 def likely(field: Any) -> st.SearchStrategy[Any]:
-    """Values that a field may take, or nearly."""
+    """Values that a field may take, and similar ones."""
     kinds = [get_args(a) for a in (field.annotation, *get_args(field.annotation))]
     words = [word for kind in kinds for word in kind if isinstance(word, str)]
     some = [
@@ -137,7 +137,7 @@ def test_a_config_of_ten_megabytes_is_not_read(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Not for ever."""
+    """Fail after `HANG` seconds."""
 
     def late(*_: Any) -> None:
         raise AssertionError(f"not done after {HANG} seconds")
@@ -152,7 +152,7 @@ def guarded() -> Iterator[None]:
 
 
 def damaged(raw: bytes, draw_: Any) -> bytes:
-    """The bytes with one thing wrong: a few changed, some missing, some too many."""
+    """The bytes with one fault: some changed, missing or added."""
     at = draw_(st.integers(0, max(0, len(raw) - 1)))
     kind = draw_(st.sampled_from(["flip", "cut", "insert", "erase", "number", "head", "swap"]))
     if kind == "flip":
@@ -166,7 +166,7 @@ def damaged(raw: bytes, draw_: Any) -> bytes:
         return raw[:at] + draw_(st.binary(min_size=1, max_size=64)) + raw[at:]
     if kind == "erase":
         return raw[:at] + bytes(min(64, len(raw) - at)) + raw[at + 64 :]
-    if kind == "number":  # a length that promises the world
+    if kind == "number":  # an enormous length
         return (
             raw[:at]
             + draw_(st.sampled_from([b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"999999999999", b"-1", b"1e309"]))
@@ -178,7 +178,7 @@ def damaged(raw: bytes, draw_: Any) -> bytes:
 
 
 def rearranged(content: Any, draw_: Any) -> Any:
-    """JSON with one value replaced, missing, or of another kind."""
+    """JSON with one value replaced, missing, or of another type."""
     places: list[tuple[Any, Any]] = []
 
     def walk(node: Any) -> None:
@@ -201,7 +201,7 @@ def rearranged(content: Any, draw_: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One small file or folder of each kind, as `sana` and diffusers write them."""
+    """One small file or folder of each kind, as written by `sana` and diffusers."""
     from diffusers import SanaTransformer2DModel
 
     folder = tmp_path_factory.mktemp("made")
@@ -285,7 +285,7 @@ def test_files_are_used_or_refused(kind: str, made: dict[str, Path], tmp_path: P
             content = json.loads(path.read_text())
             write = files.write_json if content.pop("sha256", None) is None else files.write_sealed_json
             write(path, rearranged(content, data.draw))
-        elif kind == "picture" and data.draw(st.booleans()):  # a whole picture with a strange record
+        elif kind == "picture" and data.draw(st.booleans()):  # an intact picture with a damaged record
             record = rearranged(pictures.read_record(path).as_json(), data.draw)
             info = PngImagePlugin.PngInfo()
             info.add_itxt(pictures.PNG_KEY, json.dumps(record))
@@ -294,7 +294,7 @@ def test_files_are_used_or_refused(kind: str, made: dict[str, Path], tmp_path: P
             path.write_bytes(damaged(path.read_bytes(), data.draw))
         if kind == "checkpoint" and path.name != checkpoint.MANIFEST and data.draw(st.booleans()):
             (place / checkpoint.MANIFEST).unlink()
-            checkpoint._seal(place)  # by somebody who wants it to be believed
+            checkpoint._seal(place)  # with valid checksums, as an attacker would write them
         try:
             with guarded():
                 USES[kind](place)
@@ -340,11 +340,11 @@ def test_any_caption_and_prompt(
     console.table(report.columns, [tuple(row) for row in report.rows])
     console.note(text)
     console.error(SanaError(text))
-    told = "".join(capsys.readouterr())
-    assert "\x1b" not in told
-    assert "\x07" not in told
+    output = "".join(capsys.readouterr())
+    assert "\x1b" not in output
+    assert "\x07" not in output
     if "[red]" in text:
-        assert "[red]markup[/red]" in told
+        assert "[red]markup[/red]" in output
     (tmp_path / "images").mkdir()
     pictures.to_image(torch.zeros(1, 16, 16, dtype=torch.uint8)).save(tmp_path / "images" / "a.png")
     row = json.dumps({"file_name": "a.png", "text": text})
@@ -355,6 +355,6 @@ def test_any_caption_and_prompt(
             for _ in embed(EmbedOptions(small_config(tmp_path, *source))):
                 pass
         except SanaError as error:
-            assert "no entry can be used" in str(error)  # with the reason why
+            assert "no entry can be used" in str(error)  # followed by the reason
         else:
             assert len(Dataset(tmp_path / "set")) == 1

@@ -1,4 +1,4 @@
-"""Runs that are killed: real processes, SIGKILL. Nothing that was whole is lost."""
+"""Real processes killed by SIGKILL: nothing that was complete is lost."""
 
 import contextlib
 import random
@@ -30,20 +30,20 @@ KILLS = 50
 
 
 def last_line(run: Path) -> int:
-    """The step of the last whole line of the metrics: the run got so far at least."""
+    """The step of the last complete line of metrics, which the run has reached."""
     path = run / metrics.METRICS
     return max((line["step"] for line in metrics.read(path)), default=0) if path.is_file() else 0
 
 
 def being_written(partial: Path) -> set[tuple[str, int]]:
-    """The folders in there, each told from others of the same name by its time."""
-    with contextlib.suppress(FileNotFoundError):  # it comes and goes
+    """The folders in `partial`, each with its time, since names repeat."""
+    with contextlib.suppress(FileNotFoundError):  # it exists only during a save
         return {(path.name, path.stat().st_ctime_ns) for path in partial.iterdir()}
     return set()
 
 
 def test_fifty_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(config: Config) -> None:
-    """At random moments, half of them inside a save. In the end it equals a run without kills."""
+    """At random moments, half inside a save; the final weights are those of an unkilled run."""
     every, steps = 3, 700
 
     def cut(name: str, save_every: int) -> Config:
@@ -57,29 +57,27 @@ def test_fifty_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(confi
     chance, saving, resumed = random.Random(0), 0, 0
     partial = killed.run.dir / "checkpoints.partial"
     for number in range(KILLS):
-        saved, begun = checkpoint.steps(killed.run.dir), being_written(partial)  # by those before
+        saved, begun = checkpoint.steps(killed.run.dir), being_written(partial)  # of earlier processes
         process = child(lambda: trained(killed, resume="auto"))
         deadline = time.monotonic() + 60
-        if number % 2:  # after a save, wherever it is then
+        if number % 2:  # at a random moment after a save
             while checkpoint.steps(killed.run.dir)[-1:] == saved[-1:] and process.is_alive():
                 assert time.monotonic() < deadline
             time.sleep(chance.uniform(0, 0.15))
-        else:  # inside one
+        else:  # inside a save
             while not being_written(partial) - begun and process.is_alive():
                 assert time.monotonic() < deadline
             time.sleep(chance.uniform(0, 0.004))
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, (
-            "the run was over before it could be killed: raise its steps"
-        )
+        assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed: raise its steps"
         saving += partial.is_dir()
         reached = last_line(killed.run.dir)
         folder, _ = checkpoint.newest_step(killed.run.dir, hashes=True)
         there = 0 if folder is None else checkpoint.step_of(folder)
         assert reached - there <= every, (number, reached, there)
         resumed += folder is not None
-    assert saving >= KILLS // 5, "too few were killed inside a save"
+    assert saving >= KILLS // 5, "too few kills hit a save"
     assert resumed >= KILLS - 5
     finished = trained(cut("killed", steps), resume="auto")
     assert 0 < finished.first_step < steps
@@ -119,7 +117,7 @@ def test_a_killed_sample_leaves_pictures_whole(config: Config, tmp_path: Path) -
                 with Image.open(path) as image:
                     image.seek(getattr(image, "n_frames", 1) - 1)
                     image.load()
-    assert inside, "a kill was to hit a file being written"
+    assert inside, "no kill hit a file being written"
     last = start()
     _, err = last.communicate()
     assert last.returncode == 0, err
@@ -127,7 +125,7 @@ def test_a_killed_sample_leaves_pictures_whole(config: Config, tmp_path: Path) -
 
 
 def newer_step(run: Path, name: str) -> bool:
-    """Whether a step after `name` is whole."""
+    """Whether a step after `name` is complete."""
     return any(step.name > name and (step / "manifest.json").exists() for step in checkpoint.steps(run))
 
 
@@ -156,7 +154,7 @@ def test_sigkill_in_the_middle_of_a_save_leaves_the_earlier_checkpoint(
         assert folder is not None
         assert skipped == []
         assert load_file(folder / "training" / "raw.safetensors")
-    assert inside >= 2, "the kills were to hit a save"
+    assert inside >= 2, "too few kills hit a save"
     assert folder is not None
     resumed = sana(
         "train",

@@ -1,4 +1,4 @@
-"""Embed, train, sample and inspect as a user does it: processes, stdout and stderr, no network."""
+"""Embed, train, sample and inspect as a user does: processes, stdout and stderr, no network."""
 
 import json
 import os
@@ -27,15 +27,17 @@ def test_the_main_job_offline(sana: Sana, small: Path, tmp_path: Path) -> None:
     drawn = sana("sample", "4 two 4 six", "--steps", "2")
     assert drawn.returncode == 0, drawn.stderr
     assert drawn.stdout == "runs/small/sample-step-000004.png\n"
-    told = json.loads(sana("inspect", "runs/small/sample-step-000004.png", "--json").stdout)
-    assert [row["prompt"] for row in told["table"]] == ["4", "two", "4", "six"]
+    described = json.loads(sana("inspect", "runs/small/sample-step-000004.png", "--json").stdout)
+    assert [row["prompt"] for row in described["table"]] == ["4", "two", "4", "six"]
 
     run = json.loads(sana("inspect", "runs/small", "--verify", "--json").stdout)
     assert (run["kind"], run["step"], type(run["parameters"])) == ("run", 4, int)
     assert "error" not in sana("inspect", "data/quickstart", "--verify").stderr
     again = sana("inspect", "runs/small", "--yaml").stdout
     (tmp_path / "again.yaml").write_text(again)
-    planned = json.loads(sana("train", "--config", "again.yaml", "--dry-run", "--json").stdout)
+    planned = json.loads(
+        sana("train", "--config", "again.yaml", "--resume", "auto", "--dry-run", "--json").stdout
+    )
     assert (planned["parameters"], planned["steps"], planned["batch"]) == (run["parameters"], 4, 4)
 
 

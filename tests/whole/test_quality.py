@@ -1,6 +1,6 @@
-"""The quickstart in full: a judge reads its digits as prompted. Minutes; run with `make quality`.
+"""The full quickstart: a judge reads its digits as prompted. Minutes, by `make quality`.
 
-The judge is that of `sana eval`, which is trained on MNIST alone.
+The judge is that of `sana eval`, trained only on MNIST.
 """
 
 import json

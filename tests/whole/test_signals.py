@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: real processes, real signals, at every stage of a run."""
+"""Real processes stopped by real signals at every stage of a run."""
 
 import os
 import signal
@@ -30,11 +30,11 @@ from sana_cli.training import metrics, trainer
 from sana_cli.training.objective import RectifiedFlow
 from sana_cli.weights import checkpoint
 
-WAIT = 10.0  # seconds that a stop may take
+WAIT = 10.0  # maximum seconds for a stop
 
 
 def sana_train(config: Config) -> None:
-    """`sana train --resume auto`, in this process."""
+    """Run `sana train --resume auto` in this process."""
     path = config.run.dir.with_suffix(".yaml")
     path.write_text(config.to_yaml())
     cli.app(["train", "--config", str(path), "--resume", "auto"], prog_name="sana")
@@ -67,7 +67,7 @@ def test_a_signal_saves_the_last_whole_step(
     overrides = ["train.steps=100000"]
     if during == "step":  # the first micro-batch of two
         slow(RectifiedFlow, "losses")
-    elif during == "sampling":  # it would take hours
+    elif during == "sampling":  # a grid would take hours
         overrides += ["log.sample_every=7", "sample.steps=1000000"]
         slow(flow, "guide")
     elif during == "saving":
@@ -104,7 +104,7 @@ def test_a_second_signal_leaves_at_once(config: Config, monkeypatch: pytest.Monk
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
     process.join(0.5)
-    assert process.is_alive()  # it would finish its micro-batch
+    assert process.is_alive()  # it would finish its micro-batch first
     os.kill(process.pid, signal.SIGINT)
     process.join(WAIT)
     assert process.exitcode == 130
@@ -126,7 +126,7 @@ def test_a_signal_during_start_up_leaves_everything_as_it_was(
         _, err = process.communicate(timeout=WAIT)
     finally:
         process.kill()
-    if process.returncode != 143:  # Python itself had not begun, on a busy machine
+    if process.returncode != 143:  # on a busy machine, Python had not started yet
         assert (after, process.returncode, err) == (0.1, -signal.SIGTERM, "")
     assert "Traceback" not in err
     now = contents(config.run.dir / "checkpoints")
@@ -151,10 +151,10 @@ def test_a_lost_terminal_is_no_concern_under_nohup(config: Config, tmp_path: Pat
     assert process.poll() is None
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0
-    told = log.read_text()
-    assert "train 400/400  loss " in told
-    assert "\x1b" not in told
-    assert "\r" not in told
+    output = log.read_text()
+    assert "train 400/400  loss " in output
+    assert "\x1b" not in output
+    assert "\r" not in output
 
 
 def test_training_goes_on_when_nobody_reads_what_it_says(config: Config, tmp_path: Path) -> None:
@@ -179,10 +179,10 @@ def test_signals_save_the_last_whole_step(
     metrics = tmp_path / "runs" / "small" / "metrics.jsonl"
     wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 3, process)
     process.send_signal(number)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == code, told
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == code, output
     folder = checkpoint.steps(tmp_path / "runs" / "small")[-1]
-    assert f"stopped after step {checkpoint.step_of(folder)}, which is saved" in told
+    assert f"stopped after step {checkpoint.step_of(folder)}, which is saved" in output
     assert list(checkpoint.verify(folder, hashes=True))
 
 
@@ -192,6 +192,6 @@ def test_sigterm_ends_embedding_and_leaves_no_dataset(small: Path, tmp_path: Pat
         lambda: (tmp_path / "data" / "quickstart.partial" / "captions-00000.safetensors").exists(), process
     )
     process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=60)[1]
-    assert (process.returncode, "error: terminated" in told) == (143, True)
+    output = process.communicate(timeout=60)[1]
+    assert (process.returncode, "error: terminated" in output) == (143, True)
     assert not (tmp_path / "data" / "quickstart").exists()

@@ -1,4 +1,4 @@
-"""What systems lack or set: semaphores, modules, variables of job systems, room on disks, signals."""
+"""What systems lack or set: semaphores, modules, job variables, disk space, signals."""
 
 import json
 import os
@@ -213,10 +213,10 @@ def test_slurms_warning_saves_and_ends(sana: Sana, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGUSR1, told
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGUSR1, stderr
     folder = checkpoint.steps(tmp_path / "runs" / "small")[-1]
-    assert f"stopped after step {checkpoint.step_of(folder)}, which is saved" in told
+    assert f"stopped after step {checkpoint.step_of(folder)}, which is saved" in stderr
     assert list(checkpoint.verify(folder, hashes=True))
     assert json.loads((folder / checkpoint.STATE).read_text())["step"] == checkpoint.step_of(folder)
 
@@ -232,7 +232,7 @@ def test_resume_names_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert invoke("train", "--config", "small.yaml", "--set", "train.steps=2").exit_code == 0
     shutil.copytree(tmp_path / "runs" / "small" / "checkpoints" / "step-000002", tmp_path / "latest")
     gone_on = invoke("train", "--config", "small.yaml", "--resume", "latest", "--set", "run.dir=runs/more")
-    assert gone_on.exit_code == 0, gone_on.stderr  # a folder of that name is what it is
+    assert gone_on.exit_code == 0, gone_on.stderr  # a folder with that name is a checkpoint
 
 
 def test_home_is_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,13 +271,13 @@ def test_prompts_come_from_stdin_and_comments_are_none(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300, check=False, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert [image["prompt"] for image in told["images"]] == ["4", "two", "six", "x"]
-    assert told["notes"] == ["words that this checkpoint was never trained on: x"]
+    record = json.loads(done.stdout)
+    assert [image["prompt"] for image in record["images"]] == ["4", "two", "six", "x"]
+    assert record["notes"] == ["words that this checkpoint was never trained on: x"]
 
 
 def test_tools_that_job_systems_wrap_see_no_variables_of_ours() -> None:
-    """Importing the package changes no environment: only the command line asks for anything."""
+    """Importing the package changes no environment variable; only the command line does."""
     before = dict(os.environ)
     subprocess.run(
         [
@@ -294,7 +294,7 @@ def test_tools_that_job_systems_wrap_see_no_variables_of_ours() -> None:
     "command", ["--version", "inspect --json", "inspect --schema", "sample 4 --steps 1 --out p.png"]
 )
 def test_closed_streams_do_no_harm(command: str, tmp_path: Path) -> None:
-    """As under some daemons: no stdin, no stdout, no stderr; and no file is taken for one of them."""
+    """As under some daemons: if stdin, stdout or stderr is closed, no file takes its place."""
     line = f"exec {sys.executable} -m sana_cli {command} <&- >&- 2>&-"
     done = subprocess.run(
         ["sh", "-c", line], cwd=tmp_path, env=process_environment(tmp_path), timeout=300, check=False

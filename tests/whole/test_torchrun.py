@@ -1,4 +1,4 @@
-"""`torchrun ... -m sana_cli train`, as a user starts it."""
+"""`torchrun ... -m sana_cli train`, as a user runs it."""
 
 import signal
 import subprocess

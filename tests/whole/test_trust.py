@@ -1,4 +1,4 @@
-"""What a sceptic would try: ways in, and ways out."""
+"""Attacks and leaks that a sceptic would look for."""
 
 import ast
 import getpass
@@ -21,18 +21,18 @@ from sana_cli.weights import checkpoint
 
 SOURCES = sorted((REPOSITORY / "sana_cli").rglob("*.py"))
 
-# --- no ways in ---------------------------------------------------------------------------------------------
+# --- attacks ------------------------------------------------------------------------------------------------
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
-    """Each call by its dotted name, as it is written."""
+    """Each call with its dotted name as written."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """The modules that a source imports."""
+    """The modules that a source file imports."""
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
 
@@ -88,7 +88,7 @@ def test_no_list_of_files_leads_out_of_its_folder(name: str, config: Config, tmp
         list(checkpoint.verify(folder))
 
 
-# --- no ways out --------------------------------------------------------------------------------------------
+# --- leaks --------------------------------------------------------------------------------------------------
 
 CANARY = "hf_CANARYcanaryCANARYcanary1234567890"
 SECRETS = {"HF_TOKEN": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY, "HF_HUB_OFFLINE": ""}
@@ -96,7 +96,7 @@ SECRETS = {"HF_TOKEN": CANARY, "HUGGING_FACE_HUB_TOKEN": CANARY, "HF_HUB_OFFLINE
 
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What this process tries to connect to. It has a token, is not offline, and is refused."""
+    """The addresses that this process tries to reach, with a token and without offline mode."""
     tried: list[object] = []
 
     def refuse(*address: object, **_: object) -> None:
@@ -119,9 +119,9 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def test_nothing_leaves_and_no_secret_stays(
     sana: Sana, connections: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In three real processes, and in this one for what writes no weights."""
+    """In three real processes; commands that write no weights run in this one."""
     (tmp_path / "small.yaml").write_text(SMALL + "run: {dir: runs/small, device: cpu}\n")
-    told = ""
+    output = ""
     for arguments in (
         ("embed", "--config", "small.yaml", "--limit", "50"),
         ("train", "--config", "small.yaml"),
@@ -129,7 +129,7 @@ def test_nothing_leaves_and_no_secret_stays(
     ):
         answer = sana(*arguments, **SECRETS)
         assert answer.returncode == 0, answer.stderr
-        told += answer.stdout + answer.stderr
+        output += answer.stdout + answer.stderr
     assert not (tmp_path / "site" / "attempts").exists(), "a connection was tried"
     monkeypatch.chdir(tmp_path)
     for code, *words in (
@@ -140,17 +140,17 @@ def test_nothing_leaves_and_no_secret_stays(
     ):
         here = invoke(*map(str, words))
         assert here.exit_code == code, here.output
-        told += here.output
+        output += here.output
     environment = invoke("inspect", "--env").output
     assert "token         set" in environment
-    assert CANARY not in told + environment
+    assert CANARY not in output + environment
     assert connections == []
     written = [path for path in tmp_path.rglob("*") if path.is_file() and "site" not in path.parts]
     assert len(written) > 20
     private = [CANARY, CANARY[3:20], str(tmp_path)]
     private += [
         name for name in (getpass.getuser(), socket.gethostname()) if len(name) > 4
-    ]  # a short one is in any file
+    ]  # any file may contain a short name
     for secret in private:
         assert not [path for path in written if secret.encode() in path.read_bytes()], secret
 
@@ -166,6 +166,6 @@ def test_a_crash_tells_no_secret(tmp_path: Path) -> None:
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 1
     assert "RuntimeError" in answer.stderr
-    # the line is shown, its variables are not
+    # the source line is shown, its variables are not
     assert "hf_secret'" not in answer.stderr.replace("token = 'hf_secret'; raise", "")
     assert CANARY not in answer.stderr
