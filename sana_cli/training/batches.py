@@ -132,6 +132,7 @@ class StepBatches:
         self.train_set, self.objective, self.seed, self.images = train_set, objective, seed, images
         self.batch_size, self.world = batch_size, world
         self.waited = 0.0  # seconds in which training waited for a batch
+        self._cut: tuple[int, list[Slice]] | None = None  # of the step asked for last
         # one thread of torch's in there: with as many as cores, two teams of them would spin against each other
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="batches", initializer=lambda: torch.set_num_threads(1)
@@ -140,8 +141,10 @@ class StepBatches:
 
     def cut(self, step: int) -> list[Slice]:
         """The micro-batches of the step after `step` steps."""
-        rows = self.train_set.rows(step * self.images, self.images)
-        return cut(self.train_set.shape_numbers(rows), self.batch_size, self.world)
+        if self._cut is None or self._cut[0] != step:
+            rows = self.train_set.rows(step * self.images, self.images)
+            self._cut = step, cut(self.train_set.shape_numbers(rows), self.batch_size, self.world)
+        return self._cut[1]
 
     def of_step(self, step: int, is_last: bool) -> Iterator[tuple[Slice, MicroBatch]]:
         """Each micro-batch of the step after `step` steps. With `is_last` none is made ahead for the next step."""
