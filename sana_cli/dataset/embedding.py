@@ -62,9 +62,7 @@ class Embedder:
                     if not is_there and window.number % world.size == world.rank:
                         yield from self._write(window, captions, background)
                     del window, captions
-                    return_memory(
-                        self.encoder.device
-                    )  # many small tensors leave holes that malloc would keep
+                    return_memory(self.encoder.device)  # small tensors leave holes that malloc keeps
                     yield
                 background.wait()
             finally:
