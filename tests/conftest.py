@@ -10,6 +10,7 @@ import torch
 pytest.register_assert_rewrite("helpers")
 
 from helpers import NO_NETWORK, PYTHON_SANA, SMALL, Sana, embedded, process_environment, small_config  # noqa: E402
+from helpers.steps import sample_predicting_step, step_folder  # noqa: E402
 
 from sana_cli.config.keys import Config  # noqa: E402
 from sana_cli.runtime import device  # noqa: E402
@@ -90,3 +91,15 @@ def small(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL + "run: {dir: runs/small, device: cpu}\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a small run, for the tests of a module."""
+    return step_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def predicts_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a run that predicts the data."""
+    return sample_predicting_step(tmp_path_factory)

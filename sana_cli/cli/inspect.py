@@ -1,10 +1,11 @@
 """`sana inspect` on the command line."""
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from sana_cli.cli.options import JsonOption, home
+from sana_cli.cli.options import JsonOption, argument, grouped, option
 from sana_cli.cli.process import console, load_torch, user_errors
 from sana_cli.errors import SanaError
 
@@ -12,33 +13,27 @@ if TYPE_CHECKING:
     from sana_cli.commands.inspect import Description
 
 
-def inspect(
-    context: typer.Context,
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            callback=home,
-            help="A config, run, checkpoint, dataset, image, diffusers folder or weights file. "
-            "Default: the shipped configs.",
-        ),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check every byte of a dataset or checkpoint.")
-    ] = False,
-    yaml: Annotated[
-        bool,
-        typer.Option(
-            "--yaml", help="Print the whole config with every key explained, to start your own from."
-        ),
-    ] = False,
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema of configs, for editors to check them by.")
-    ] = False,
-    env: Annotated[
-        bool, typer.Option("--env", help="Print what sana runs on here, for a bug report.")
-    ] = False,
-    json: JsonOption = False,
-) -> None:
+@dataclass(frozen=True)
+class TargetOptions:
+    """What to describe, and which part of it."""
+
+    HEADING: ClassVar = None
+
+    target: str | None = argument(
+        "A config, run, checkpoint, dataset, image, diffusers folder or weights file. "
+        "Default: the shipped configs.",
+        path=True,
+    )
+    verify: bool = option("Check every byte of a dataset or checkpoint.", default=False)
+    yaml: bool = option(
+        "Print the whole config with every key explained, to start your own from.", default=False
+    )
+    schema: bool = option("Print the JSON schema of configs, for editors to check them by.", default=False)
+    env: bool = option("Print what sana runs on here, for a bug report.", default=False)
+
+
+@grouped
+def inspect(context: typer.Context, of: TargetOptions, *, json: JsonOption = False) -> None:
     """Describe a config, run, checkpoint, dataset, image or weights.
 
     \b
@@ -49,9 +44,11 @@ def inspect(
       sana inspect quickstart --yaml > mine.yaml
     """
     with user_errors(context) as work:
-        if target is not None and (schema or env):
-            raise SanaError(f"`{'schema' if schema else 'env'}` takes no target: drop {target}", exit_code=2)
-        if schema:
+        if of.target is not None and (of.schema or of.env):
+            raise SanaError(
+                f"`{'schema' if of.schema else 'env'}` takes no target: drop {of.target}", exit_code=2
+            )
+        if of.schema:
             from sana_cli.config.keys import json_schema
 
             return console.print_json(json_schema())
@@ -59,8 +56,8 @@ def inspect(
         from sana_cli.commands.inspect import InspectOptions, environment
         from sana_cli.commands.inspect import inspect as run
 
-        description = environment() if env else run(InspectOptions(target, verify))
-        if yaml:
+        description = environment() if of.env else run(InspectOptions(of.target, of.verify))
+        if of.yaml:
             return _print_yaml(description)
         return console.print_json(description.document) if json else _print_description(description)
 

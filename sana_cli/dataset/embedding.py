@@ -54,12 +54,12 @@ class Embedder:
                     while not ahead.done():
                         wait([ahead], timeout=SECONDS_BETWEEN_YIELDS)
                         yield
-                    window, is_there = ahead.result()
+                    window, wanted = ahead.result()
                     if window is None:
                         break
                     ahead = reading.submit(self._read, reader, world)
                     captions = self._number(window)
-                    if not is_there and window.number % world.size == world.rank:
+                    if wanted:
                         yield from self._write(window, captions, background)
                     del window, captions
                     return_memory(self.encoder.device)  # small tensors leave holes that malloc keeps
@@ -69,13 +69,14 @@ class Embedder:
                 reader.close()
 
     def _read(self, reader: WindowReader, world: World) -> tuple[SourceWindow | None, bool]:
-        """The next window, and whether it is written already."""
+        """The next window, and whether this process is to write it."""
         number = reader.windows
         record = self.into.done(number, hashes=True)
         self.resumed += record is not None
         if record is not None and self.strict and record.skipped:
             raise strict_error(record.skipped[0].name, record.skipped[0].reason)
-        return reader.next(wanted=record is None and number % world.size == world.rank), record is not None
+        wanted = record is None and number % world.size == world.rank
+        return reader.next(wanted), wanted
 
     def _number(self, window: SourceWindow) -> list[str]:
         """Give ids to the captions that are new in a window; those captions, in order."""

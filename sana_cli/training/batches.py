@@ -63,7 +63,7 @@ def quantiles(numbers: np.ndarray, seed: int) -> np.ndarray:
 
 def training_batch(train_set: TrainSet, objective: Objective, seed: int, numbers: np.ndarray) -> MicroBatch:
     """Images of a run by their numbers (B,), with everything drawn for them from (seed, number) alone."""
-    rows = np.concatenate([train_set.rows(int(run[0]), len(run)) for run in _runs(numbers)])
+    rows = training_rows(train_set, numbers)
     levels = quantiles(numbers, seed)
     return _draw(train_set, objective, seed, TRAINING, numbers, rows, levels, objective.caption_dropout)
 
@@ -88,9 +88,10 @@ def held_out_rows(numbers: np.ndarray, length: int, images: int) -> np.ndarray:
     return numbers * length // images
 
 
-def _runs(numbers: np.ndarray) -> list[np.ndarray]:
-    """Consecutive numbers taken together."""
-    return np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+def training_rows(train_set: TrainSet, numbers: np.ndarray) -> np.ndarray:
+    """Rows (B,) of images of a run, by their numbers (B,)."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)  # consecutive numbers together
+    return np.concatenate([train_set.rows(int(run[0]), len(run)) for run in runs])
 
 
 def _draw(
@@ -170,9 +171,7 @@ class StepBatches:
 
     def names(self, step: int, numbers: np.ndarray) -> list[str]:
         """What the source calls images of the step after `step` steps, by their numbers in it."""
-        runs = _runs(step * self.images + numbers)
-        rows = [self.train_set.rows(int(run[0]), len(run)) for run in runs if len(run)]
-        return self.train_set.names(np.concatenate(rows))
+        return self.train_set.names(training_rows(self.train_set, step * self.images + numbers))
 
     def close(self) -> None:
         """End the thread."""

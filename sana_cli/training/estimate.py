@@ -137,17 +137,13 @@ def training_memory(
     side, tokens = dataset.image_shape[1:], dataset.longest_caption()
     program = 0 if device.type == "cuda" else program_memory(model, config, placement.precision)
     as_asked = nullcontext() if device.type == "cpu" else arithmetic_as_asked()
-    with (
-        FakeTensorMode(),
-        as_asked,
-    ):  # as if on a CPU: the operations and their results are the same elsewhere
+    # as if on a CPU: the operations and their results are the same elsewhere
+    with FakeTensorMode(), as_asked:
         fake = SanaTransformer(model)
         fake.train().activation_checkpointing = train.activation_checkpointing
         parameters = parameter_count(fake.parameters())
-        batch, wide = (
-            _batch(model, train.batch_size, side, tokens),
-            _batch(model, 2 * min(drawn, MOST_IMAGES), side, tokens),
-        )
+        batch = _batch(model, train.batch_size, side, tokens)
+        wide = _batch(model, 2 * min(drawn, MOST_IMAGES), side, tokens)
         peak = _Peak()
         with peak:
             objective.losses(fake, batch).sum().backward()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sana_cli.autoencoder import Autoencoder
 from sana_cli.config.keys import Architecture, Config
 from sana_cli.errors import SanaError, first_line
 from sana_cli.model import SanaTransformer, build
@@ -74,8 +75,7 @@ class GridSampler:
                 return None
         images = sampler.final_images(drawn)
         if self.config.data.autoencoder is not None:
-            from sana_cli.autoencoder import Autoencoder  # loaded for the picture alone, and freed
-
+            # loaded for the picture alone, and freed
             images = torch.cat(
                 list(Autoencoder(self.config.data.autoencoder, placement.device).decode(images))
             )

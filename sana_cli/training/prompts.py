@@ -13,6 +13,7 @@ from sana_cli.runtime.device import release_memory
 from sana_cli.runtime.records import Encoder
 from sana_cli.sampling.pictures import Cell, grid_cells, prompt_rows
 from sana_cli.text import check_same_encoder, load_encoder, unseen_words, upgrade_fingerprint, words_of
+from sana_cli.weights.checkpoint import MOST_EXAMPLES
 
 GRID_CAPTIONS = 20  # captions of the dataset in a sample grid
 MOST_WORDS = 20_000  # of all captions, that a checkpoint remembers; of more, it remembers none
@@ -27,6 +28,7 @@ class GridPrompts:
     states: list[Tensor]  # (L, D) of each cell, row by row
     null_caption: Tensor  # (L, D)
     encoder: Encoder  # the fingerprint that checkpoints record
+    examples: list[str]  # captions that checkpoints record
     words: list[str] | None  # of all captions; None: too many
     notes: tuple[str, ...]  # what a person should know
 
@@ -59,6 +61,7 @@ def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> Gr
         states=[states[prompt] for prompt in prompts],
         null_caption=dataset.states([index.null_caption])[0],
         encoder=Encoder.model_validate(fingerprint),
+        examples=[text for text in list(texts)[: MOST_EXAMPLES + 1] if text],
         words=sorted(words) if len(words) <= MOST_WORDS else None,
         notes=tuple(notes),
     )

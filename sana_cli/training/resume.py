@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -88,8 +89,15 @@ def with_recorded_warmup(saved: Saved, config: Config) -> Config:
     """A config that leaves the warm-up to the number of steps, with that which the run began with."""
     if config.optim.warmup_steps is not None:
         return config
-    recorded = saved.state.config.get("optim", {}).get("warmup_steps", FORMER_WARMUP)
+    recorded = _recorded(saved.state, config, "optim")["warmup_steps"]
     return config.model_copy(update={"optim": config.optim.model_copy(update={"warmup_steps": recorded})})
+
+
+def _recorded(state: State, config: Config, section: str) -> dict[str, Any]:
+    """A section of the run's config. An earlier version recorded fewer keys: it ran with their defaults."""
+    defaults = type(getattr(config, section))().model_dump(mode="json")
+    defaults |= {"warmup_steps": FORMER_WARMUP} if section == "optim" else {}
+    return defaults | state.config.get(section, {})
 
 
 def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainPlan) -> tuple[str, ...]:
@@ -100,12 +108,8 @@ def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainP
     """
     state, now, train = saved.state, config.to_dict(), config.train
     wrong = []
-    # a checkpoint of an earlier version has fewer keys: it was made with their defaults
     for section in COMPARED:
-        defaults = type(getattr(config, section))().model_dump(mode="json")
-        defaults |= {"warmup_steps": FORMER_WARMUP} if section == "optim" else {}
-        old = defaults | state.config.get(section, {})
-        for key, before, after in differences(old, now[section]):
+        for key, before, after in differences(_recorded(state, config, section), now[section]):
             if not may_change(section, key):
                 wrong.append(f"{section}.{key}: the run has {before!r}, not {after!r}")
     if state.dataset_sha256 != dataset.index.sha256:
@@ -114,7 +118,8 @@ def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainP
         wrong.append(
             f"train.precision: the run used {state.precision}, and here it would be {plan.precision}"
         )
-    cut = [key for key in ("batch_size", "accumulate") if state.config["train"].get(key) != now["train"][key]]
+    then = _recorded(state, config, "train")
+    cut = [key for key in ("batch_size", "accumulate") if then[key] != now["train"][key]]
     if plan.batch != state.images and cut:
         processes = f" x {plan.processes} processes" * (plan.processes > 1)
         wrong.append(
@@ -129,8 +134,10 @@ def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainP
         )
     if plan.batch == state.images:
         return ()
+    rounds = plan.with_images(state.images).micro_batches
     return (
-        f"steps stay {state.images} images, as the run began: {plan.with_images(state.images).micro_batches} micro-batches of {train.batch_size} or fewer "
+        f"steps stay {state.images} images, as the run began: "
+        f"{rounds} micro-batches of {train.batch_size} or fewer "
         f"in {plan.processes} process{'es' * (plan.processes > 1)}",
     )
 

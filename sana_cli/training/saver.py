@@ -90,7 +90,7 @@ class Saver:
             parameters=self.plan.parameters,
             encoder=prompts.encoder,
             one_word_captions=index.one_word_captions,
-            example_captions=[text for text in self.dataset.texts()[: checkpoint.MOST_EXAMPLES + 1] if text],
+            example_captions=prompts.examples,
             image=index.image,
             autoencoder=index.image.autoencoder,
             precision=cast("Literal['bf16', 'fp32']", self.plan.precision),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import REPOSITORY, SMALL, embedded, invoke
-from helpers.steps import drawn, perturb, step_folder
+from helpers.steps import drawn, perturb
 
 from sana_cli import text
 from sana_cli.commands.sample import SampleOptions, sample
@@ -16,11 +16,6 @@ from sana_cli.config.file import parse_config
 from sana_cli.errors import SanaError
 from sana_cli.sampling import conditioning, sampler
 from sana_cli.weights import checkpoint
-
-
-@pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return step_folder(tmp_path_factory)
 
 
 def test_the_guide_to_weights_draws_our_image_with_diffusers(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers import sampled, trained
-from helpers.steps import drawn, step_folder
+from helpers.steps import drawn
 from PIL import GifImagePlugin, Image
 
 from sana_cli.config.keys import Config
@@ -13,11 +13,6 @@ from sana_cli.errors import SanaError
 from sana_cli.runtime import files
 from sana_cli.sampling import pictures
 from sana_cli.weights import checkpoint
-
-
-@pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return step_folder(tmp_path_factory)
 
 
 def test_grids_keep_how_they_were_made(step: Path, tmp_path: Path) -> None:

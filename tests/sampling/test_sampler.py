@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import sampled, trained
-from helpers.steps import drawn, sample_predicting_step, step_folder
+from helpers.steps import drawn
 
 from sana_cli.config.keys import Config, SampleConfig
 from sana_cli.errors import SanaError
@@ -17,16 +17,6 @@ from sana_cli.model import SanaTransformer
 from sana_cli.runtime import files
 from sana_cli.sampling import sampler
 from sana_cli.weights import checkpoint
-
-
-@pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return step_folder(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def predicts_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sample_predicting_step(tmp_path_factory)
 
 
 @pytest.mark.parametrize("which", ["step", "predicts_samples"])

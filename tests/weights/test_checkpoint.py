@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import in_old_names
-from helpers.steps import drawn, sample_predicting_step, step_folder
+from helpers.steps import drawn
 
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
@@ -19,16 +19,6 @@ from sana_cli.runtime import files
 from sana_cli.sampling.pipeline import open_pipeline
 from sana_cli.weights import checkpoint, configs
 from sana_cli.weights.checkpoint import load_transformer
-
-
-@pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return step_folder(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def predicts_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sample_predicting_step(tmp_path_factory)
 
 
 def test_diffusers_loads_the_step_folder_and_computes_the_same(step: Path) -> None:
