@@ -20,7 +20,8 @@ class TargetOptions:
     HEADING: ClassVar = None
 
     target: str | None = argument(
-        "A config, run, checkpoint, dataset, image, diffusers folder or weights file. "
+        "A config, run, checkpoint, dataset, image, diffusers folder or weights file, "
+        "or `shipped:NAME` (quickstart, also `shipped`, or critters). "
         "Default: the shipped configs.",
         path=True,
     )
@@ -41,6 +42,7 @@ def inspect(context: typer.Context, of: TargetOptions, *, json: JsonOption = Fal
       sana inspect
       sana inspect sana
       sana inspect runs/quickstart
+      sana inspect shipped:critters
       sana inspect quickstart --yaml > mine.yaml
     """
     with user_errors(context) as work:

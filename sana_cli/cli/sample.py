@@ -25,6 +25,10 @@ class PromptOptions:
     prompts: list[str] | None = argument("What to draw, a row of the grid each.", metavar="PROMPT")
     images_per_prompt: int = option("Images for each prompt.", default=1, min=1)
     prompts_file: Path | None = option("Prompts, one a line; # begins a comment; - is stdin.", path="FILE")
+    grid: str | None = option(
+        "A table in place of prompts: 'a {red,blue} cat on {a chair,the moon}' has two rows and two columns.",
+        metavar="TEMPLATE",
+    )
     negative_prompt: str | None = option(
         "What to steer away from, in place of the null caption.", metavar="TEXT"
     )
@@ -66,7 +70,8 @@ class CheckpointOptions:
 
     checkpoint: Path | None = option(
         "A run, a step folder, a diffusers folder, a file of weights (diffusers, official, mindiffusion's), or "
-        "`shipped`: the weights that come with sana. Default: the newest checkpoint under runs/, else `shipped`.",
+        "`shipped:NAME` for weights that come with sana: quickstart (also `shipped`) or critters. "
+        "Default: the newest checkpoint under runs/, else `shipped`.",
         path="PATH",
     )
     encoder: str | None = option("The caption encoder: a folder, a Hugging Face id, or tiny.", path="PATH")
@@ -104,6 +109,7 @@ def sample(
       sana sample '4 two 4 six'
       sana sample seven --images-per-prompt 8 --guidance-scale 3 --out seven.png
       sana sample --prompts-file prompts.txt --separate samples/
+      sana sample --checkpoint shipped:critters --grid 'a {red,blue} monster'
     """
     with user_errors(context, printing.quiet) as work:
         load_torch(work)
@@ -136,7 +142,7 @@ def _print_notes(summary: "SampleSummary", chosen: bool) -> None:
     """What was drawn with what. `chosen`: the user named the checkpoint."""
     for text in summary.notes:
         console.note(f"note: {text}")
-    drawn_by = "shipped" if summary.shipped else str(summary.checkpoint)
+    drawn_by = f"shipped:{summary.checkpoint.name}" if summary.shipped else str(summary.checkpoint)
     if summary.shipped and not chosen:
         console.note(
             "no run of your own yet (sana train makes one): drawing with the weights that come with sana"

@@ -76,8 +76,8 @@ def inspect(options: InspectOptions) -> Description:
     if options.target is None:
         return _shipped()
     path = Path(options.target)
-    if options.target == checkpoint.SHIPPED and not path.exists():
-        return _checkpoint(checkpoint.shipped(), options.verify)
+    if (shipped := checkpoint.named_shipped(path)) is not None:
+        return _checkpoint(shipped, options.verify)
     if path.is_dir():
         if layout.is_dataset(path) or layout.partial_dir(path).is_dir():
             return _dataset(path, options.verify)

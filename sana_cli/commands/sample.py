@@ -25,6 +25,7 @@ from sana_cli.runtime.device import Stage, peak_memory, resolve_device, resolve_
 from sana_cli.sampling import pictures, sampler
 from sana_cli.sampling.conditioning import load_pipeline_encoder, prompt_notes, prompt_states
 from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
+from sana_cli.sampling.tables import Table, check_single_words, parse_table
 from sana_cli.weights import checkpoint
 
 
@@ -35,6 +36,7 @@ class SampleOptions:
     prompts: tuple[str, ...] = ()
     checkpoint: Path | None = None  # None: the newest whole one under runs/
     prompts_file: Path | None = None  # `-` is stdin
+    grid: str | None = None  # a template with braces, in place of prompts: `tables.parse_table`
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
@@ -72,7 +74,7 @@ class SampleSummary:
     """What was drawn, and where it is."""
 
     checkpoint: Path
-    shipped: bool  # the checkpoint is the one that comes with the package
+    shipped: bool  # the checkpoint comes with the package: `shipped:NAME`, by its folder's name
     saved: tuple[Path, ...]
     images: tuple[dict[str, Any], ...]  # prompt, seed, and file where each has its own
     settings: SampleConfig
@@ -102,7 +104,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     saved, listing, more = _write(job, pixels, frames)
     yield SampleSummary(
         checkpoint=job.place,
-        shipped=job.place == checkpoint.shipped(),
+        shipped=checkpoint.is_shipped(job.place),
         saved=saved,
         images=listing,
         settings=job.settings,
@@ -134,6 +136,7 @@ class _Job:
     pipeline: Pipeline
     settings: SampleConfig
     cells: list[list[pictures.Cell]]  # the grid
+    table: Table | None  # its labels, if it is a table
     decoder: AutoencoderInfo | None  # None: samples are pixels
     shape: tuple[int, int, int]  # channels, height and width of a sample
     outputs: _Outputs
@@ -163,14 +166,14 @@ class _Job:
 
 
 def _prepare(options: SampleOptions) -> _Job:
+    table = _table(options)
     place = checkpoint.find_checkpoint(options.checkpoint)
     pipeline = open_pipeline(place, options.encoder, options.instruction, options.autoencoder)
-    settings, prompts = _settings(options, pipeline), _prompts(options, pipeline)
+    settings = _settings(options, pipeline)
+    cells = _cells(options, pipeline, table, settings.seed)
     decoder = _autoencoder(pipeline)
     factor = decoder.factor if decoder else 1
     shape = _shape(options, pipeline, factor)
-    rows = pictures.prompt_rows(prompts, pipeline.one_word_captions)
-    cells = pictures.grid_cells(rows, options.images_per_prompt, settings.seed)
     to = _outputs(options, place, [cell for row in cells for cell in row])
     height, width = (side * factor for side in shape[1:])
     for name, path, formats in (
@@ -178,11 +181,13 @@ def _prepare(options: SampleOptions) -> _Job:
         ("`trajectory`", to.trajectory, outputs.FILMS),
     ):
         if path is not None:
-            pictures.check_grid(name, path, formats, height, width, cells)
+            pictures.check_grid(name, path, formats, height, width, cells, table)
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision or pipeline.precision, device)
     stage = Stage(device, options.offload != "none", options.report)
-    return _Job(options, place, pipeline, settings, cells, decoder, shape, to, device, precision, stage)
+    return _Job(
+        options, place, pipeline, settings, cells, table, decoder, shape, to, device, precision, stage
+    )
 
 
 def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
@@ -209,6 +214,32 @@ def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
                     exit_code=2,
                 )
     return settings
+
+
+def _table(options: SampleOptions) -> Table | None:
+    """The table of `grid`, if it is asked for."""
+    if options.grid is None:
+        return None
+    if options.prompts or options.prompts_file is not None:
+        other = "`prompts_file`" if options.prompts_file is not None else f"the prompt {options.prompts[0]!r}"
+        raise SanaError(
+            f"`grid`: there is {other} too, and a grid's template has all its prompts",
+            "give one or the other, and the template in quotes",
+            exit_code=2,
+        )
+    return parse_table(options.grid)
+
+
+def _cells(
+    options: SampleOptions, pipeline: Pipeline, table: Table | None, seed: int
+) -> list[list[pictures.Cell]]:
+    """The cells of the table, or of the grid of all prompts."""
+    if table is None:
+        rows = pictures.prompt_rows(_prompts(options, pipeline), pipeline.one_word_captions)
+        return pictures.grid_cells(rows, options.images_per_prompt, seed)
+    if pipeline.one_word_captions:
+        check_single_words(table)
+    return pictures.table_cells(table.prompts, options.images_per_prompt, seed)
 
 
 def _prompts(options: SampleOptions, pipeline: Pipeline) -> tuple[str, ...]:
@@ -313,7 +344,7 @@ def _outputs(options: SampleOptions, place: Path, cells: Sequence[pictures.Cell]
 
 def _beside(folder: Path) -> tuple[Path, str]:
     """The folder for a checkpoint's pictures, and the checkpoint's name in their record."""
-    if folder == checkpoint.shipped():
+    if checkpoint.is_shipped(folder):
         return Path(), f"sana {__version__}, {folder.name}"
     whole = folder.absolute()
     in_run = whole.parent.name == "checkpoints"
@@ -420,7 +451,8 @@ def _write(
         listing = _write_separate(job, pixels, facts)
         notes = () if to.grid is None else _write_grid(job, pixels, to.grid, facts)
         if to.trajectory is not None:
-            pictures.save_film([pictures.grid(frame, job.cells) for frame in frames], to.trajectory)
+            film = [pictures.grid(frame, job.cells, job.table) for frame in frames]
+            pictures.save_film(film, to.trajectory)
     except OSError as error:
         raise files.storage_error(error, "writing the pictures (`out` says where)") from error
     return (*to.separate, *(path for path in (to.grid, to.trajectory) if path is not None)), listing, notes
@@ -455,7 +487,8 @@ def _write_separate(job: _Job, pixels: Tensor, facts: dict[str, Any]) -> tuple[d
 
 def _write_grid(job: _Job, pixels: Tensor, path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     """Write the grid. A note says so if its file has no room for the record."""
-    sheet, record = pictures.grid(pixels, job.cells), pictures.grid_record(job.cells, job.settings, **facts)
+    sheet = pictures.grid(pixels, job.cells, job.table)
+    record = pictures.grid_record(job.cells, job.settings, **facts)
     if pictures.save_picture(sheet, path, record):
         return ()
     return (f"{path} has no room for all its prompts and does not say how it was made; a .png does",)

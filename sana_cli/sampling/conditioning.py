@@ -8,12 +8,9 @@ from sana_cli.sampling.pipeline import Pipeline
 from sana_cli.text import (
     CaptionEncoder,
     check_same_encoder,
-    is_case_sensitive,
     load_encoder,
     unseen_words,
-    upgrade_fingerprint,
 )
-from sana_cli.weights.checkpoint import MOST_EXAMPLES
 
 MOST_WORDS = 8  # that a note names
 
@@ -40,7 +37,7 @@ def load_pipeline_encoder(pipeline: Pipeline, device: torch.device) -> CaptionEn
         ) from error
     if pipeline.fingerprint is not None:
         check_same_encoder(
-            upgrade_fingerprint(pipeline.fingerprint, pipeline.example_captions),
+            pipeline.fingerprint,
             encoder.fingerprint,
             str(pipeline.place),
             "`encoder` PATH must be the model that the checkpoint was trained with"
@@ -86,12 +83,6 @@ def prompt_notes(
         notes.append(
             f"{len(cut)} of the prompts are longer than text.max_length, {encoder.text.max_length} tokens, "
             f"and were cut there: {cut[0]!r:.60}"
-        )
-    some = len(pipeline.example_captions) >= MOST_EXAMPLES  # there may be more than are on record
-    if some and pipeline.fingerprint is not None and is_case_sensitive(pipeline.fingerprint):
-        notes.append(
-            "this checkpoint is of an earlier sana: words that had capitals in its captions "
-            "have other vectors now"
         )
     unseen = unseen_words([*prompts, *([negative] if negative else [])], pipeline.words)
     if unseen:

@@ -5,8 +5,10 @@ tried: DejaVu Sans, which comes with matplotlib (the `plot` extra), and those of
 system. A letter that no font has is written as its code, such as \u4e2d.
 """
 
+import bisect
 import importlib.util
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,17 +40,27 @@ class Label:
         """Pixels from one line to the next."""
         return int(self.font.getbbox("Aygj")[3]) + 4
 
+    @property
+    def width(self) -> float:
+        """Pixels that its longest line takes."""
+        return max(map(self.font.getlength, self.lines))
+
 
 def fit(text: str, size: int, width: int) -> Label:
-    """A label in a font of `size` pixels, in lines of at most `width` pixels."""
+    """A label in a font of `size` pixels, in even lines of at most `width` pixels."""
     font, text = readable(one_line(text), size)
-    return Label(font, wrap(text, font, width))
+    return Label(font, wrap(text, font, even_width(text, font, width)))
 
 
 def length(text: str, size: int) -> float:
     """Pixels that a label takes on one line, in a font of `size` pixels."""
     font, text = readable(one_line(text), size)
     return font.getlength(text)
+
+
+def widest_word(texts: Iterable[str], size: int) -> float:
+    """Pixels that the widest word of some labels takes, in a font of `size` pixels."""
+    return max((length(word, size) for text in texts for word in text.split()), default=0)
 
 
 def _matplotlibs_font() -> str | None:
@@ -105,6 +117,18 @@ def wrap(text: str, font: Font, width: int, most_lines: int = MOST_LINES) -> lis
             last = last[:-1]
         lines = [*lines[: most_lines - 1], last.rstrip() + "…"]
     return lines
+
+
+def even_width(text: str, font: Font, width: int) -> int:
+    """The narrowest width that takes no more lines than `width` and breaks no more words."""
+    least = math.ceil(max(map(font.getlength, text.split()), default=0))
+    if least >= width:
+        return width
+    most_lines = len(list(_lines(text, font, width)))
+    narrower = range(least, width)
+    return least + bisect.bisect_left(
+        narrower, True, key=lambda narrow: len(list(_lines(text, font, narrow))) <= most_lines
+    )
 
 
 def _lines(text: str, font: Font, width: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Grids of images with their prompts, and picture files that record how they were made.
+"""Grids and tables of images with their prompts, and picture files that record how they were made.
 
 It knows no model: images come as tensors, settings as records.
 """
@@ -20,12 +20,16 @@ from sana_cli.errors import SanaError
 from sana_cli.runtime import files, outputs, records
 from sana_cli.runtime.records import Drawn, Picture
 from sana_cli.sampling import labels
-from sana_cli.sampling.labels import Label
+from sana_cli.sampling.labels import Font, Label
+from sana_cli.sampling.tables import Table
 from sana_cli.units import as_json
 
 PNG_KEY = "sana"
-GRID_GAP = 4
+GRID_GAP = 4  # pixels, also between a label and the next
+WIDE_GAP = 12  # pixels, between rows of long labels, and between the columns of a table
 MIN_CELL = 64  # pixels; smaller images are enlarged by a whole factor
+TABLE_CELL = 128  # pixels; the same in a table of few columns
+FEW_COLUMNS = 8
 MAX_CELL = 192  # pixels; images are enlarged up to this for a long label
 QUALITY = 95  # of JPEG and WebP
 MOST_EXIF_BYTES = 65_500  # of a JPEG
@@ -58,13 +62,23 @@ def grid_cells(rows: Sequence[Sequence[str]], images_per_prompt: int, seed: int)
 
     If each prompt has a single image, several of these share a row.
     """
-    repeated = [[prompt for prompt in row for _ in range(images_per_prompt)] for row in rows]
-    if len(repeated) > 1 and all(len(row) == 1 for row in repeated):
-        column = [row[0] for row in repeated]
-        across = min(8, math.ceil(math.sqrt(len(column))))
-        repeated = [column[first : first + across] for first in range(0, len(column), across)]
+    if images_per_prompt == 1 and all(len(row) == 1 for row in rows):
+        column = [prompt for row in rows for prompt in row]
+        across = _across(len(column))
+        rows = [column[first : first + across] for first in range(0, len(column), across)]
+    return table_cells(rows, images_per_prompt, seed)
+
+
+def _across(count: int) -> int:
+    """How many of `count` images share a row: nearly a square, with few places left over."""
+    side = min(8, math.ceil(math.sqrt(count)))
+    return min(side, min(8, side + 1), key=lambda across: -count % across)
+
+
+def table_cells(rows: Sequence[Sequence[str]], images_per_prompt: int, seed: int) -> list[list[Cell]]:
+    """The cells of a table, whose rows stay as they are. Seeds as in `grid_cells`."""
     seeds = itertools.count(seed)
-    return [[Cell(prompt, next(seeds)) for prompt in row] for row in repeated]
+    return [[Cell(prompt, next(seeds)) for prompt in row for _ in range(images_per_prompt)] for row in rows]
 
 
 def grid_record(cells: Sequence[Sequence[Cell]], settings: SampleConfig, name: str, **more: Any) -> Picture:
@@ -79,37 +93,121 @@ def grid_record(cells: Sequence[Sequence[Cell]], settings: SampleConfig, name: s
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Sizes on a grid's sheet, in pixels, and its labels."""
+class _Line:
+    """A line of text on a sheet, in pixels. `anchor`: which point of it `at` is, as Pillow has it."""
+
+    at: tuple[float, float]
+    text: str
+    font: Font
+    anchor: str
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """Where images and text are on a sheet, in pixels."""
 
     size: tuple[int, int]  # width and height of the sheet
     cell: tuple[int, int]  # width and height of an image
-    line_height: int
-    label_heights: Sequence[int]  # of each row
-    labels: Mapping[str, Label]  # by prompt
+    places: list[tuple[int, int]]  # left and top of each image
+    lines: list[_Line]
 
 
-def _layout(height: int, width: int, rows: Sequence[Sequence[Cell]]) -> _Layout:
-    """The layout of a grid of images of this size."""
+def _lines(label: Label, x: float, top: float, line_height: int, anchor: str = "ma") -> list[_Line]:
+    """The lines of a label from `top` down, centred at `x`."""
+    return [
+        _Line((x, top + number * line_height), text, label.font, anchor)
+        for number, text in enumerate(label.lines)
+    ]
+
+
+def _sheet(height: int, width: int, rows: Sequence[Sequence[Cell]], table: Table | None) -> _Sheet:
+    """The layout for images of this size."""
+    return _grid_sheet(height, width, rows) if table is None else _table_sheet(height, width, rows, table)
+
+
+def _factor(height: int, width: int, least: int, room: float) -> int:
+    """How much images are enlarged: to `least` pixels, and if MAX_CELL allows, `room` in width."""
+    factor = max(1, -(-least // min(height, width)))
+    while factor * width < room and (factor + 1) * width <= MAX_CELL:
+        factor += 1
+    return factor
+
+
+def _grid_sheet(height: int, width: int, rows: Sequence[Sequence[Cell]]) -> _Sheet:
+    """Each image below its prompt."""
     prompts = {cell.prompt for row in rows for cell in row}
     longest = max(labels.length(prompt, labels.SMALLEST_FONT) for prompt in prompts)
-    factor = max(1, -(-MIN_CELL // min(height, width)))
-    while factor * width < longest and (factor + 1) * width <= MAX_CELL:
-        factor += 1
+    factor = _factor(height, width, MIN_CELL, longest + 2 * GRID_GAP)
     cell_height, cell_width = height * factor, width * factor
-    size = labels.SMALLEST_FONT
-    if longest <= cell_width / 2:
-        size = max(size, min(cell_height // 5, labels.LARGEST_FONT))
-    fitted = {prompt: labels.fit(prompt, size, cell_width) for prompt in prompts}
+    # short labels are a fifth of a cell, long ones a twenty-fifth
+    size = cell_height // 5 if longest <= cell_width / 2 else cell_width // 25
+    size = max(labels.SMALLEST_FONT, min(size, labels.LARGEST_FONT))
+    fitted = {prompt: labels.fit(prompt, size, cell_width - 2 * GRID_GAP) for prompt in prompts}
     line_height = max(label.line_height for label in fitted.values())
-    label_heights = [line_height * max(len(fitted[cell.prompt].lines) for cell in row) for row in rows]
-    sheet_width = max(map(len, rows)) * (cell_width + GRID_GAP) + GRID_GAP
-    sheet_height = sum(cell_height + label_height + GRID_GAP for label_height in label_heights) + GRID_GAP
-    return _Layout((sheet_width, sheet_height), (cell_width, cell_height), line_height, label_heights, fitted)
+    gap = WIDE_GAP if any(len(label.lines) > 1 for label in fitted.values()) else GRID_GAP
+    places, lines, bottom = [], [], GRID_GAP - gap
+    for row in rows:
+        top = bottom + gap + line_height * max(len(fitted[cell.prompt].lines) for cell in row)
+        bottom = top + cell_height
+        for column, cell in enumerate(row):
+            left = GRID_GAP + column * (cell_width + GRID_GAP)
+            places.append((left, top))
+            label = fitted[cell.prompt]
+            label_top = top - line_height * len(label.lines)  # its last line meets the image
+            lines += _lines(label, left + cell_width / 2, label_top, line_height)
+    across = max(map(len, rows)) * (cell_width + GRID_GAP) + GRID_GAP
+    return _Sheet((across, bottom + GRID_GAP), (cell_width, cell_height), places, lines)
+
+
+def _table_sheet(height: int, width: int, rows: Sequence[Sequence[Cell]], table: Table) -> _Sheet:
+    """The title on top, below it the columns' labels, and the rows' labels at the left."""
+    each = len(rows[0]) // len(table.columns)  # images of a cell, side by side
+    least = TABLE_CELL if len(rows[0]) <= FEW_COLUMNS else MIN_CELL
+    widest = labels.widest_word(table.columns, labels.SMALLEST_FONT)
+    factor = _factor(height, width, least, (widest + 2 * GRID_GAP) / each)
+    cell_height, cell_width = height * factor, width * factor
+    column_width = each * (cell_width + GRID_GAP) - GRID_GAP
+    size = max(labels.SMALLEST_FONT, min(cell_width // 8, labels.LARGEST_FONT))
+    while size > labels.SMALLEST_FONT and labels.widest_word(table.columns, size) > column_width - GRID_GAP:
+        size -= 1
+    heads = [labels.fit(text, size, column_width - GRID_GAP) for text in table.columns]
+    sides = [labels.fit(text, size, max(cell_width, MAX_CELL)) for text in table.rows]
+    side_width = math.ceil(max(label.width for label in sides))
+    column_gap = GRID_GAP if each == 1 else WIDE_GAP
+    left = GRID_GAP + (side_width + 2 * GRID_GAP if side_width else 0)  # of the first column
+    across = left + len(heads) * (column_width + column_gap) - column_gap + GRID_GAP
+    title = labels.fit(table.title, size, max(across, 2 * MAX_CELL) - 2 * GRID_GAP)
+    if title.width + 2 * GRID_GAP > across:
+        wider = math.ceil(title.width) + 2 * GRID_GAP
+        left, across = left + (wider - across) // 2, wider
+    line_height = max(label.line_height for label in (title, *heads, *sides))
+    places, lines, top = [], [], GRID_GAP
+    if table.title:
+        lines += _lines(title, across / 2, top, line_height)
+        top += line_height * len(title.lines) + GRID_GAP
+    top += line_height * max(len(label.lines) for label in heads)  # of the first row
+    for number, label in enumerate(heads):
+        middle = left + number * (column_width + column_gap) + column_width / 2
+        lines += _lines(label, middle, top - line_height * len(label.lines), line_height)
+    for label in sides:
+        label_height = line_height * len(label.lines)
+        row_height = max(cell_height, label_height)
+        lines += _lines(label, left - 2 * GRID_GAP, top + (row_height - label_height) / 2, line_height, "ra")
+        for image in range(each * len(heads)):
+            before = image * (cell_width + GRID_GAP) + image // each * (column_gap - GRID_GAP)
+            places.append((left + before, top + (row_height - cell_height) // 2))
+        top += row_height + GRID_GAP
+    return _Sheet((across, top), (cell_width, cell_height), places, lines)
 
 
 def check_grid(
-    name: str, path: Path, formats: Mapping[str, str], height: int, width: int, rows: Sequence[Sequence[Cell]]
+    name: str,
+    path: Path,
+    formats: Mapping[str, str],
+    height: int,
+    width: int,
+    rows: Sequence[Sequence[Cell]],
+    table: Table | None = None,
 ) -> None:
     """Refuse a grid that is too large for its file format, before anything is drawn.
 
@@ -119,7 +217,7 @@ def check_grid(
         SanaError: it is larger than the format's largest picture; begins with `name`.
     """
     kind = outputs.format_of(name, path, formats)
-    across, down = _layout(height, width, rows).size
+    across, down = _sheet(height, width, rows, table).size
     most = MOST_PIXELS_OF.get(kind)
     if most is not None and max(across, down) > most:
         raise SanaError(
@@ -130,25 +228,22 @@ def check_grid(
         )
 
 
-def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """A picture of all images (B, C, H, W), row by row, each below its prompt."""
+def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]], table: Table | None = None) -> Image.Image:
+    """A picture of all images (B, C, H, W), row by row, each below its prompt or in a table.
+
+    Args:
+        pixels: uint8, an image for each cell.
+        rows: the cells.
+        table: labels of rows and columns, in place of each cell's prompt.
+    """
     height, width = pixels.shape[-2:]
-    layout = _layout(height, width, rows)
-    cell_width, cell_height = layout.cell
+    layout = _sheet(height, width, rows, table)
     sheet = Image.new("RGB", layout.size, "white")
     pen = ImageDraw.Draw(sheet)
-    images, top = iter(pixels), GRID_GAP
-    for row, label_height in zip(rows, layout.label_heights, strict=True):
-        for column, cell in enumerate(row):
-            left = GRID_GAP + column * (cell_width + GRID_GAP)
-            label = layout.labels[cell.prompt]
-            y = top + label_height - layout.line_height * len(label.lines)  # its last line meets the image
-            for line in label.lines:
-                pen.text((left + cell_width / 2, y), line, font=label.font, fill="black", anchor="ma")
-                y += layout.line_height
-            picture = to_image(next(images)).resize(layout.cell, Image.Resampling.NEAREST)
-            sheet.paste(picture, (left, top + label_height))
-        top += label_height + cell_height + GRID_GAP
+    for line in layout.lines:
+        pen.text(line.at, line.text, font=line.font, fill="black", anchor=line.anchor)
+    for place, image in zip(layout.places, pixels, strict=True):
+        sheet.paste(to_image(image).resize(layout.cell, Image.Resampling.NEAREST), place)
     return sheet
 
 

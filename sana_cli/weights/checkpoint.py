@@ -48,12 +48,45 @@ OBJECTIVE = Path("training/objective.safetensors")
 STATE = Path("training/state.json")
 RECORD_VERSION = 1
 MOST_EXAMPLES = 20  # captions on a record
-SHIPPED = "shipped"  # in place of a path: the checkpoint that comes with the package
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = "shipped"  # in place of a path, as `SHIPPED:NAME`: a checkpoint that comes with the package
 
 
-def shipped() -> Path:
-    """The step folder in the package: the quickstart's weights in bf16, without training/."""
-    return Path(__file__).parents[1] / "assets" / "quickstart"
+def shipped(name: str = "quickstart") -> Path:
+    """A step folder in the package: a config's weights in bf16, without training/."""
+    return ASSETS / name
+
+
+def shipped_names() -> list[str]:
+    """The names of the step folders in the package."""
+    return sorted(manifest.parent.name for manifest in ASSETS.glob(f"*/{MANIFEST}"))
+
+
+def is_shipped(folder: Path) -> bool:
+    """Whether this is a step folder in the package."""
+    return folder.parent == ASSETS
+
+
+def named_shipped(path: Path) -> Path | None:
+    """The step folder in the package that `shipped` or `shipped:NAME` names.
+
+    None: it names none. A file or folder that is really called like that comes first.
+
+    Raises:
+        SanaError: the package has none of this name; lists the names.
+    """
+    prefix, colon, name = str(path).partition(":")
+    if prefix != SHIPPED or path.exists():
+        return None
+    if not colon:
+        return shipped()
+    names = shipped_names()
+    if name not in names:
+        raise SanaError(
+            f"no checkpoint {path}: none of this name comes with sana",
+            f"there are: {', '.join(f'{SHIPPED}:{known}' for known in names)}",
+        )
+    return shipped(name)
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -280,8 +313,9 @@ def newest_step(run: Path, hashes: bool = False) -> tuple[Path | None, list[str]
 def find_checkpoint(path: Path | None) -> Path:
     """Find the checkpoint that a path names.
 
-    - None: the newest step folder of all runs in `runs/`, or if there is none, the shipped one.
-    - `SHIPPED`: the shipped one.
+    - None: the newest step folder of all runs in `runs/`, or if there is none, the quickstart's
+      that comes with the package.
+    - `shipped` or `shipped:NAME`: one of the shipped ones, as `named_shipped` says.
     - a run: its newest whole step folder.
     - a step folder, or other people's folder or file: itself.
 
@@ -291,8 +325,8 @@ def find_checkpoint(path: Path | None) -> Path:
     if path is None:
         runs = _runs()
         return _newest(runs, "runs/*/checkpoints") if any(steps(run) for run in runs) else shipped()
-    if str(path) == SHIPPED and not path.exists():
-        return shipped()
+    if (named := named_shipped(path)) is not None:
+        return named
     if (path / "checkpoints").is_dir():
         # other trainers' folders have the same name
         if not steps(path) and (other := strangers.other_folder(path / "checkpoints")):

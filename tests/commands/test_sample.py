@@ -1,20 +1,23 @@
 """`sana sample`: pictures depend only on prompt, seed and settings; and what is refused."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import REPOSITORY, SMALL, embedded, invoke
 from helpers.steps import drawn, perturb
+from PIL import GifImagePlugin, Image
 
 from sana_cli import text
 from sana_cli.commands.sample import SampleOptions, sample
 from sana_cli.commands.train import TrainOptions, train
 from sana_cli.config.file import parse_config
 from sana_cli.errors import SanaError
-from sana_cli.sampling import conditioning, sampler
+from sana_cli.sampling import conditioning, pictures, sampler
 from sana_cli.weights import checkpoint
 
 
@@ -111,9 +114,9 @@ def test_encoder_and_transformer_take_turns(step: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(conditioning, "load_encoder", recorded)
     monkeypatch.setattr(checkpoint, "load_transformer", watched)
-    pictures = [drawn(step, "4", offload=offload).pixels for offload in ("auto", "model", "none")]
+    images = [drawn(step, "4", offload=offload).pixels for offload in ("auto", "model", "none")]
     assert alive == [False, False, True]
-    assert torch.equal(pictures[0], pictures[2])
+    assert torch.equal(images[0], images[2])
 
 
 def test_what_is_missing_is_said(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +139,61 @@ def test_what_is_missing_is_said(step: Path, tmp_path: Path, monkeypatch: pytest
     empty.mkdir(parents=True)
     with pytest.raises(SanaError, match=r"no checkpoint in runs/empty \(step-000005 lacks manifest\.json"):
         list(sample(SampleOptions(("4",), Path("runs/empty"))))
+
+
+def test_a_table_draws_what_its_prompts_draw_one_by_one(step: Path, tmp_path: Path) -> None:
+    """Image i of the table has seed + i, with the images of a cell side by side."""
+    files = {"separate": tmp_path / "each", "out": tmp_path / "grid.png", "trajectory": tmp_path / "film.gif"}
+    table = drawn(step, grid="{4,two}{a,b}", images_per_prompt=2, seed=3, **files)
+    prompts = ["4a", "4a", "4b", "4b", "twoa", "twoa", "twob", "twob"]
+    assert [(image["prompt"], image["seed"]) for image in table.images] == list(
+        zip(prompts, range(3, 11), strict=True)
+    )
+    plain = drawn(step, "4a 4b", "twoa twob", images_per_prompt=2, seed=3)
+    assert torch.equal(table.pixels, plain.pixels)
+    record = pictures.read_record(tmp_path / "grid.png")
+    assert [[(image.prompt, image.seed) for image in row] for row in record.images] == [
+        list(zip(prompts[:4], range(3, 7), strict=True)), list(zip(prompts[4:], range(7, 11), strict=True))
+    ]  # fmt: skip
+    names = sorted(path.name for path in (tmp_path / "each").iterdir())
+    assert names[:2] == ["0000-4a.png", "0001-4a.png"]
+    assert len(names) == 8
+    with Image.open(tmp_path / "grid.png") as grid, Image.open(tmp_path / "film.gif") as film:
+        assert isinstance(film, GifImagePlugin.GifImageFile)
+        assert grid.size == film.size
+        assert film.n_frames == 1 + table.settings.steps
+        film.seek(film.n_frames - 1)
+        last = np.asarray(film.convert("L"), dtype=int)
+        assert np.abs(last - np.asarray(grid.convert("L"), dtype=int)).mean() < 4, (
+            "the last frame is the grid"
+        )
+
+
+def test_a_table_from_the_command_line(step: Path, tmp_path: Path) -> None:
+    typed = ("sample", "--checkpoint", str(step), "--device", "cpu", "--grid")
+    out = ("--out", str(tmp_path / "o.png"))
+    drawn_one = invoke(*typed, "{4, two}", *out, "--json")
+    assert drawn_one.exit_code == 0
+    assert json.loads(drawn_one.stdout)["images"] == [
+        {"prompt": "4", "seed": 0},
+        {"prompt": "two", "seed": 1},
+    ]
+    shown = invoke("inspect", str(tmp_path / "o.png")).stdout.splitlines()
+    assert [line.split() for line in shown[-2:]] == [["4", "0"], ["two", "1"]]
+    (tmp_path / "prompts.txt").write_text("4\n")
+    for more, message in (
+        (("4",), "--grid: '4' has no braces"),
+        (("a {4,two}",), "--grid: 'a 4' is not a single word, as the captions of this checkpoint are"),
+        (
+            ("{4,two}", "six"),
+            "--grid: there is the prompt 'six' too, and a grid's template has all its prompts",
+        ),
+        (
+            ("{4,two}", "--prompts-file", str(tmp_path / "prompts.txt")),
+            "--grid: there is --prompts-file too, and a grid's template has all its prompts",
+        ),
+    ):
+        refused = invoke(*typed, *more, *out)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert refused.stderr.startswith(f"error: {message}\n")
+        assert refused.stderr.count("error") == 1

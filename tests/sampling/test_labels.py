@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import ImageFont
 
 from sana_cli.sampling import labels, pictures
@@ -55,6 +57,29 @@ def test_wrapping_keeps_every_word_in_lines_that_fit() -> None:
     assert max(font.getlength(line) for line in cut) <= 90
     assert labels.wrap("", font, 90) == [""]
     assert labels.wrap("iii", font, 1) == ["i", "i", "i"], "a cell narrower than a letter"
+
+
+@given(st.lists(st.text("abcdefghij,", min_size=1, max_size=9), max_size=14), st.integers(20, 200))
+def test_lines_are_even_and_no_more_than_they_have_to_be(words: list[str], width: int) -> None:
+    """As narrow as the number of lines of greedy wrapping allows; every break is between words."""
+    text, font = " ".join(words), ImageFont.load_default(12)
+    even = labels.even_width(text, font, width)
+    greedy, lines = labels.wrap(text, font, width, 99), labels.wrap(text, font, even, 99)
+    assert even <= width
+    assert len(lines) == len(greedy)
+    assert "".join(lines).replace(" ", "") == "".join(words)
+    widest = max(map(font.getlength, words), default=0)
+    if widest < width:
+        assert " ".join(lines) == text, "no word is broken"
+        assert even < widest + 1 or len(labels.wrap(text, font, even - 1, 99)) > len(lines)
+
+
+def test_the_last_line_is_no_single_word_where_it_need_not_be() -> None:
+    text = "a tall orange monster with white horns and three eyes, frowning, on black"
+    assert labels.wrap(text, ImageFont.load_default(12), 192)[-1] == "black"
+    assert labels.fit(text, 12, 192).lines == [
+        "a tall orange monster with", "white horns and three", "eyes, frowning, on black"
+    ]  # fmt: skip
 
 
 def test_a_long_prompt_is_whole_in_the_grid_and_hides_no_image() -> None:

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import in_old_names
+from helpers import in_old_names, invoke
 from helpers.steps import drawn
 
+from sana_cli import __version__
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.config.renamed import RENAMED
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files
+from sana_cli.sampling import pictures
 from sana_cli.sampling.pipeline import open_pipeline
 from sana_cli.weights import checkpoint, configs
 from sana_cli.weights.checkpoint import load_transformer
@@ -134,6 +136,49 @@ def test_the_weights_that_come_with_sana(step: Path, tmp_path: Path, monkeypatch
     assert isinstance(summary, SampleSummary)
     assert not summary.shipped
     assert summary.checkpoint.parts[:2] == ("runs", "mine")
+
+
+def test_other_weights_that_come_with_sana_have_names(
+    step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = tmp_path / "assets"
+    shutil.copytree(step, assets / "quickstart")
+    shutil.copytree(step, assets / "creatures")
+    (assets / "no-checkpoint").mkdir()
+    monkeypatch.setattr(checkpoint, "ASSETS", assets)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name, folder in (
+        ("shipped", "quickstart"),
+        ("shipped:quickstart", "quickstart"),
+        ("shipped:creatures", "creatures"),
+    ):
+        assert checkpoint.find_checkpoint(Path(name)) == assets / folder
+        assert inspect(InspectOptions(name)).title == str(assets / folder)
+    assert checkpoint.find_checkpoint(None) == assets / "quickstart"
+    *_, summary = sample(SampleOptions(("4",), Path("shipped:creatures"), device="cpu"))
+    assert isinstance(summary, SampleSummary)
+    assert summary.shipped
+    assert summary.saved == (Path("sample-creatures.png"),)
+    assert pictures.read_record(summary.saved[0]).checkpoint == f"sana {__version__}, creatures"
+    typed = invoke("sample", "4", "--checkpoint", "shipped:creatures", "--device", "cpu")
+    assert "drew 1 images with shipped:creatures in " in typed.stderr
+    assert "no run of your own" not in typed.stderr
+    assert "no run of your own yet" in invoke("sample", "4", "--device", "cpu").stderr
+    for name in ("shipped:cretures", "shipped:", "shipped:no-checkpoint", "shipped:../assets/creatures"):
+        for command in (("sample", "4", "--checkpoint", name), ("inspect", name), ("eval", name)):
+            refused = invoke(*command)
+            assert refused.exit_code
+            assert refused.stderr == (
+                f"error: no checkpoint {name}: none of this name comes with sana\n"
+                "there are: shipped:creatures, shipped:quickstart\n"
+            )
+    for name in ("shipped", "shipped:creatures"):  # the user's own come first
+        shutil.copytree(step, name)
+        assert checkpoint.find_checkpoint(Path(name)) == Path(name)
+        *_, summary = sample(SampleOptions(("4",), Path(name), device="cpu"))
+        assert isinstance(summary, SampleSummary)
+        assert not summary.shipped
 
 
 def test_a_release_is_its_checkpoint_in_bf16(step: Path, tmp_path: Path) -> None:
