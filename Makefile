@@ -63,7 +63,7 @@ pictures: .venv/dev  ## make the pictures of the docs: grids, plot, report (need
 	$(BIN)/sana sample --checkpoint shipped --prompts-file configs/prompts/lesson.txt --out docs/lesson-grid.png
 	$(BIN)/sana sample --checkpoint shipped "0 1 2 3 4 5 6 7 8 9" --out docs/digits.png --trajectory docs/digits.gif
 	rm -rf runs/pictures docs/digits.png
-	$(BIN)/python benchmarks/quickstart.py --scales 3 --folder runs/pictures --plot docs/quickstart.png
+	$(BIN)/python benchmarks/learning.py --scales 3 --folder runs/pictures --plot docs/quickstart.png
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,1665 \
 	  --screenshot=docs/report.png "file://$(CURDIR)/runs/pictures/runs/seed-0/report.html"
 	$(BIN)/$(INSTALL) pyte

@@ -213,11 +213,12 @@ def reading() -> Ways:
     shard = writer.write_captions(0, 0, {name: torch.randn(tokens, width).bfloat16() for name in names})
     ids = [str(n) for n in range(images)]
     captions = [[names[1 + n % 20]] for n in range(images)]
-    ours = Images(pixels, ids, captions, [None] * images, [n % 10 for n in range(images)])
+    ours = Images(pixels, ids, captions, [None] * images, [{}] * images, [None] * images, [])
     writer.write(0, [shard], ours, {name: n for n, name in enumerate(names)}, [])
     image = {"kind": "pixels", "channels": 1, "height": 32, "width": 32}
     encoder = {"encoder": "drawn", "architecture": "none", "weights": "", "dtype": "fp32"}
-    writer.finish(1, names, {"image": image, "caption_dim": width, "encoder": encoder, "source": {}})
+    facts = {"image": image, "caption_dim": width, "encoder": encoder, "source": {}, "attributes": {}}
+    writer.finish(1, names, facts)
     train_set, objective = (
         SingleDataset(Dataset(folder / "ours"), 0),
         RectifiedFlow(ObjectiveConfig(), 1.0, "fp32"),

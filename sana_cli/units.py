@@ -1,6 +1,7 @@
-"""Readable sizes, times and JSON."""
+"""Readable sizes, times, orders and JSON."""
 
 import json
+import re
 from typing import Any
 
 
@@ -18,6 +19,11 @@ def human_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in texts by their value: a2 before a10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def as_json(content: Any, indent: int | None = None) -> str:

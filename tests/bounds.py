@@ -12,7 +12,7 @@ def lowest() -> list[str]:
         *project["dependencies"],
         *(one for extra in project["optional-dependencies"].values() for one in extra),
     ]
-    found = (re.fullmatch(r"([\w.-]+)>=([\d.]+)", one) for one in ranges)
+    found = (re.fullmatch(r"([\w.-]+)>=([\d.]+)(?:,<[\d.]+)?", one) for one in ranges)
     return sorted({f"{match[1]}=={match[2]}" for match in found if match and match[1] != "torch"})
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 
 import typer
 
-from sana_cli.choices import Solver
+from sana_cli.choices import JudgedBy, Solver
 from sana_cli.cli.options import ModelOptions, PrintOptions, SamplingOptions, argument, given, grouped, option
 from sana_cli.cli.process import console, load_torch, user_errors
 from sana_cli.errors import SanaError
@@ -14,6 +14,8 @@ from sana_cli.interrupts import attentive
 
 if TYPE_CHECKING:
     from sana_cli.commands.eval import EvalResult, EvalSummary
+    from sana_cli.judging.judge import Share
+    from sana_cli.judging.verdict import Reading, Verdict
 
 SOLVERS = list(get_args(Solver))
 
@@ -33,14 +35,25 @@ class JudgingOptions:
     HEADING: ClassVar = "Judging"
 
     target: Path | None = argument(
-        "A run, a step folder, a folder of pictures, or `shipped`. Default: the newest checkpoint under runs/.",
+        "A run, a step folder, a folder of pictures, or `shipped:NAME` (also `shipped`). "
+        "Default: the newest checkpoint under runs/.",
         path=True,
     )
     images: int = option(
-        "Images drawn at each setting. With few, the distance is mostly bias.", default=10_000, min=2
+        "Images drawn at each setting, half of them of unseen combinations where there are any. "
+        "With few, the distance is mostly bias.",
+        default=10_000,
+        min=2,
     )
     sweep: bool = option("Judge many step counts and guidance scales.", default=False)
-    data: Path | None = option("The dataset to judge by. Default: data.dir of the run's config.", path="DIR")
+    data: Path | None = option(
+        "The dataset to judge by. Default: data.dir of the checkpoint's config.", path="DIR"
+    )
+    by: JudgedBy = option(
+        "What tells how good a picture is: its attributes, or the rank of its caption. "
+        "auto: attributes where the dataset has any.",
+        default="auto",
+    )
 
 
 @dataclass(frozen=True)
@@ -84,13 +97,14 @@ def evaluate(
     """Judge a checkpoint, or a folder of samples.
 
     The results are prompt accuracy, Fréchet distance, and diversity within a caption. The judge
-    is a classifier, trained once on the dataset's labels and kept beside the dataset. Real
+    is a classifier, trained once on the dataset's attributes and kept beside the dataset. Real
     images that it was not trained on are judged too, for comparison.
 
     \b
     Examples:
       sana eval
       sana eval runs/quickstart --sweep --images 2000 --plot sweep.png
+      sana eval shipped:critters --images 2000
       sana eval samples/ --json
     """
     with user_errors(context, printing.quiet) as work:
@@ -117,37 +131,90 @@ def _progress(step: object) -> "console.Line | None":
 
 
 def _print_summary(summary: "EvalSummary") -> None:
-    console.note(
-        f"the judge of {summary.dataset} reads {summary.judge_accuracy:.2%} of "
-        f"{summary.real_images:,} real images that it was not trained on"
-    )
-    first = summary.results[0]
+    from sana_cli.judging.verdict import pooled
+
+    for note in summary.notes:
+        console.note(note)
+    real, first = pooled("real", summary.real), summary.results[0]
+    console.note(f"the judge of {summary.dataset} {_judge_in_words(summary.by, real)}")
+    verdict = first.verdict
     if len(summary.results) == 1:
-        _print_captions(first)
-    _print_results(summary.results)
+        if len(real.attributes) > 1 or verdict.unseen:
+            _print_attributes(verdict, real)
+            _print_swaps(verdict, real)
+        elif real.attributes:
+            _print_captions(verdict)
+    _print_results(summary.results, summary.by)
     if first.settings is not None and first.settings.guidance_interval != (0, 1):
         console.note("guidance at noise levels {:g} to {:g}".format(*first.settings.guidance_interval))
+    count = verdict.seen.total.count
+    diversity = "" if verdict.diversity != verdict.diversity else " and a diversity of 1"
     console.note(
-        f"as many real images have a Fréchet distance of {first.verdict.real_distance:.2f} "
-        f"and a diversity of 1 ({first.images:,} images each)"
+        f"as many real images have a Fréchet distance of {verdict.real_distance:.2f}{diversity} "
+        f"({count:,} images each)"
     )
     for path in summary.saved:
         console.result(str(path))
 
 
-def _print_captions(result: "EvalResult") -> None:
-    """Accuracy of each label, and of each caption if there are several."""
-    verdict = result.verdict
+def _judge_in_words(by: str, real: "Reading") -> str:
+    """How well the judge reads real pictures."""
+    images = f"{real.total.count:,} real images that it was not trained on"
+    if by == "captions":
+        return f"ranks the own caption of {real.total.accuracy:.1%} of {images} first among 100"
+    if len(real.attributes) == 1:
+        return f"reads {real.total.accuracy:.2%} of {images}"
+    return (
+        f"reads {real.single.accuracy:.2%} of the attributes of {images}, "
+        f"and all of them in {real.total.accuracy:.1%}"
+    )
+
+
+def _print_attributes(verdict: "Verdict", real: "Reading") -> None:
+    """Accuracy of each attribute, of all of them one by one, and of pictures as a whole."""
+    readings = (verdict.seen, *verdict.unseen, real)
+    rows = list(zip(*(reading.attributes for reading in readings), strict=True))
+    shares = [(of[0].name, of) for of in rows]
+    shares.append(("one by one", tuple(reading.single for reading in readings)))
+    shares.append(("all at once", tuple(reading.total for reading in readings)))
+    kinds = ["seen", *(reading.kind for reading in verdict.unseen)]
+    console.table(
+        ("as prompted", *kinds, "real"),
+        [(name, *map(_with_spread, of[:-1]), _plain(of[-1])) for name, of in shares],
+    )
+
+
+def _print_swaps(verdict: "Verdict", real: "Reading") -> None:
+    """How often the values asked of two attributes are mistaken for one another."""
+    from sana_cli.judging.verdict import pooled
+
+    readings = [verdict.seen, *([pooled("unseen", verdict.unseen)] if verdict.unseen else []), real]
+    rows = []
+    for swaps in zip(*(reading.swaps for reading in readings), strict=True):
+        if swaps[0].leak.count:
+            rows.append((swaps[0].leak.name, *(_with_spread(swap.leak) for swap in swaps)))
+        if swaps[0].exchanged.count and swaps[0].first < swaps[0].second:  # the same in both orders
+            rows.append((swaps[0].exchanged.name, *(_with_spread(swap.exchanged) for swap in swaps)))
+    if rows:
+        console.table(("swapped", *(reading.kind for reading in readings)), rows)
+
+
+def _print_captions(verdict: "Verdict") -> None:
+    """Accuracy of each value of the one attribute, and of each caption if there are several."""
+    (attribute,) = verdict.seen.attributes
     captions = verdict.captions if len(verdict.captions) > 1 else ()
-    shares = [(f"label {share.name}", share) for share in verdict.labels] + [
+    shares = [(f"{attribute.name} {share.name}", share) for share in verdict.labels] + [
         (share.name, share) for share in captions
     ]
     rows = [(name, share.accuracy, _per_cent(share.interval), share.count) for name, share in shares]
     console.table(("caption", "as prompted", "95 % interval", "images"), rows)
 
 
-def _print_results(results: "tuple[EvalResult, ...]") -> None:
+def _print_results(results: "tuple[EvalResult, ...]", by: str) -> None:
     """A row for each setting."""
+    from sana_cli.judging.verdict import pooled
+
+    unseen = any(result.verdict.unseen for result in results)
     rows = []
     for result in results:
         verdict, settings = result.verdict, result.settings
@@ -156,17 +223,39 @@ def _print_results(results: "tuple[EvalResult, ...]") -> None:
             if settings is None
             else f"{settings.solver} {settings.steps} x {settings.guidance_scale:g}"
         )
+        total, diversity = verdict.seen.total, verdict.diversity
+        if unseen:  # in one column each: they fit into 80 columns
+            parts = [verdict.seen, *([pooled("unseen", verdict.unseen)] if verdict.unseen else [])]
+            shares: list[float | str] = [_with_spread(part.total) for part in parts]
+            shares += ["-"] * (2 - len(parts))
+        else:
+            shares = [_plain(total), _per_cent(total.interval)]
         rows.append(
             (
                 how,
-                verdict.total.accuracy,
-                _per_cent(verdict.total.interval),
+                *shares,
                 f"{verdict.distance:.2f} ± {verdict.distance_spread:.2f}",
-                f"{verdict.diversity:.2f}",
+                f"{diversity:.2f}" if diversity == diversity else "-",
                 f"{result.seconds:.0f} s",
             )
         )
-    console.table(("steps x guidance", "as prompted", "95 %", "Fréchet", "diversity", "time"), rows)
+    asked = "R-precision" if by == "captions" else "as prompted"
+    columns = ("steps x guidance", asked, "unseen" if unseen else "95 %", "Fréchet", "diversity", "time")
+    console.table(columns, rows)
+
+
+def _plain(share: "Share") -> float | str:
+    """Per cent."""
+    return share.accuracy if share.count else "-"
+
+
+def _with_spread(share: "Share") -> str:
+    """Per cent, and half the width of the 95 % interval."""
+    if not share.count:
+        return "-"
+    low, high = share.interval
+    rounded = f"{100 * share.accuracy:.1f}".replace("100.0", "100")  # five kinds fit into 80 columns
+    return f"{rounded} ±{50 * (high - low):.1f}"
 
 
 def _per_cent(interval: tuple[float, float]) -> str:

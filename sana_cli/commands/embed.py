@@ -24,7 +24,7 @@ from sana_cli.runtime.device import peak_memory, resolve_device
 from sana_cli.runtime.distributed import World, world
 from sana_cli.sources import Source, open_source
 from sana_cli.sources.windows import IMAGES_AT_ONCE, WindowReader
-from sana_cli.text import check_capitals, check_same_encoder, config_fingerprint, load_encoder
+from sana_cli.text import check_same_encoder, config_fingerprint, load_encoder
 
 FEW = 256  # images: fewer are decoded without worker processes
 
@@ -149,7 +149,6 @@ def _check_same(dataset: Dataset, source: dict[str, Any], config: Config) -> Non
                 )
     fingerprint = dataset.index.encoder.as_json()
     check_same_encoder(fingerprint, config_fingerprint(config.text), where, way_out)
-    check_capitals(fingerprint, dataset.texts, where, way_out)
 
 
 def _check_room(directory: Path, needed: int) -> None:
@@ -254,6 +253,7 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
         if here.first:
             if not any(record.images for record in map(embedder.into.done, range(reader.windows)) if record):
                 raise SanaError(f"{config.data.source}: no entry can be used", *embedder.reasons())
+            facts["attributes"] = {name: list(values) for name, values in embedder.attributes.items()}
             embedder.into.finish(reader.windows, embedder.caption_ids, facts)
             files.put_in_place(partial, directory)
             done = _summary(

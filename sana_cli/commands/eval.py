@@ -1,36 +1,42 @@
 """`sana eval`: judge the pictures of a checkpoint or a folder.
 
-The judge is a classifier trained on the dataset's labels. It finds prompt accuracy, Fréchet
-distance and diversity within a caption, at one setting of the solver or at many. It prints
-nothing.
+The judge is a classifier trained on the dataset's attributes, or a matcher of its pictures and
+captions. It finds prompt accuracy, Fréchet distance and diversity within a caption, at one
+setting of the solver or at many. It prints nothing.
 """
 
 import itertools
+import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from sana_cli import __version__
-from sana_cli.choices import Precision, Solver, Weights
+from sana_cli.choices import JudgedBy, Precision, Solver, Weights
 from sana_cli.config.file import RUN_CONFIG, load_config, load_run_config
-from sana_cli.config.keys import SampleConfig
+from sana_cli.config.keys import DataConfig, SampleConfig
 from sana_cli.dataset.layout import held_out_dir, is_dataset
 from sana_cli.dataset.reader import Dataset
-from sana_cli.errors import SanaError
-from sana_cli.judging import judge, plots
-from sana_cli.judging.judge import Judge, JudgeStep, Verdict
+from sana_cli.errors import SanaError, first_line
+from sana_cli.judging import judge, plots, retrieval
+from sana_cli.judging.asked import Drawn, Prompts, every_caption, judged_attributes, prompts_of
+from sana_cli.judging.judge import Judge, JudgeStep, Share
+from sana_cli.judging.matching import Matching
+from sana_cli.judging.retrieval import Matcher
+from sana_cli.judging.verdict import Reading, Swap, Verdict, pooled, real_readings, verdict_on
 from sana_cli.runtime import files, outputs
 from sana_cli.runtime.device import resolve_device, resolve_precision
 from sana_cli.sampling import pictures, sampler
 from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
 from sana_cli.sources import BadImage, decode_image, fit_image
-from sana_cli.text import check_same_encoder, upgrade_fingerprint
+from sana_cli.text import check_same_encoder
 from sana_cli.weights import checkpoint
 
 SWEEP_STEPS = (4, 6, 8, 12, 20)
@@ -46,8 +52,9 @@ class EvalOptions:
     """
 
     target: Path | None = None  # a run, a step folder or pictures; None: the newest run
-    data: Path | None = None  # the dataset directory; None: that of the run's config
-    images: int = 10_000  # drawn at each setting, of captions as frequent as in the dataset
+    data: Path | None = None  # the dataset directory; None: that of the checkpoint's config
+    by: JudgedBy = "auto"  # auto: by attributes where there are any that can be judged, else by captions
+    images: int = 10_000  # drawn at each setting; half of captions of unseen kinds, where there are any
     steps: tuple[int, ...] = ()
     guidance_scale: tuple[float, ...] = ()
     solver: tuple[Solver, ...] = ()
@@ -87,25 +94,69 @@ class EvalSummary:
 
     target: Path
     dataset: Path
-    judge_accuracy: float  # on real images that the judge was not trained on
-    real_images: int  # how many of these there are
+    by: JudgedBy  # attributes or captions
+    real: tuple[Reading, ...]  # of real images that the judge was not trained on, by kind
+    notes: tuple[str, ...]  # attributes that are not judged
     results: tuple[EvalResult, ...]
     saved: tuple[Path, ...]
 
 
 def _dataset(options: EvalOptions, place: Path | None) -> tuple[Dataset, Dataset | None]:
     """The dataset to judge by, and its held-out part where there is one."""
-    run = None if place is None else place.absolute().parents[1]
-    config = load_run_config(run) if run is not None and (run / RUN_CONFIG).is_file() else load_config(None)
-    directory = options.data or config.data.dir
+    data = load_config(None).data if place is None else _data_config(place)
+    directory = options.data or data.dir
     if not is_dataset(directory):
         raise SanaError(
             f"no dataset in {directory}: the judge learns from its images and labels",
             "make one with: sana embed (with the same --config), or name another with `data` DIR",
         )
-    split = config.data.held_out
-    there = None if split is None else held_out_dir(directory, split)
-    return Dataset(directory), Dataset(there) if there is not None and is_dataset(there) else None
+    there = None if data.held_out is None else held_out_dir(directory, data.held_out)
+    dataset = Dataset(directory)
+    if dataset.index.image.kind != "pixels":
+        raise SanaError(
+            f"{directory} holds latents; sana eval judges pixels", "embed it without data.autoencoder"
+        )
+    return dataset, Dataset(there) if there is not None and is_dataset(there) else None
+
+
+def _data_config(place: Path) -> DataConfig:
+    """Where the data of a checkpoint lies: by the config of its run, or the one on its record."""
+    run = place.absolute().parents[1]
+    if (run / RUN_CONFIG).is_file():
+        return load_run_config(run).data
+    recorded = checkpoint.read_record(place).config if (place / checkpoint.RECORD).is_file() else None
+    if recorded is None:
+        return load_config(None).data
+    try:
+        return DataConfig.model_validate(recorded.get("data", {}))
+    except ValidationError as error:
+        raise SanaError(f"{place}: the config on its record is not one: {first_line(error)}") from error
+
+
+def _prompts(
+    options: EvalOptions, dataset: Dataset, held_out: Dataset | None
+) -> tuple[JudgedBy, list[Prompts], tuple[str, ...]]:
+    """What pictures are judged by, the captions that they may have, and notes.
+
+    Raises:
+        SanaError: nothing in the dataset says what a picture should show.
+    """
+    attributes, notes = judged_attributes(dataset)
+    if options.by != "captions" and attributes:
+        return "attributes", prompts_of(dataset, held_out, attributes), notes
+    if options.by != "attributes" and (every := every_caption(dataset)) is not None:
+        return "captions", [every], ()
+    lacks = {
+        "auto": "attributes, nor captions that differ",
+        "attributes": "attributes",
+        "captions": "captions that differ",
+    }
+    raise SanaError(
+        f"{dataset.directory} has no {lacks[options.by]}, so nothing says what a picture should show",
+        *notes,
+        "sana eval needs a dataset whose source has classes (mnist, idx files with labels, a folder with a "
+        "sub-folder for each class), attributes in its metadata, or captions that differ (`by` captions)",
+    )
 
 
 def _settings(options: EvalOptions, pipeline: Pipeline) -> list[SampleConfig]:
@@ -128,29 +179,35 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
     """Judge; yields progress, and at the end an `EvalSummary`.
 
     Raises:
-        SanaError: no checkpoint or dataset, a dataset without labels, or a checkpoint of
-            another dataset.
+        SanaError: no checkpoint or dataset, a dataset that cannot be judged by, or a checkpoint
+            of another dataset.
     """
     to = _outputs(options)
     device = resolve_device(options.device)
     folder = options.target if options.target is not None and _is_pictures(options.target) else None
     place = checkpoint.find_checkpoint(options.target) if folder is None else folder
     dataset, held_out = _dataset(options, None if folder else place)
-    meaning = judge.labels_of_captions(dataset)
+    by, prompts, notes = _prompts(options, dataset, held_out)
     source: Iterator[_Pictures | EvalStep]
     if folder is not None:
-        source = _read(folder, dataset, meaning)
+        source = _read(folder, prompts)
     else:
-        pipeline = _open_own(place, dataset)
-        source = _draw(options, pipeline, dataset, meaning, _settings(options, pipeline), device)
-    trained = yield from _judge(dataset, held_out, device)
-    summary = EvalSummary(place, dataset.directory, trained.accuracy, len(trained.real), (), ())
+        pipeline = _open_own(place, prompts)
+        source = _draw(options, pipeline, prompts, _settings(options, pipeline), device)
+    verdict: Callable[..., Verdict]
+    if by == "attributes":
+        judged = yield from _judge(dataset, held_out, device)
+        real, verdict = real_readings(judged), partial(verdict_on, judged)
+    else:
+        matching = yield from _matching(dataset, held_out, device)
+        real, verdict = (matching.real_reading,), matching.verdict_on
+    summary = EvalSummary(place, dataset.directory, by, real, notes, (), ())
     for item in source:
         if isinstance(item, EvalStep):
             yield item
             continue
-        verdict = judge.verdict_on(trained, item.pixels, item.captions, meaning)
-        result = EvalResult(item.settings, item.seconds, len(item.pixels), verdict)
+        images = sum(len(part.captions) for part in item.drawn)
+        result = EvalResult(item.settings, item.seconds, images, verdict(*item.drawn))
         summary = replace(summary, results=(*summary.results, result))
         if to.unfinished is not None:  # a sweep may take hours, and may be stopped or killed
             _save(summary, to.unfinished)
@@ -176,8 +233,7 @@ class _Pictures:
 
     settings: SampleConfig | None  # None: pictures from a folder
     seconds: float  # of drawing
-    pixels: Tensor  # (n, C, H, W) uint8
-    captions: Sequence[str]  # n
+    drawn: tuple[Drawn, ...]  # the seen ones first
 
 
 def _outputs(options: EvalOptions) -> _Outputs:
@@ -216,22 +272,34 @@ def _judge(
     return found
 
 
-def _open_own(place: Path, dataset: Dataset) -> Pipeline:
-    """The pipeline of a checkpoint, which must be of the dataset's encoder and image shape."""
+def _matching(
+    dataset: Dataset, held_out: Dataset | None, device: torch.device
+) -> Generator[EvalStep, None, Matching]:
+    """The matcher of a dataset with what it measures by, trained if there is none yet; yields progress."""
+    found: Matcher | None = None
+    for step in retrieval.load_or_train(dataset, held_out, device):
+        if isinstance(step, JudgeStep):
+            yield EvalStep("judge", step.done, step.total)
+        else:
+            found = step
+    assert found is not None, "load_or_train yields it last"
+    return Matching.of(found, dataset, held_out)
+
+
+def _open_own(place: Path, prompts: Sequence[Prompts]) -> Pipeline:
+    """The pipeline of a checkpoint, which must be of the captions' encoder and the dataset's image shape."""
     pipeline = open_pipeline(place)
     if pipeline.fingerprint is None:
         raise SanaError(
             f"{place} does not say how its captions were encoded; sana eval is for checkpoints of sana's own"
         )
-    recorded, drawn_by = (
-        upgrade_fingerprint(one, dataset.texts())
-        for one in (dataset.index.encoder.as_json(), pipeline.fingerprint)
-    )
-    check_same_encoder(recorded, drawn_by, str(dataset.directory), "give its own with `data` DIR")
-    if pipeline.sample_shape != dataset.image_shape:
-        raise SanaError(
-            f"{place} draws {pipeline.sample_shape}, and {dataset.directory} has {dataset.image_shape}"
-        )
+    for dataset in {group.dataset.directory: group.dataset for group in prompts}.values():
+        recorded, where = dataset.index.encoder.as_json(), str(dataset.directory)
+        check_same_encoder(recorded, pipeline.fingerprint, where, "give its own with `data` DIR")
+        if pipeline.sample_shape != dataset.image_shape:
+            raise SanaError(
+                f"{place} draws {pipeline.sample_shape}, and {dataset.directory} has {dataset.image_shape}"
+            )
     return pipeline
 
 
@@ -271,28 +339,39 @@ def _is_pictures(target: Path) -> bool:
     )
 
 
+def _counts(images: int, kinds: int) -> list[int]:
+    """How many images each kind gets: all are seen ones, or half, and each unseen kind as many as another."""
+    if kinds == 1:
+        return [images]
+    unseen, others = images // 2, kinds - 1
+    return [images - unseen, *(unseen // others + (number < unseen % others) for number in range(others))]
+
+
 def _draw(
     options: EvalOptions,
     pipeline: Pipeline,
-    dataset: Dataset,
-    meaning: Mapping[str, int],
+    prompts: Sequence[Prompts],
     settings: Sequence[SampleConfig],
     device: torch.device,
 ) -> Iterator[_Pictures | EvalStep]:
     """Draw pictures at each of `settings`; yields progress in between."""
     precision = resolve_precision(options.precision or pipeline.precision, device)
     model = checkpoint.load_transformer(pipeline.place, options.weights, device)
-    known = dataset.texts()
-    meant = [number for number, text in enumerate(known) if text in meaning]
-    states = {known[number]: dataset.states([number])[0] for number in meant}
-    null = dataset.states([dataset.index.null_caption])[0]
-    captions = [known[number] for number in _as_frequent(dataset, meant, options.images)]
-    seeds = range(options.seed, options.seed + len(captions))
+    null = prompts[0].dataset.states([prompts[0].dataset.index.null_caption])[0]
+    chosen = [
+        group.as_frequent(count)
+        for group, count in zip(prompts, _counts(options.images, len(prompts)), strict=True)
+    ]
+    given = list[Tensor]()
+    for group, captions in zip(prompts, chosen, strict=True):
+        distinct = sorted(set(captions))  # images that share a caption share its tensor
+        states = dict(zip(distinct, group.dataset.states(distinct), strict=True))
+        given += [states[caption] for caption in captions]
+    seeds = range(options.seed, options.seed + len(given))
     every = sum(setting.steps for setting in settings)
     before = 0
     for setting in settings:
         start, pixels = time.perf_counter(), {}
-        given = [states[caption] for caption in captions]
         recipe = sampler.Recipe(setting, pipeline.sample_shape, pipeline.prediction_type, precision)
         try:
             for step in sampler.sample_images(model, given, [null] * len(given), seeds, recipe):
@@ -302,38 +381,33 @@ def _draw(
         except sampler.NoRoomError as error:
             raise SanaError(str(error), "judge it on another device: `device` cpu") from error
         before += setting.steps
-        drawn = torch.cat([pixels[first] for first in sorted(pixels)])
-        yield _Pictures(setting, time.perf_counter() - start, drawn, captions)
+        drawn = torch.cat([pixels[first] for first in sorted(pixels)]).split([len(ids) for ids in chosen])
+        seconds = time.perf_counter() - start
+        yield _Pictures(
+            setting,
+            seconds,
+            tuple(
+                group.of([group.texts[caption] for caption in captions], images)
+                for group, captions, images in zip(prompts, chosen, drawn, strict=True)
+                if len(images) or group is prompts[0]
+            ),
+        )
 
 
-def _as_frequent(dataset: Dataset, captions: Sequence[int], count: int) -> list[int]:
-    """Choose `count` of the captions (their numbers), as often as training draws each.
-
-    Other frequencies raise the Fréchet distance: real digits in even numbers of each are 0.2
-    further from all of MNIST.
-    """
-    shares = np.zeros(len(dataset.texts()))
-    every = np.arange(len(dataset))
-    for ids, weights in zip(dataset.caption_ids(every), dataset.caption_weights(every), strict=True):
-        given = np.array(weights if weights is not None else [1.0] * len(ids))
-        np.add.at(shares, ids, given / given.sum())
-    chosen = shares[list(captions)]
-    places = np.searchsorted(chosen.cumsum() / chosen.sum(), (np.arange(count) + 0.5) / count)
-    return [captions[place] for place in places]
-
-
-def _read(folder: Path, dataset: Dataset, meaning: Mapping[str, int]) -> Iterator[_Pictures]:
+def _read(folder: Path, prompts: Sequence[Prompts]) -> Iterator[_Pictures]:
     """Read the pictures of a folder.
 
     A picture's caption is its recorded prompt (as `sana sample --separate` writes it), or the
     name of the folder it is in.
     """
+    dataset = prompts[0].dataset
     channels, height, width = dataset.image_shape
-    images, captions = [], []
+    found: dict[str, list[tuple[str, Tensor]]] = {group.kind: [] for group in prompts}
     for path in sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.suffix.lower() in PICTURES):
         prompt = _prompt(path, folder)
-        if prompt not in meaning:
-            some = ", ".join(map(repr, list(meaning)[:4]))
+        group = next((group for group in prompts if prompt in group.meaning), None)
+        if group is None:
+            some = ", ".join(map(repr, itertools.islice(prompts[0].meaning, 4)))
             raise SanaError(
                 f"{path}: its caption is {prompt!r}, which is none of {dataset.directory}",
                 f"a picture's caption is what sana sample --separate wrote into it, or its folder's name; "
@@ -348,9 +422,20 @@ def _read(folder: Path, dataset: Dataset, meaning: Mapping[str, int]) -> Iterato
                 f"{path} is {image.width}x{image.height}; {dataset.directory} has {width}x{height}",
                 "single images are judged, not grids: sana sample --separate DIR",
             )
-        images.append(torch.tensor(fit_image(image, (height, width), channels)))
-        captions.append(str(prompt))
-    yield _Pictures(None, 0.0, torch.stack(images), captions)
+        found[group.kind].append((str(prompt), torch.tensor(fit_image(image, (height, width), channels))))
+    empty = torch.empty(0, channels, height, width, dtype=torch.uint8)
+    yield _Pictures(
+        None,
+        0.0,
+        tuple(
+            group.of(
+                [caption for caption, _ in pairs],
+                torch.stack([image for _, image in pairs]) if pairs else empty,
+            )
+            for group, pairs in zip(prompts, found.values(), strict=True)
+            if pairs or group is prompts[0]
+        ),
+    )
 
 
 def _prompt(path: Path, folder: Path) -> str | None:
@@ -367,17 +452,6 @@ def record(summary: EvalSummary) -> dict[str, Any]:
     It is a file format. Its keys say in full what the fields of `Verdict` say in short, and
     they stay when these change.
     """
-
-    def share(found: judge.Share) -> dict[str, Any]:
-        low, high = found.interval
-        return {
-            "name": found.name,
-            "accuracy": found.accuracy,
-            "low": low,
-            "high": high,
-            "images": found.count,
-        }
-
     results = []
     for result in summary.results:
         verdict, settings = result.verdict, result.settings
@@ -388,19 +462,58 @@ def record(summary: EvalSummary) -> dict[str, Any]:
                 else settings.model_dump(mode="json", exclude={"prompts"}),
                 "images": result.images,
                 "seconds": result.seconds,
-                "accuracy": share(verdict.total),
-                "frechet_distance": verdict.distance,
-                "frechet_distance_spread": verdict.distance_spread,
-                "real_frechet_distance": verdict.real_distance,
-                "diversity": verdict.diversity,
-                "captions": [share(found) for found in verdict.captions],
-                "labels": [share(found) for found in verdict.labels],
+                **_reading(verdict.seen),
+                "unseen": [{"kind": reading.kind, **_reading(reading)} for reading in verdict.unseen],
+                "frechet_distance": _number(verdict.distance),
+                "frechet_distance_spread": _number(verdict.distance_spread),
+                "real_frechet_distance": _number(verdict.real_distance),
+                "diversity": _number(verdict.diversity),
+                "captions": [_share(found) for found in verdict.captions],
+                "labels": [_share(found) for found in verdict.labels],
             }
         )
+    real = pooled("real", summary.real)
     return {
         "made_by": f"sana {__version__}",
         "target": str(summary.target),
         "dataset": str(summary.dataset),
-        "judge": {"accuracy": summary.judge_accuracy, "real_images": summary.real_images},
+        "by": summary.by,
+        "judge": {"accuracy": _number(real.total.accuracy), "real_images": real.total.count},
+        "real": [{"kind": reading.kind, **_reading(reading)} for reading in summary.real],
+        "notes": list(summary.notes),
         "results": results,
     }
+
+
+def _reading(found: Reading) -> dict[str, Any]:
+    return {
+        "accuracy": _share(found.total),
+        "single": _share(found.single),
+        "attributes": [_share(share) for share in found.attributes],
+        "swaps": [_swap(swap) for swap in found.swaps],
+    }
+
+
+def _swap(found: Swap) -> dict[str, Any]:
+    return {
+        "first": found.first,
+        "second": found.second,
+        "leak": _share(found.leak),
+        "exchanged": _share(found.exchanged),
+    }
+
+
+def _share(found: Share) -> dict[str, Any]:
+    low, high = map(_number, found.interval)
+    return {
+        "name": found.name,
+        "accuracy": _number(found.accuracy),
+        "low": low,
+        "high": high,
+        "images": found.count,
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

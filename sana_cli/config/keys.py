@@ -24,6 +24,7 @@ from pydantic import (
 from sana_cli.choices import Precision, PredictionType, Solver
 from sana_cli.config.document import Dumper, yaml_value
 
+BUILT_IN = ("mnist", "critters")  # sources that read no path; both have the splits train and test
 MAX_WIDTH = 65536
 WARMUP_STEPS, WARMUP_SHARE = 50, 0.1  # the default warm-up, and its largest share of a short run
 PATCH_SIZES = (8, 4, 2, 1)  # tried in this order where a config gives the image size and no patch
@@ -103,22 +104,29 @@ def free(default: Any, description: str) -> Any:
 class DataConfig(Section):
     """Where images and captions come from, and where the pre-embedded dataset lies."""
 
-    source: Literal["mnist", "folder", "idx", "webdataset", "datasets"] = free(
-        "mnist", "where images and captions come from; mnist is built in"
+    source: Literal["mnist", "critters", "folder", "idx", "webdataset", "datasets"] = free(
+        "mnist",
+        "where images and captions come from; mnist is built in, critters are drawn (needs the critters extra)",
     )
     path: PathField | None = free(
         None,
         "where the source reads: a folder, a .tar, or a Hugging Face id; null: the files that come with sana",
     )
+    images: PositiveInt = free(20_000, "how many images critters draws; its held-out split has a tenth")
+    seed: NonNegativeInt = free(0, "which images critters draws")
     split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] = free(
         "train", "the part of the source to embed: a sub-folder, or the shards of that name"
     )
     held_out_split: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] | None = free(
         "auto",
-        "a second part, embedded into DIR-SPLIT, whose loss train logs; auto: test for mnist, else none; null: none",
+        "a second part, embedded into DIR-SPLIT, whose loss train logs; auto: test for mnist and critters, else none; "
+        "null: none",
     )
     caption_field: Annotated[str, Field(min_length=1)] = free(
         "text", "the field or column of captions: a string, or a list of them"
+    )
+    attribute_field: Annotated[str, Field(min_length=1)] | None = free(
+        "attributes", "the field or column of named attributes, which sana eval judges; null: none are read"
     )
     image_field: Annotated[str, Field(min_length=1)] = free(
         "image", "the column of images, in Hugging Face datasets"
@@ -150,7 +158,7 @@ class DataConfig(Section):
         """The held-out split, if there is to be one."""
         if self.held_out_split != "auto":
             return self.held_out_split
-        return "test" if self.source == "mnist" and self.split == "train" else None
+        return "test" if self.source in BUILT_IN and self.split == "train" else None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -464,10 +472,10 @@ class Config(Section):
 
     def _data_problems(self) -> Iterator[str]:
         data = self.data
-        if data.source == "mnist" and data.split not in ("train", "test"):
-            yield f"data.split: mnist has train and test, not {data.split!r}"
-        if data.source == "mnist" and data.held_out not in ("train", "test", None):
-            yield f"data.held_out_split: mnist has train and test, not {data.held_out!r}"
+        if data.source in BUILT_IN and data.split not in ("train", "test"):
+            yield f"data.split: {data.source} has train and test, not {data.split!r}"
+        if data.source in BUILT_IN and data.held_out not in ("train", "test", None):
+            yield f"data.held_out_split: {data.source} has train and test, not {data.held_out!r}"
         if data.held_out == data.split:
             yield f"data.held_out_split: {data.split} is what is trained on"
         if self.text.instruction is not None and self.text.template != "none":

@@ -19,6 +19,7 @@ from sana_cli.errors import SanaError
 from sana_cli.runtime.device import return_memory
 from sana_cli.runtime.distributed import World
 from sana_cli.runtime.records import CaptionShard, LeftOut
+from sana_cli.sources.attributes import EXAMPLE, MOST
 from sana_cli.sources.windows import IMAGES_AT_ONCE, SourceWindow, WindowReader
 from sana_cli.text import CaptionEncoder
 
@@ -43,6 +44,7 @@ class Embedder:
     ) -> None:
         self.encoder, self.autoencoder, self.into, self.strict = encoder, autoencoder, into, strict
         self.caption_ids: dict[str, int] = {"": 0}  # the null caption leads
+        self.attributes: dict[str, dict[str, int]] = {}  # by name: the number of each value
         self.resumed = 0  # windows that were there already
 
     def windows(self, reader: WindowReader, world: World) -> Iterator[None]:
@@ -79,9 +81,18 @@ class Embedder:
         return reader.next(wanted), wanted
 
     def _number(self, window: SourceWindow) -> list[str]:
-        """Give ids to the captions that are new in a window; those captions, in order."""
+        """Give ids to what is new in a window, captions and attributes; those captions, in order."""
         new = [caption for caption in window.captions if caption not in self.caption_ids]
         self.caption_ids |= {caption: len(self.caption_ids) + at for at, caption in enumerate(new)}
+        for name, value in window.attributes:
+            known = self.attributes.setdefault(name, {})
+            known.setdefault(value, len(known))
+        if len(self.attributes) > MOST:
+            raise SanaError(
+                f"data.attribute_field: the images have over {MOST} attributes, one of them {name!r}",
+                f"attributes are for example {EXAMPLE}",
+                "leave them out with --set data.attribute_field=null",
+            )
         if self.strict and window.skipped:
             _, first = window.skipped[0]
             raise strict_error(first.name, first.reason)
@@ -126,7 +137,12 @@ class Embedder:
             sample_ids=[entry.id for entry in entries],
             captions=[entry.captions for entry in entries],
             weights=[entry.weights for entry in entries],
-            labels=[entry.label for entry in entries],
+            attributes=[
+                {name: self.attributes[name][value] for name, value in entry.attributes.items()}
+                for entry in entries
+            ],
+            says=[entry.says for entry in entries],
+            names=list(self.attributes),
         )
 
     def _sample(self, pixels: Tensor, first: str) -> Tensor:

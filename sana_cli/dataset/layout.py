@@ -3,13 +3,17 @@
     index.json                  written last, has its own hash: counts, fingerprints, shards with hashes
     captions-00000.safetensors  states (tokens, D) bf16 end to end without padding, offsets (n + 1,), texts
     images-00000.safetensors    images (n, C, H, W) uint8 or latents (n, C, H, W) bf16, caption_ids (n, k),
-                                caption_weights (n, k) where given, labels, sample ids
+                                caption_weights (n, k) where given, sample ids; attributes (n, a) where
+                                there are any; caption_attributes (n, k) where captions leave some out
     skipped.jsonl               entries that were left out, and why
 
-Every distinct caption is stored once. A dataset is written into a sibling `<name>.partial/` and renamed
-when whole. Fingerprints of encoders and sources are plain dictionaries here.
+An attribute is a number: its place among the values that the index lists for its name, -1 where
+an image has none. Bit a of a caption's number says that it names attribute a. Every distinct
+caption is stored once. A dataset is written into a sibling `<name>.partial/` and renamed when
+whole. Fingerprints of encoders and sources are plain dictionaries here.
 
-Shapes: n rows of a shard, k captions of an image at most, C H W of an image, D width of a caption state.
+Shapes: n rows of a shard, k captions of an image at most, a attributes known by then, C H W of an
+image, D width of a caption state.
 """
 
 import re
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from sana_cli.errors import SanaError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
 SKIPPED = "skipped.jsonl"
 PLAN = "plan.json"

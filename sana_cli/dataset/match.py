@@ -8,7 +8,7 @@ from sana_cli.dataset.layout import held_out_dir, is_dataset
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.runtime import hub
-from sana_cli.text import TINY_DIM, check_capitals, check_same_encoder, config_fingerprint
+from sana_cli.text import TINY_DIM, check_same_encoder, config_fingerprint
 
 
 def resolve_architecture(config: Config, dataset: Dataset | None) -> Architecture:
@@ -43,7 +43,6 @@ def check_matches(config: Config, dataset: Dataset) -> None:
     where, index = str(dataset.directory), dataset.index
     fingerprint = index.encoder.as_json()
     check_same_encoder(fingerprint, config_fingerprint(config.text), where, way_out)
-    check_capitals(fingerprint, dataset.texts, where, way_out)
     if is_dataset(config.run.dir):
         raise SanaError(
             f"run.dir: {config.run.dir} is a dataset",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.dataset.layout import (
@@ -90,14 +91,16 @@ class Dataset:
             ("images", torch.uint8) if self.index.image.kind == "pixels" else ("latents", torch.bfloat16)
         )
         samples, ids, ends = tensors[kind], tensors["caption_ids"], tensors["sample_id_offsets"]
-        weights, labels = tensors.get("caption_weights"), tensors.get("labels")
+        weights, shown = tensors.get("caption_weights"), tensors.get("attributes")
+        says, values = tensors.get("caption_attributes"), list(self.index.attributes.values())
         return (
             (samples.dtype, samples.shape) == (dtype, (count, *self.image_shape))
             and (ids.dtype, ids.ndim, len(ids)) == (torch.int32, 2, count)
             and (ends.dtype, ends.shape) == (torch.int64, (count + 1,))
             and (tensors["sample_ids"].dtype, tensors["sample_ids"].ndim) == (torch.uint8, 1)
             and (weights is None or (weights.dtype, weights.shape) == (torch.float32, ids.shape))
-            and (labels is None or (labels.dtype in (torch.int16, torch.int32) and labels.shape == (count,)))
+            and (shown is None or _known(shown, count, values))
+            and (says is None or (shown is not None and _named(says, ids, shown)))
         )
 
     def __len__(self) -> int:
@@ -189,11 +192,32 @@ class Dataset:
             for shard, row in self._rows(rows)
         ]
 
-    def labels(self) -> Tensor | None:
-        """All labels (n,), if the source had them."""
-        if not all("labels" in shard for shard in self._images):
-            return None
-        return torch.cat([shard["labels"] for shard in self._images])
+    @property
+    def attributes(self) -> dict[str, list[str]]:
+        """The values of each named attribute, in the order of their numbers."""
+        return self.index.attributes
+
+    def attribute_ids(self) -> Tensor:
+        """The number of each image's value of each attribute (n, a); -1 where an image has none."""
+        columns, found = len(self.attributes), []
+        for shard, entry in zip(self._images, self.index.images, strict=True):
+            shown = shard.get("attributes", torch.empty(entry.count, 0)).long()
+            found.append(F.pad(shown, (0, columns - shown.shape[1]), value=-1))
+        return torch.cat(found)
+
+    def caption_attributes(self, rows: np.ndarray) -> list[list[list[str]]]:
+        """The names of the attributes that each image's captions name, in the same order."""
+        names, found = list(self.attributes), []
+        for shard, row in self._rows(rows):
+            here = range(shard["attributes"].shape[1] if "attributes" in shard else 0)
+            shown = [names[column] for column in here if shard["attributes"][row, column] >= 0]
+            count = int((shard["caption_ids"][row] >= 0).sum())
+            if "caption_attributes" not in shard:
+                found.append([shown] * count)
+                continue
+            bits = shard["caption_attributes"][row].tolist()[:count]
+            found.append([[names[column] for column in here if one >> column & 1] for one in bits])
+        return found
 
     def sample_ids(self, rows: np.ndarray) -> list[str]:
         """The source's name of each image."""
@@ -202,6 +226,21 @@ class Dataset:
             start, end = shard["sample_id_offsets"][row : row + 2].tolist()
             names.append(decode(shard["sample_ids"][start:end].numpy().tobytes()))
         return names
+
+
+def _known(shown: Tensor, count: int, values: Sequence[Sequence[str]]) -> bool:
+    """Whether attributes (n, a) are numbers of the values that the index lists."""
+    if (shown.dtype, shown.ndim, len(shown)) != (torch.int32, 2, count) or shown.shape[1] > len(values):
+        return False
+    most = torch.tensor([len(known) for known in values[: shown.shape[1]]])
+    return bool(((shown >= -1) & (shown < most)).all())
+
+
+def _named(says: Tensor, ids: Tensor, shown: Tensor) -> bool:
+    """Whether bits (n, k) of captions (n, k) are those of attributes (n, a)."""
+    if (says.dtype, says.shape) != (torch.int64, ids.shape):
+        return False
+    return bool(((says >= 0) & (says < 1 << shown.shape[1])).all())
 
 
 def _locate(

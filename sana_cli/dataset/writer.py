@@ -28,7 +28,9 @@ class Images:
     sample_ids: Sequence[str]
     captions: Sequence[Sequence[str]]
     weights: Sequence[Sequence[float] | None]
-    labels: Sequence[int | None]
+    attributes: Sequence[Mapping[str, int]]  # by name: the number of the value
+    says: Sequence[Sequence[frozenset[str]] | None]  # attributes that each caption names; None: all
+    names: Sequence[str]  # of the attributes known so far, in the order of their columns
 
 
 class DatasetWriter:
@@ -114,7 +116,7 @@ class DatasetWriter:
         Args:
             windows: how many there are; all are written.
             captions: all distinct ones, the null caption first.
-            facts: what else the index says: image, encoder, source, caption_dim.
+            facts: what else the index says: image, encoder, source, caption_dim, attributes.
         """
         if not (self.folder / INDEX).is_file():
             whole = [record for record in map(self.done, range(windows)) if record is not None]
@@ -168,9 +170,15 @@ def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Te
             for row, weights in zip(images.captions, images.weights, strict=True)
         ]
         tensors["caption_weights"] = torch.tensor(padded, dtype=torch.float32)
-    if all(label is not None for label in images.labels):
-        most_label = max(label for label in images.labels if label is not None)
-        tensors["labels"] = torch.tensor(
-            images.labels, dtype=torch.int16 if most_label < 2**15 else torch.int32
-        )
+    if images.names:
+        values = [[row.get(name, -1) for name in images.names] for row in images.attributes]
+        tensors["attributes"] = torch.tensor(values, dtype=torch.int32)
+    if any(says is not None for says in images.says):
+        bits = {name: 1 << column for column, name in enumerate(images.names)}
+        named = [
+            [sum(bits[name] for name in names) for names in says or [frozenset(shown)] * len(row)]
+            for row, says, shown in zip(images.captions, images.says, images.attributes, strict=True)
+        ]
+        padded_bits = [row + [0] * (most - len(row)) for row in named]
+        tensors["caption_attributes"] = torch.tensor(padded_bits, dtype=torch.int64)
     return tensors

@@ -1,69 +1,48 @@
-"""Judge pictures with a small classifier of a dataset's labels.
+"""Judge pictures with a small classifier of a dataset's attributes.
 
 The classifier is trained once for a dataset and kept beside it (`data/NAME-judge.safetensors`).
-Its answers give prompt accuracy. Its features, the 64 numbers before the last layer, give the
+Its answers give prompt accuracy. Its features, the numbers before the last layer, give the
 Fréchet distance to the dataset and the diversity within a caption. This module knows no
 transformer: pictures may come from anywhere.
 
-Shapes: n pictures, C H W of one, F features.
+Shapes: n pictures, C H W of one, a attributes, F features, m real pictures.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
+from sana_cli.judging.asked import (
+    SEEN,
+    Meaning,
+    Values,
+    judged_attributes,
+    kind_numbers,
+    meanings,
+    unseen_kinds,
+    values_of,
+)
+from sana_cli.judging.classifier import Classifier, SmallClassifier, classifier_for
 from sana_cli.runtime import files
 
-VERSION = 1
-FEATURES = 64
+VERSION = 2
 VARIANCE = 4.0  # mean of the features; a distance is then about 1.4 for 1,000 MNIST test images, 0.2 for all
-EPOCHS = 7
+EPOCHS = 7  # of the small network
+LARGE_IMAGES = 130_000  # seen by the large network, some of them often
+LARGE_EPOCHS = 40  # at most
 BATCH = 128
 LR = 4e-3
 MOST_IMAGES = 60_000  # of a dataset, for training and for the reference features
 AT_ONCE = 500  # pictures in a batch of the trained classifier
 SMALLEST = 8  # pixels to a side
-
-
-class Classifier(nn.Module):
-    """Four convolutions with batch norm, a linear layer to F features, one to the classes."""
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__()
-
-        def convolution(into: int, out: int, size: int = 3, stride: int = 1) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(into, out, size, stride, size // 2, bias=False),
-                nn.BatchNorm2d(out),
-                nn.ReLU(inplace=True),
-            )
-
-        self.body = nn.Sequential(
-            convolution(channels, 16, 5, 2),
-            convolution(16, 32),
-            nn.AdaptiveMaxPool2d(8),
-            convolution(32, 64),
-            nn.MaxPool2d(2),
-            convolution(64, 64),
-            nn.Flatten(),
-            nn.Linear(64 * 16, FEATURES),
-            nn.BatchNorm1d(FEATURES),
-            nn.GELU(),
-        )
-        self.head = nn.Linear(FEATURES, classes)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (n, C, H, W) in [-1, 1] to logits (n, classes) and features (n, F)."""
-        features = self.body(pixels.contiguous(memory_format=torch.channels_last))
-        return self.head(features), features
 
 
 @dataclass(frozen=True)
@@ -117,34 +96,67 @@ def scatter(features: Tensor) -> float:
 
 
 @dataclass(frozen=True)
+class Share:
+    """How many of `count` pictures, or attributes of them, are as their captions ask."""
+
+    name: str
+    hits: int
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """The share. NaN of nothing."""
+        return self.hits / self.count if self.count else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its 95 % confidence interval (Wilson)."""
+        return wilson(self.hits, self.count) if self.count else (math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Real:
+    """How the classifier reads real pictures that it was not trained on."""
+
+    answers: Tensor  # (m, a), values that it reads
+    shown: Tensor  # (m, a), values that they have; -1: none, or one that training lacks
+    kind: Tensor  # (m,), the number of each picture's kind
+
+
+@dataclass(frozen=True)
 class Judge:
     """A trained classifier, and its results for the real images."""
 
     classifier: Classifier
+    attributes: Values
+    kinds: tuple[str, ...]  # of real pictures: seen, and the unseen ones
     reference: Moments  # of the dataset's features
-    scatter: Tensor  # (classes,) of each label's features in the dataset
-    real: Tensor  # (m, F), features of the test images
-    accuracy: float  # on the test images
+    scatter: dict[Meaning, float]  # of the dataset's features, by what several of its captions ask
+    features: Tensor  # (m, F) of the seen real pictures
+    real: Real
     scale: float  # features times this have a mean variance of `VARIANCE`
 
     @torch.inference_mode()
     def classify(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels (n,) and features (n, F) of pictures (n, C, H, W), uint8 or in [-1, 1]."""
-        device, found = next(self.classifier.parameters()).device, []
+        """Values (n, a) and features (n, F) of pictures (n, C, H, W), uint8 or in [-1, 1]."""
+        device, answers, features = next(self.classifier.parameters()).device, [], []
         for part in pixels.split(AT_ONCE):
             part = part.to(device)
-            found.append(self.classifier(part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part))
-        logits, features = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-        return logits.argmax(1), features * self.scale
+            logits, found = self.classifier(part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part)
+            answers.append(torch.stack([of.argmax(1) for of in logits], dim=1).cpu())
+            features.append(found.cpu())
+        return torch.cat(answers), torch.cat(features) * self.scale
 
     def real_distance(self, count: int) -> float:
-        """The Fréchet distance of `count` evenly spaced test images, or of all if fewer.
+        """The Fréchet distance of `count` evenly spaced real pictures, or of all if fewer.
 
-        A perfect model has this distance.
+        A perfect model has this distance. NaN for fewer than two.
         """
-        count = min(count, len(self.real))
-        rows = torch.arange(count) * len(self.real) // count
-        return frechet_distance(Moments.of(self.real[rows]), self.reference)
+        count = min(count, len(self.features))
+        rows = torch.arange(count) * len(self.features) // max(1, count)
+        if count < 2:
+            return math.nan
+        return frechet_distance(Moments.of(self.features[rows]), self.reference)
 
 
 @dataclass(frozen=True)
@@ -161,58 +173,28 @@ def judge_path(directory: Path) -> Path:
     return named.with_name(f"{named.name}-judge.safetensors")
 
 
-def labels_of_captions(dataset: Dataset) -> dict[str, int]:
-    """The label that each caption means. Captions of images with several labels are left out.
-
-    Raises:
-        SanaError: the dataset has latents, no labels, or no caption that means one label.
-    """
-    labels = dataset.labels()
-    if dataset.index.image.kind != "pixels":
-        raise SanaError(
-            f"{dataset.directory} holds latents; sana eval judges pixels", "embed it without data.autoencoder"
-        )
-    if labels is None or int(labels.max()) < 1:
-        raise SanaError(
-            f"{dataset.directory} has no labels, so nothing says what a picture should show",
-            "sana eval needs a dataset whose source has labels: mnist, idx files with labels, "
-            "or a folder with a sub-folder for each class",
-        )
-    meant: dict[int, set[int]] = {}
-    for ids, label in zip(dataset.caption_ids(np.arange(len(dataset))), labels.tolist(), strict=True):
-        for caption in ids:
-            meant.setdefault(caption, set()).add(label)
-    texts = dataset.texts()
-    known = {texts[caption]: found.pop() for caption, found in sorted(meant.items()) if len(found) == 1}
-    if not known:
-        raise SanaError(
-            f"{dataset.directory}: every caption belongs to images of several labels",
-            "sana eval needs captions that mean one label",
-        )
-    return known
-
-
 def load_or_train(
     dataset: Dataset, held_out: Dataset | None, device: torch.device
 ) -> Iterator[JudgeStep | Judge]:
     """Load a dataset's judge, or train and save one. Yields progress, and last the judge.
 
     Args:
-        dataset: with labels, of pixels.
-        held_out: real images to test it on. None: every tenth image of the dataset, which is
-            then left out of training.
+        dataset: of pixels, with attributes that can be judged.
+        held_out: real images to test it on. Every tenth image of the dataset is tested on too,
+            and left out of training, where there is no held-out set or where that has only
+            combinations of unseen kinds.
         device: of the classifier.
 
     Raises:
-        SanaError: the images are too small, or the held-out set has no labels.
+        SanaError: the images are too small, or the held-out set has none of the attributes.
     """
-    labels = dataset.labels()
-    assert labels is not None, "labels_of_captions has checked this"
-    classes, path = int(labels.max()) + 1, judge_path(dataset.directory)
+    attributes, _ = judged_attributes(dataset)
+    assert attributes, "prompts_of has checked this"
+    path, kinds = judge_path(dataset.directory), (SEEN, *unseen_kinds(dataset, held_out))
     about = {"version": str(VERSION), "dataset": dataset.index.sha256}
     about["held_out"] = "" if held_out is None else held_out.index.sha256
     if path.is_file():
-        kept = _load(path, dataset.image_shape[0], classes, about, device)
+        kept = _load(path, dataset.image_shape, attributes, kinds, about, device)
         if kept is not None:
             yield kept
             return
@@ -220,12 +202,12 @@ def load_or_train(
         raise SanaError(
             f"{dataset.directory}: its images are smaller than {SMALLEST} pixels, too small to judge"
         )
-    training, test = _split(dataset, labels, held_out)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        classifier = Classifier(dataset.image_shape[0], classes)
+    training, test, kind = _split(dataset, held_out, attributes, len(kinds) > 1)
+    classifier = _untrained(dataset.image_shape, attributes)
     yield from _train(classifier, training, device)
-    judge = _measure(classifier, training, test)
+    every = np.arange(min(len(dataset), MOST_IMAGES))
+    asked = set(meanings(dataset, attributes, every).values())
+    judge = _measure(classifier, attributes, kinds, training, test, kind, asked)
     _save(path, judge, about)
     yield judge
 
@@ -233,172 +215,165 @@ def load_or_train(
 @dataclass(frozen=True)
 class _Images:
     pixels: Tensor  # (n, C, H, W), uint8
-    labels: Tensor  # (n,)
+    values: Tensor  # (n, a)
 
 
-def _split(dataset: Dataset, labels: Tensor, held_out: Dataset | None) -> tuple[_Images, _Images]:
-    """Images to train on, and images to test on."""
+def _untrained(shape: tuple[int, int, int], attributes: Values) -> Classifier:
+    return classifier_for(shape, [len(values) for values in attributes.values()])
+
+
+def _split(
+    dataset: Dataset, held_out: Dataset | None, attributes: Values, unseen: bool
+) -> tuple[_Images, _Images, Tensor]:
+    """Images to train on, images to test on, and the kind of each of these."""
     rows = np.arange(min(len(dataset), MOST_IMAGES))
-    pixels, labels = dataset.pixels(rows), labels[: len(rows)].long()
-    if held_out is None:
+    training, parts, kinds = _Images(dataset.pixels(rows), values_of(dataset, attributes)[rows]), [], []
+    if held_out is None or unseen:
         tenth = torch.from_numpy(rows % 10 == 9)
-        return _Images(pixels[~tenth], labels[~tenth]), _Images(pixels[tenth], labels[tenth])
-    found = held_out.labels()
-    if found is None:
-        raise SanaError(
-            f"{held_out.directory} has no labels", "embed it again, or set data.held_out_split=null"
-        )
-    return _Images(pixels, labels), _Images(held_out.pixels(np.arange(len(held_out))), found.long())
+        parts.append(_Images(training.pixels[tenth], training.values[tenth]))
+        kinds.append(torch.zeros(int(tenth.sum()), dtype=torch.long))
+        training = _Images(training.pixels[~tenth], training.values[~tenth])
+    if held_out is not None:
+        shown = values_of(held_out, attributes)
+        if int(shown.max()) < 0:
+            raise SanaError(
+                f"{held_out.directory} has no {' or '.join(attributes)}",
+                "embed it again, or set data.held_out_split=null",
+            )
+        parts.append(_Images(held_out.pixels(np.arange(len(held_out))), shown))
+        kinds.append(kind_numbers(held_out) + 1 if unseen else torch.zeros(len(held_out), dtype=torch.long))
+    test = _Images(torch.cat([part.pixels for part in parts]), torch.cat([part.values for part in parts]))
+    return training, test, torch.cat(kinds)
 
 
-def _measure(classifier: Classifier, training: _Images, test: _Images) -> Judge:
-    """The judge of a trained classifier: its accuracy, and the statistics of its features."""
+def _measure(
+    classifier: Classifier,
+    attributes: Values,
+    kinds: tuple[str, ...],
+    training: _Images,
+    test: _Images,
+    kind: Tensor,
+    asked: Collection[Meaning],
+) -> Judge:
+    """The judge of a trained classifier: how it reads real pictures, and the statistics of its features."""
     empty = torch.empty(0)
-    unscaled = Judge(classifier, Moments(empty, empty), empty, empty, accuracy=0.0, scale=1.0)
+    real = Real(empty, test.values, kind)
+    unscaled = Judge(classifier, attributes, kinds, Moments(empty, empty), {}, empty, real, scale=1.0)
     _, features = unscaled.classify(training.pixels)
-    answers, real = unscaled.classify(test.pixels)
+    answers, test_features = unscaled.classify(test.pixels)
     scale = float((VARIANCE / features.double().var(0).mean()) ** 0.5)
-    of_labels = [features[training.labels == label] * scale for label in range(classifier.head.out_features)]
-    scatters = [scatter(found) if len(found) > 1 else math.nan for found in of_labels]
-    return Judge(
-        classifier,
+    return replace(
+        unscaled,
         reference=Moments.of(features * scale),
-        scatter=torch.tensor(scatters, dtype=torch.float64),
-        real=real * scale,
-        accuracy=float((answers == test.labels).float().mean()),
+        scatter=_scatters(features * scale, training.values, asked),
+        features=test_features[kind == 0] * scale,
+        real=replace(real, answers=answers),
         scale=scale,
     )
+
+
+def _scatters(features: Tensor, values: Tensor, asked: Collection[Meaning]) -> dict[Meaning, float]:
+    """Scatter of the features (n, F) of images that show what is asked, by what that is.
+
+    Left out: what fewer than two images show, and what only equal images show.
+    """
+    found = {}
+    for columns in {tuple(i for i, value in enumerate(asks) if value >= 0) for asks in asked}:
+        shown, place, counts = torch.unique(
+            values[:, columns], dim=0, return_inverse=True, return_counts=True
+        )
+        sums = torch.zeros(len(shown), features.shape[1], dtype=torch.float64)
+        means = sums.index_add(0, place, features.double()) / counts[:, None]
+        squares = (features.double() - means[place]).square().sum(1)
+        totals = torch.zeros(len(shown), dtype=torch.float64).index_add(0, place, squares)
+        for row, total, count in zip(shown.tolist(), totals.tolist(), counts.tolist(), strict=True):
+            meaning = [-1] * values.shape[1]
+            for column, value in zip(columns, row, strict=True):
+                meaning[column] = value
+            if count > 1 and total / (count - 1) > 1e-6 and tuple(meaning) in asked:
+                found[tuple(meaning)] = total / (count - 1)
+    return found
 
 
 def _train(classifier: Classifier, images: _Images, device: torch.device) -> Iterator[JudgeStep]:
     """Minimise cross-entropy with smoothed labels on distorted images, by AdamW in one cycle.
 
-    Random numbers come from a generator of its own.
+    The loss is the mean over attributes, of the images that have them. Random numbers come from
+    a generator of its own.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, count = torch.Generator().manual_seed(0), len(images.values)
     classifier.to(device).train()
-    batches = max(1, len(images.labels) // BATCH)  # of an epoch
+    small = isinstance(classifier, SmallClassifier)
+    epochs = EPOCHS if small else max(1, min(LARGE_EPOCHS, LARGE_IMAGES // count))
+    batches = max(1, count // BATCH)  # of an epoch
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=LR, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LR, total_steps=EPOCHS * batches, pct_start=0.15
+        optimizer, LR, total_steps=epochs * batches, pct_start=0.15
     )
-    for epoch in range(EPOCHS):
-        order = torch.randperm(len(images.labels), generator=generator)
+    for epoch in range(epochs):
+        order = torch.randperm(count, generator=generator)
         for number in range(batches):
             rows = order[number * BATCH : (number + 1) * BATCH]
-            pixels = _distort(images.pixels[rows].float() / 127.5 - 1, generator).to(device)
+            pixels = classifier.distort(images.pixels[rows].float() / 127.5 - 1, generator).to(device)
             logits, _ = classifier(pixels)
-            loss = F.cross_entropy(logits, images.labels[rows].to(device), label_smoothing=0.05)
+            loss = _loss(logits, images.values[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            yield JudgeStep(epoch * batches + number + 1, EPOCHS * batches)
+            yield JudgeStep(epoch * batches + number + 1, epochs * batches)
     classifier.eval()
 
 
-def _distort(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, scale, stretch and shift each picture a little. Empty parts repeat its border."""
-    count = len(pixels)
-
-    def between(bound: float) -> Tensor:
-        return (2 * torch.rand(count, generator=generator) - 1) * bound
-
-    angle, size, stretch = between(0.2), 1 + between(0.12), 1 + between(0.08)
-    rows = [
-        torch.stack([size * stretch * angle.cos(), between(0.15) - angle.sin(), between(0.12)], dim=1),
-        torch.stack([angle.sin(), size * angle.cos(), between(0.12)], dim=1),
+def _loss(logits: list[Tensor], values: Tensor) -> Tensor:
+    """Mean cross-entropy of the attributes that some picture has; values (n, a) of -1 do not count."""
+    of = [
+        F.cross_entropy(found, wanted, label_smoothing=0.05, ignore_index=-1)
+        for found, wanted in zip(logits, values.T, strict=True)
+        if (wanted >= 0).any()
     ]
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    return torch.stack(of).mean() if of else 0 * torch.cat(logits, dim=1).sum()
 
 
 def _save(path: Path, judge: Judge, about: dict[str, str]) -> None:
     tensors = {f"classifier.{name}": tensor.cpu() for name, tensor in judge.classifier.state_dict().items()}
     tensors |= {"mean": judge.reference.mean, "covariance": judge.reference.covariance}
-    tensors |= {"scatter": judge.scatter, "real": judge.real}
-    tensors["numbers"] = torch.tensor([judge.accuracy, judge.scale], dtype=torch.float64)
+    asked = torch.tensor([*judge.scatter], dtype=torch.long).reshape(-1, len(judge.attributes))
+    tensors |= {"asked": asked, "scatter": torch.tensor([*judge.scatter.values()], dtype=torch.float64)}
+    tensors |= {"features": judge.features, "scale": torch.tensor(judge.scale, dtype=torch.float64)}
+    tensors |= {"answers": judge.real.answers, "shown": judge.real.shown, "kind": judge.real.kind}
     with files.whole_file(path) as partial:
         files.write_tensors(partial, tensors, about)
 
 
 def _load(
-    path: Path, channels: int, classes: int, about: dict[str, str], device: torch.device
+    path: Path,
+    shape: tuple[int, int, int],
+    attributes: Values,
+    kinds: tuple[str, ...],
+    about: dict[str, str],
+    device: torch.device,
 ) -> Judge | None:
     """The judge in a file. None: it is of another dataset or version, or cannot be read."""
     try:
         if {key: files.read_metadata(path).get(key) for key in about} != about:
             return None
         tensors = {name: tensor.clone() for name, tensor in files.read_tensors(path).items()}
-        classifier, prefix = Classifier(channels, classes), "classifier."
+        classifier, prefix = _untrained(shape, attributes), "classifier."
         names = [name for name in tensors if name.startswith(prefix)]
         classifier.load_state_dict({name.removeprefix(prefix): tensors[name] for name in names})
-        accuracy, scale = tensors["numbers"].tolist()
-        moments = Moments(tensors["mean"], tensors["covariance"])
         classifier.eval().to(device)
-        return Judge(classifier, moments, tensors["scatter"], tensors["real"], accuracy, scale)
+        return Judge(
+            classifier,
+            attributes,
+            kinds,
+            reference=Moments(tensors["mean"], tensors["covariance"]),
+            scatter=dict(
+                zip(map(tuple, tensors["asked"].tolist()), tensors["scatter"].tolist(), strict=True)
+            ),
+            features=tensors["features"],
+            real=Real(tensors["answers"], tensors["shown"], tensors["kind"]),
+            scale=float(tensors["scale"]),
+        )
     except (SanaError, OSError, KeyError, ValueError, RuntimeError):
         return None
-
-
-# --- verdicts ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Share:
-    """How many of `count` pictures show what their caption means."""
-
-    name: str
-    hits: int
-    count: int
-
-    @property
-    def accuracy(self) -> float:
-        """The share."""
-        return self.hits / self.count
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Its 95 % confidence interval (Wilson)."""
-        return wilson(self.hits, self.count)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A judge's results for a set of pictures."""
-
-    total: Share
-    captions: tuple[Share, ...]
-    labels: tuple[Share, ...]
-    distance: float  # Fréchet, to the dataset; NaN for one picture
-    distance_spread: float  # its standard deviation
-    real_distance: float  # of as many real images
-    diversity: float  # scatter of features within a caption, over that of real images of its label
-
-
-def verdict_on(judge: Judge, pixels: Tensor, captions: Sequence[str], meaning: dict[str, int]) -> Verdict:
-    """Judge pictures (n, C, H, W) of n captions, whose labels are in `meaning`."""
-    answers, features = judge.classify(pixels)
-    asked = torch.tensor([meaning[caption] for caption in captions])
-    right, names = answers == asked, np.array(captions, dtype=object)
-
-    def share(name: str, rows: Tensor) -> Share:
-        return Share(name, int(right[rows].sum()), int(rows.sum()))
-
-    by_caption, ratios = [], []
-    for caption in dict.fromkeys(captions):
-        rows = torch.from_numpy(names == caption)
-        by_caption.append(share(caption, rows))
-        if int(rows.sum()) > 1:
-            ratios.append(scatter(features[rows]) / float(judge.scatter[meaning[caption]]))
-    by_label = [share(str(label), asked == label) for label in sorted(set(asked.tolist()))]
-    moments = Moments.of(features) if len(features) > 1 else None
-    return Verdict(
-        total=share("all", torch.ones_like(right)),
-        captions=tuple(by_caption),
-        labels=tuple(by_label),
-        distance=math.nan if moments is None else frechet_distance(moments, judge.reference),
-        distance_spread=math.nan if moments is None else bootstrap_spread(features, judge.reference),
-        real_distance=judge.real_distance(len(features)),
-        diversity=sum(ratios) / len(ratios) if ratios else math.nan,
-    )

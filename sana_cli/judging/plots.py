@@ -27,7 +27,7 @@ def check_matplotlib() -> None:
 
 
 def evaluation(record: Mapping[str, Any], path: Path) -> None:
-    """Plot a record of `commands.eval`: several results by guidance scale, one by caption."""
+    """Plot a record of `commands.eval`: several results by guidance scale, one by caption or attribute."""
     results = record["results"]
     if len(results) > 1:
         _sweep(results, path, str(record["target"]))
@@ -76,8 +76,9 @@ def _sweep(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 
 
 def _captions(result: Mapping[str, Any], path: Path, title: str) -> None:
-    """Accuracy of each caption, with its confidence interval."""
-    shares = result["captions"]
+    """Accuracy of each caption, with its confidence interval; of each attribute if captions are too many."""
+    shares = result["captions"] or [*result["attributes"], result["accuracy"]]
+    shares = [share for share in shares if share["images"]]
     figure, (panel,) = _panels(1, width=max(WIDTH, 0.4 * len(shares)))
     heights = [100 * share["accuracy"] for share in shares]
     below = [100 * (share["accuracy"] - share["low"]) for share in shares]
@@ -94,7 +95,7 @@ def training_curves(
     """Plot accuracy and Fréchet distance over training time, a curve for each run.
 
     Args:
-        runs: points by name, with `seconds`, `accuracy`, its `low` and `high`, `distance`.
+        runs: points by name, with `seconds`, `accuracy`, its `low` and `high`, and `distance` if any.
         real_distance: the Fréchet distance of real images.
         path: the picture to write.
     """
@@ -108,12 +109,14 @@ def training_curves(
         panels[0].errorbar(
             seconds, [100 * point["accuracy"] for point in points], error, marker="o", capsize=2, label=name
         )
-        panels[1].plot(seconds, [point["distance"] for point in points], marker="o", label=name)
+        if all("distance" in point for point in points):
+            panels[1].plot(seconds, [point["distance"] for point in points], marker="o", label=name)
     panels[1].axhline(real_distance, color="grey", linestyle="--", label="real test images")
     for panel, label in zip(panels, ("read as prompted, %", "Fréchet distance"), strict=True):
         panel.set(xlabel="seconds since sana embed began", ylabel=label)
         panel.legend(fontsize="small")
-    panels[0].set_ylim(80, 100.2)
+    lowest = min(point["accuracy"] for points in runs.values() for point in points)
+    panels[0].set_ylim(min(80, 10 * int(10 * lowest)), 100.2)
     panels[1].set_yscale("log")
     _save(figure, path, "")
 

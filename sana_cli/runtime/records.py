@@ -142,6 +142,7 @@ class Index(Record):
     source: dict[str, Any]
     one_word_captions: bool
     null_caption: Count
+    attributes: dict[str, list[str]]  # names, and the values of each
     skipped_sha256: str | None = None
     captions: list[Shard]
     images: list[Shard]

@@ -2,10 +2,13 @@
 
     entry.py        what a source yields
     captions.py     captions and their weights, from a field, a row or a text file
+    attributes.py   named attributes, from a row
     idx.py          MNIST and files like it
     folder.py       images in folders, with metadata, .txt files or class folders
     webdataset.py   tar shards, read as a stream
     huggingface.py  Hugging Face datasets
+    critters.py     monsters in colour, drawn as they are read
+    phrases.py      their captions, and the wordings that training lacks
     windows.py      any of these in fixed runs of entries, decoded ahead
     walk.py         the files below a folder: links, hidden entries, names in another spelling
     metadata.py     rows of metadata.jsonl and .csv
@@ -22,8 +25,9 @@ A source yields an `Entry` for each image, still encoded, or the reason it was s
 
 from collections.abc import Callable
 
-from sana_cli.config.keys import DataConfig
+from sana_cli.config.keys import BUILT_IN, DataConfig
 from sana_cli.errors import SanaError
+from sana_cli.sources.critters import Critters
 from sana_cli.sources.entry import BadImage, Entry, Skipped, Source
 from sana_cli.sources.folder import Folder
 from sana_cli.sources.huggingface import HuggingFace
@@ -32,7 +36,7 @@ from sana_cli.sources.images import decode_image, fit_image
 from sana_cli.sources.webdataset import WebDataset
 
 __all__ = [
-    "ASSETS", "DIGIT_WORDS", "MNIST", "BadImage", "Entry", "Folder", "HuggingFace", "IdxFiles",
+    "ASSETS", "DIGIT_WORDS", "MNIST", "BadImage", "Critters", "Entry", "Folder", "HuggingFace", "IdxFiles",
     "Skipped", "Source", "WebDataset", "decode_image", "fit_image", "open_source", "read_idx",
 ]  # fmt: skip
 
@@ -42,6 +46,7 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "folder": Folder,
     "webdataset": WebDataset,
     "datasets": HuggingFace,
+    "critters": Critters,
 }
 
 
@@ -51,7 +56,7 @@ def open_source(data: DataConfig) -> Source:
     Raises:
         SanaError: it is missing, or of another kind.
     """
-    if data.source != "mnist" and data.path is None:
+    if data.source not in BUILT_IN and data.path is None:
         raise SanaError(
             f"data.path: the {data.source} source needs to know where to read",
             "give --set data.path=PATH",

@@ -1,8 +1,8 @@
 """What a source yields: an entry whose image is still encoded, or the reason it was skipped."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,9 +11,23 @@ import numpy as np
 from sana_cli.errors import SanaError
 from sana_cli.runtime.files import sha256_file
 
+LABEL = "label"  # the attribute that the class of an image is
+UNSEEN = "unseen"  # the attribute of a held-out image that says what of it training lacks
+
 
 class BadImage(Exception):  # noqa: N818 (it is an image)
     """An image that cannot be used. The text is the reason in `skipped.jsonl`."""
+
+
+class Drawing(Protocol):
+    """A picture that is drawn where it is needed, at the size that is needed. It can be pickled."""
+
+    def draw(self, height: int, width: int) -> np.ndarray:
+        """Pixels (H, W, 3) uint8, the same on every machine."""
+        ...
+
+
+Encoded = bytes | Path | np.ndarray | Drawing  # encoded bytes, a file, pixels (H, W[, 3]) uint8, or a drawing
 
 
 @dataclass(frozen=True)
@@ -21,10 +35,11 @@ class Entry:
     """One image with its captions. Each training step samples one caption, by weight."""
 
     id: str  # unique within the source
-    image: bytes | Path | np.ndarray  # encoded bytes, a file, or pixels (H, W) or (H, W, 3) uint8
+    image: Encoded
     captions: tuple[str, ...]
-    label: int | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)  # what the image shows, by name
     weights: tuple[float, ...] | None = None  # one per caption; None: equal
+    says: tuple[frozenset[str], ...] | None = None  # attributes that each caption names; None: all
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sana_cli.config.keys import DataConfig
 from sana_cli.errors import SanaError, listed
 from sana_cli.sources import metadata, strays
 from sana_cli.sources.captions import MAX_CAPTION_BYTES, captions_of_row, captions_of_text
-from sana_cli.sources.entry import BadImage, Entry, Skipped, hash_files, need_folder
+from sana_cli.sources.entry import LABEL, BadImage, Entry, Skipped, hash_files, need_folder
 from sana_cli.sources.images import SUFFIXES
 from sana_cli.sources.splits import WORDS, only_other_splits, split_folder
 from sana_cli.sources.walk import CIRCLE, NOWHERE, Tree, basename, is_hidden, parent, stem, suffix
@@ -49,10 +49,9 @@ class Folder:
             )
         beside = (path.name for path in root.iterdir()) if inner else iter(())
         self.above = {name for name in beside if not is_hidden(name)}  # what lies beside the split's folder
-        self.metadata = metadata.find(self.tree, data.caption_field, root if inner else None)
+        self.metadata = metadata.find(self.tree, data, root if inner else None)
         self.texts = {} if self.metadata else self._texts()  # image -> its .txt
-        tops = sorted({name.partition("/")[0] for name in self.images if "/" in name})
-        self.classes = {name: number for number, name in enumerate(tops)}
+        self.classes = sorted({name.partition("/")[0] for name in self.images if "/" in name})
         self._count: int | None = None
         self._check()
 
@@ -178,12 +177,12 @@ class Folder:
                     raise BadImage(row)
                 if name in kept:
                     raise BadImage("named twice; the first is kept")
-                captions, weights = captions_of_row(row, self.data.caption_field)
+                found = captions_of_row(row, self.data)
             except BadImage as error:
                 yield Skipped(name, str(error))
             else:
                 kept.add(name)
-                yield Entry(name, self.root / name, captions, weights=weights)
+                yield Entry(name, self.root / name, **found._asdict())
 
     def _rows(self) -> Iterator[tuple[str, str, dict[str, Any] | str]]:
         """(folder, file name in it, row) for each metadata row, except rows of other splits.
@@ -219,7 +218,8 @@ class Folder:
             raise BadImage("no caption: no metadata, no .txt beside it, and no class-named folder around it")
         label = name.partition("/")[0]
         caption = self.data.caption_template.replace("{}", label.replace("_", " "))
-        return Entry(name, path, (caption,), self.classes[label])
+        shown = label.encode("utf-8", "backslashreplace").decode()  # a name may be other bytes
+        return Entry(name, path, (caption,), {LABEL: shown})
 
     def _texts(self) -> dict[str, str]:
         """Map images to .txt files of the same name, or of nearly the same if unambiguous."""
@@ -314,10 +314,16 @@ class Folder:
                 continue
             assert isinstance(entry.image, Path)
             images.append(entry.image)
-            digest.update(json.dumps([entry.id, entry.captions, entry.weights]).encode())
+            digest.update(json.dumps([entry.id, entry.captions, entry.weights, *_shown(entry)]).encode())
         for content in hash_files(images):
             digest.update(content.encode())
         return {"source": "folder", "split": self.data.split, "sha256": digest.hexdigest()}
+
+
+def _shown(entry: Entry) -> tuple[Any, Any]:
+    """What an entry shows and what its captions name, in an order of their own, as JSON."""
+    says = None if entry.says is None else [sorted(names) for names in entry.says]
+    return sorted(entry.attributes.items()), says
 
 
 def _holds_caption(path: Path, keys: Collection[str]) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 from sana_cli.config.keys import DataConfig
 from sana_cli.errors import SanaError, first_line
 from sana_cli.runtime.files import is_lfs_pointer
-from sana_cli.sources.captions import captions_of
-from sana_cli.sources.entry import BadImage, Entry, Skipped
+from sana_cli.sources.captions import attribute_fields, captions_of
+from sana_cli.sources.entry import LABEL, BadImage, Entry, Skipped
 from sana_cli.sources.images import MAX_FILE_BYTES
 
 TABLES = (".parquet", ".arrow", ".json", ".jsonl", ".csv")  # files with a dataset's rows
@@ -36,6 +36,8 @@ class HuggingFace:
         self.rows = _load(path, data.split)
         self._check_column("data.image_field", data.image_field, datasets.Image)
         self._check_column("data.caption_field", data.caption_field, datasets.ClassLabel)
+        if data.attribute_field not in (None, "attributes"):
+            self._check_column("data.attribute_field", data.attribute_field, dict)
         if isinstance(self.rows.features[data.image_field], datasets.Image):
             self.rows = self.rows.cast_column(data.image_field, datasets.Image(decode=False))
         feature = _inner(self.rows.features[data.caption_field])
@@ -61,16 +63,17 @@ class HuggingFace:
         for index, row in enumerate(self.rows):
             name = f"{self.data.split}-{index:08d}"
             try:
-                value, label = row[self.data.caption_field], None
+                value, label = row[self.data.caption_field], dict[str, str]()
                 if self.classes is not None:
                     value, label = self._of_classes(value, self.classes)
-                captions, weights = captions_of(value, row.get("caption_weights"))
-                yield Entry(name, _bytes(row[self.data.image_field], self.roots), captions, label, weights)
+                found = captions_of(value, row.get("caption_weights"), *attribute_fields(row, self.data))
+                found = found._replace(attributes=label | {**found.attributes})
+                yield Entry(name, _bytes(row[self.data.image_field], self.roots), **found._asdict())
             except BadImage as error:
                 yield Skipped(name, str(error))
 
-    def _of_classes(self, value: Any, names: Sequence[str]) -> tuple[Any, int | None]:
-        """The captions of one class or a list of them, and the label of a single class.
+    def _of_classes(self, value: Any, names: Sequence[str]) -> tuple[Any, dict[str, str]]:
+        """The captions of one class or a list of them, and the attribute of a single class.
 
         The caption of a class without a name is "".
         """
@@ -81,14 +84,14 @@ class HuggingFace:
 
         captions = [caption(number) for number in (value if isinstance(value, list) else [value])]
         if isinstance(value, list):
-            return captions, None
+            return captions, {}
         if not captions[0]:
             raise BadImage(f"no caption: its class is {value}, which has no name")
-        return captions, value
+        return captions, {LABEL: names[value]}
 
     def fingerprint(self) -> dict[str, Any]:
         """The library's own fingerprint, the columns, and how classes become captions."""
-        columns = json.dumps([self.data.image_field, self.data.caption_field])
+        columns = json.dumps([self.data.image_field, self.data.caption_field, self.data.attribute_field])
         rows = {"source": "datasets", "split": self.data.split, "rows": len(self.rows), "columns": columns}
         if self.classes is not None:
             rows["captions"] = json.dumps([self.data.caption_template, *self.classes])

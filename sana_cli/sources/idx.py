@@ -13,7 +13,7 @@ import numpy as np
 from sana_cli.config.keys import DataConfig
 from sana_cli.errors import SanaError
 from sana_cli.runtime import textfile
-from sana_cli.sources.entry import Entry, need_folder
+from sana_cli.sources.entry import LABEL, Entry, need_folder
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -88,7 +88,7 @@ class MNIST:
     def __iter__(self) -> Iterator[Entry]:
         for index, (image, label) in enumerate(zip(self.images, self.labels.tolist(), strict=True)):
             captions = (str(label), DIGIT_WORDS[label])
-            yield Entry(f"{self.split}-{index:05d}", image, captions, label)
+            yield Entry(f"{self.split}-{index:05d}", image, captions, {LABEL: str(label)})
 
     def fingerprint(self) -> dict[str, Any]:
         """The source, its split and the hash of its images."""
@@ -221,7 +221,8 @@ class IdxFiles:
             upright = image if self.emnist is None else np.ascontiguousarray(image.swapaxes(0, 1))
             names = (str(label),) if self.names is None else self.names[label]
             captions = dict.fromkeys(self.data.caption_template.replace("{}", name) for name in names)
-            yield Entry(f"{self.data.split}-{index:06d}", upright, tuple(captions), label)
+            named = {LABEL: " or ".join(names)}
+            yield Entry(f"{self.data.split}-{index:06d}", upright, tuple(captions), named)
 
     def fingerprint(self) -> dict[str, Any]:
         """Hash images and labels, and record how labels become captions."""

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from sana_cli.errors import SanaError, first_line
 from sana_cli.runtime.files import is_lfs_pointer
 from sana_cli.sources import colour, containers, depth
-from sana_cli.sources.entry import BadImage
+from sana_cli.sources.entry import BadImage, Encoded
 
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
@@ -163,13 +163,14 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str
 
 
 def decode_all(
-    images: Sequence[bytes | Path | np.ndarray], size: tuple[int, int], channels: int, fit: str
+    images: Sequence[Encoded], size: tuple[int, int], channels: int, fit: str
 ) -> list[np.ndarray | str]:
-    """Decode and fit each image: (C, H, W) uint8, or the reason it cannot be used."""
+    """Decode or draw, and fit each image: (C, H, W) uint8, or the reason it cannot be used."""
     found: list[np.ndarray | str] = []
     for image in images:
         try:
-            found.append(np.ascontiguousarray(fit_image(decode_image(image), size, channels, fit)))
+            encoded = image if isinstance(image, bytes | Path | np.ndarray) else image.draw(*size)
+            found.append(np.ascontiguousarray(fit_image(decode_image(encoded), size, channels, fit)))
         except BadImage as error:
             found.append(str(error))
         except SanaError:

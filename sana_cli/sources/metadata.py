@@ -13,14 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana_cli.config.keys import DataConfig
 from sana_cli.errors import SanaError
 from sana_cli.runtime import textfile
 from sana_cli.runtime.files import is_lfs_pointer
+from sana_cli.sources.attributes import EXAMPLE, attributes_of, named_in_captions
+from sana_cli.sources.captions import attribute_fields
+from sana_cli.sources.entry import BadImage
 from sana_cli.sources.images import SUFFIXES
 from sana_cli.sources.walk import Tree, basename, fold, parent, suffix
 
 NAMES = ("metadata.jsonl", "metadata.csv")  # in any letter case, by priority within a folder
 MAX_WHOLE = 2**27  # bytes of a file that is parsed as a single JSON value, to explain what it is
+MAX_ROWS_CHECKED = 1000  # for attributes of another form, before any work
 SEPARATORS = (";", "\t", "|")  # instead of the comma
 
 Row = tuple[str, dict[str, Any] | str]  # file and line, and the row or why it is unusable
@@ -54,8 +59,8 @@ class Metadata:
             else:
                 yield position, row
 
-    def check(self, field: str) -> None:
-        """Refuse a file without a readable row.
+    def check(self, data: DataConfig) -> None:
+        """Refuse a file without a readable row, or with attributes of another form.
 
         Raises:
             SanaError: says what the file is, and what to do.
@@ -66,14 +71,35 @@ class Metadata:
                     what = f"{self.path} is a Git LFS pointer, not the file itself"
                     raise SanaError(what, "fetch it with: git lfs pull")
             check = _check_csv if suffix(self.name) == ".csv" else _check_json
-            check(self.path, field)
+            check(self.path, data)
+            self._check_attributes(data)
         except OSError as error:
             raise SanaError(f"{self.path} cannot be read: {error.strerror}") from error
         except textfile.NotTextError as error:
             raise SanaError(f"{self.path} cannot be read: {error}", exit_code=2) from error
 
+    def _check_attributes(self, data: DataConfig) -> None:
+        """Refuse attributes of another form in the first row that has any."""
+        for position, row in itertools.islice(self.rows(), MAX_ROWS_CHECKED):
+            attributes, says = attribute_fields(row, data) if isinstance(row, dict) else (None, None)
+            if attributes in (None, "") and says in (None, ""):
+                continue
+            assert isinstance(row, dict), "it has a field"
+            captions = row.get(data.caption_field)
+            try:
+                shown = attributes_of(attributes)
+                named_in_captions(says, len(captions) if isinstance(captions, list) else 1, shown)
+            except BadImage as error:
+                raise SanaError(
+                    f"{self.path}:{position.rpartition(':')[2]}: {error}",
+                    f"attributes are for example {EXAMPLE}",
+                    "leave them out with --set data.attribute_field=null",
+                    exit_code=2,
+                ) from error
+            return
 
-def find(tree: Tree, field: str, above: Path | None) -> list[Metadata]:
+
+def find(tree: Tree, data: DataConfig, above: Path | None) -> list[Metadata]:
     """Find and check the metadata of a source: in the folder `above`, then from the top down.
 
     Raises:
@@ -93,7 +119,7 @@ def find(tree: Tree, field: str, above: Path | None) -> list[Metadata]:
     for name in _first_of_each_folder(filter(is_metadata, tree.files)):
         found.append(Metadata(tree.root / name, name))
     for metadata in found:
-        metadata.check(field)
+        metadata.check(data)
     return found
 
 
@@ -139,7 +165,8 @@ def _not_utf8(line: str) -> str:
     return "not UTF-8"
 
 
-def _check_json(path: Path, field: str) -> None:
+def _check_json(path: Path, data: DataConfig) -> None:
+    field = data.caption_field
     _, first = next(_json_rows(path, path.name), (None, None))
     if first is None:
         raise SanaError(f"{path} is empty", example(field), exit_code=2)
@@ -250,8 +277,8 @@ def _with_weights(row: dict[str, Any]) -> dict[str, Any] | str:
     return row
 
 
-def _check_csv(path: Path, field: str) -> None:
-    lines = _Lines(path)
+def _check_csv(path: Path, data: DataConfig) -> None:
+    lines, field = _Lines(path), data.caption_field
     example_line = f"the first line of metadata.csv is for example: file_name,{field}"
     if not lines.head:
         raise SanaError(f"{path} is empty", example_line, exit_code=2)
@@ -267,8 +294,8 @@ def _check_csv(path: Path, field: str) -> None:
             "choose one with --set data.caption_field=NAME",
             exit_code=2,
         )
-    for name in ("file_name", field, "caption_weights"):
-        if head.count(name) > 1:
+    for name in ("file_name", field, "caption_weights", "caption_attributes", data.attribute_field):
+        if name is not None and head.count(name) > 1:
             raise SanaError(f"{path} has {head.count(name)} columns {name}: which one is meant?", exit_code=2)
 
 

@@ -45,7 +45,7 @@ class WebDataset:
     def __init__(self, data: DataConfig) -> None:
         path = data.path
         assert path is not None
-        self.field = data.caption_field
+        self.data = data
         self.left_out: list[Skipped] = []
         if path.is_file():
             self.shards = {path.name: path}
@@ -126,16 +126,16 @@ class WebDataset:
 
     def __iter__(self) -> Iterator[Entry | Skipped]:
         for name, path in self.shards.items():
-            yield from _Shard(name, path, self.field)
+            yield from _Shard(name, path, self.data)
         yield from self.left_out
 
     def fingerprint(self) -> dict[str, Any]:
-        """Hash the names and whole contents of the shards, and name the caption field."""
+        """Hash the names and whole contents of the shards, and name the fields that are read."""
         digest = hashlib.sha256()
         for name, content in zip(self.shards, hash_files(self.shards.values()), strict=True):
             digest.update(json.dumps([name, content]).encode())
-        facts = {"shards": len(self.shards), "caption_field": self.field}
-        return {"source": "webdataset", **facts, "sha256": digest.hexdigest()}
+        fields = {"caption_field": self.data.caption_field, "attribute_field": self.data.attribute_field}
+        return {"source": "webdataset", "shards": len(self.shards), **fields, "sha256": digest.hexdigest()}
 
 
 @dataclass
@@ -153,8 +153,8 @@ class _Sample:
 class _Shard:
     """The entries of one shard."""
 
-    def __init__(self, name: str, path: Path, caption_field: str) -> None:
-        self.name, self.path, self.field = name, path, caption_field
+    def __init__(self, name: str, path: Path, data: DataConfig) -> None:
+        self.name, self.path, self.data = name, path, data
         self.ended: set[int] = set()  # hashes of the keys whose adjacent members have been read
         self.apart: set[int] = set()  # hashes of ended keys that appeared again
         self.used: set[int] = set()  # hashes of keys that became an entry
@@ -278,15 +278,14 @@ class _Shard:
                 if isinstance(part, str) and part:
                     raise BadImage(part)
             assert isinstance(image, bytes)
-            captions, weights = self._captions(parts)
-            return Entry(name, image, captions, weights=weights)
+            return Entry(name, image, **self._captions(parts)._asdict())
         except BadImage as error:
             return Skipped(name, str(error))
 
     def _captions(self, parts: dict[str, bytes | str]) -> Captions:
         text, record = parts.get("txt"), parts.get("json")
         if isinstance(text, bytes):
-            return captions_of_text(text), None
+            return Captions(captions_of_text(text))
         if not isinstance(record, bytes):
             raise BadImage(NO_CAPTION)
         try:
@@ -297,7 +296,7 @@ class _Shard:
             raise BadImage("its .json is not JSON") from error
         if not isinstance(row, dict):
             raise BadImage("its .json is not a JSON object")
-        return captions_of_row(row, self.field)
+        return captions_of_row(row, self.data)
 
 
 def _check_end(shard: Path, offset: int) -> None:

@@ -29,6 +29,7 @@ class SourceWindow:
 
     number: int
     captions: dict[str, None] = field(default_factory=dict)  # distinct, in order, skipped images too
+    attributes: dict[tuple[str, str], None] = field(default_factory=dict)  # names and values, likewise
     entries: list[Entry] = field(default_factory=list)  # with usable images
     pixels: list[np.ndarray] = field(default_factory=list)  # (C, H, W) uint8, one per entry
     skipped: list[tuple[int, Skipped]] = field(default_factory=list)  # with positions in the window
@@ -74,6 +75,7 @@ class WindowReader:
                     window.skip(position, entry.name, entry.reason)
                 else:
                     window.captions |= dict.fromkeys(entry.captions)
+                    window.attributes |= dict.fromkeys(entry.attributes.items())
                     found.append((position, entry))
                 position += 1
             if wanted and found:

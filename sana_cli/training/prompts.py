@@ -12,12 +12,14 @@ from sana_cli.dataset.reader import Dataset
 from sana_cli.runtime.device import release_memory
 from sana_cli.runtime.records import Encoder
 from sana_cli.sampling.pictures import Cell, grid_cells, prompt_rows
-from sana_cli.text import check_same_encoder, load_encoder, unseen_words, upgrade_fingerprint, words_of
+from sana_cli.sources.entry import LABEL
+from sana_cli.text import check_same_encoder, load_encoder, unseen_words, words_of
+from sana_cli.units import natural
 from sana_cli.weights.checkpoint import MOST_EXAMPLES
 
 GRID_CAPTIONS = 20  # captions of the dataset in a sample grid
 MOST_WORDS = 20_000  # of all captions, that a checkpoint remembers; of more, it remembers none
-ROWS_ASKED = 1000  # for the label that belongs to a caption
+ROWS_ASKED = 1000  # for the class that belongs to a caption
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> Gr
     texts = {text: caption_id for caption_id, text in enumerate(dataset.texts())}
     index, notes = dataset.index, []
     cells = grid_cells(_rows(config, dataset, texts), 1, config.sample.seed)
-    fingerprint = dict(upgrade_fingerprint(index.encoder.as_json(), texts))
+    fingerprint = index.encoder.as_json()
     words = {word for text in texts for word in words_of(text)}
     prompts = [cell.prompt for row in cells for cell in row]
     states = {prompt: dataset.states([texts[prompt]])[0] for prompt in prompts if prompt in texts}
@@ -76,16 +78,18 @@ def _rows(config: Config, dataset: Dataset, texts: Mapping[str, int]) -> list[tu
 
 
 def _in_order(dataset: Dataset, texts: Mapping[str, int]) -> list[str]:
-    """Captions in the order of a grid: numbers, then words, each by label; without labels as they came."""
-    label_of: dict[int, int] = {}
-    labels = dataset.labels()
-    if labels is not None:
+    """Captions in the order of a grid: numbers, then words, each by class; without classes as they came."""
+    class_of: dict[int, str] = {}
+    if list(dataset.attributes) == [LABEL]:
         rows = np.arange(min(len(dataset), ROWS_ASKED))
-        for caption_ids, label in zip(dataset.caption_ids(rows), labels.tolist(), strict=False):
+        names = dataset.attributes[LABEL]
+        classes = (
+            "" if number < 0 else names[number] for number in dataset.attribute_ids()[rows, 0].tolist()
+        )
+        for caption_ids, name in zip(dataset.caption_ids(rows), classes, strict=True):
             for caption_id in caption_ids:
-                label_of.setdefault(caption_id, label)
-    last = len(texts)
+                class_of.setdefault(caption_id, name)
     return sorted(
         filter(None, texts),
-        key=lambda text: (not text.isdecimal(), label_of.get(texts[text], last), texts[text]),
+        key=lambda text: (not text.isdecimal(), natural(class_of.get(texts[text], "")), texts[text]),
     )

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import close, contents, embedded, encoded, process_environment, small_config, wait_until
 from helpers.folders import RGB, finished, folder_config, listed, metadata_folder, picture, tar_of
 from PIL import Image
+from safetensors.torch import load_file
 
 from sana_cli.commands.embed import EmbedOptions, EmbedSummary, embed, plan
 from sana_cli.commands.inspect import InspectOptions, inspect
@@ -224,12 +226,20 @@ def test_too_small_a_disk_is_said_before_the_first_byte(
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
-    """A folder of 300 images, three of them bad, with distinct captions of many lengths."""
+    """A folder of 300 images, three of them bad, with distinct captions of many lengths.
+
+    They have the attribute `group`, and in the second half `late`, which the shared captions leave out.
+    """
     words = random.Random(1)
     rows = [
-        {"file_name": f"{n:04d}.png", "text": [f"{n} " + "x" * words.randrange(60),
-        f"shared {n % 7}"]} for n in range(300)
-    ]  # fmt: skip
+        {
+            "file_name": f"{n:04d}.png",
+            "text": [f"{n} " + "x" * words.randrange(60), f"shared {n % 7}"],
+            "attributes": {"group": n % 7} | ({"late": f"since {n // 100}"} if n >= 150 else {}),
+            "caption_attributes": [["group", "late"] if n >= 150 else ["group"], ["group"]],
+        }
+        for n in range(300)
+    ]
     source = metadata_folder(tmp_path / "many", rows)
     for name in ("0003.png", "0150.png", "0299.png"):
         (source / name).write_bytes(b"broken")
@@ -259,6 +269,22 @@ def test_workers_do_not_change_a_byte(tmp_path: Path, many: Path, small_windows:
     assert made[0] == made[1] == made[2]
     assert len([name for name in made[0] if name.startswith("images-")]) == 5
     assert len([name for name in made[0] if name.startswith("captions-")]) > 5  # their bytes are limited too
+
+
+def test_an_attribute_of_later_windows(tmp_path: Path, many: Path, small_windows: None) -> None:
+    """Images in shards from before it was known have none, as have those that lack it beside it."""
+    config = folder_config(tmp_path, many)
+    finished(config)
+    dataset = Dataset(config.data.dir)
+    assert dataset.attributes == {"group": [*"0123456"], "late": ["since 1", "since 2"]}
+    numbers = [n for n in range(300) if n not in (3, 150, 299)]
+    expected = [[n % 7, n // 100 - 1 if n >= 150 else -1] for n in numbers]
+    assert dataset.attribute_ids().tolist() == expected
+    assert dataset.caption_attributes(np.arange(len(dataset))) == [
+        [["group", "late"] if n >= 150 else ["group"], ["group"]] for n in numbers
+    ]
+    widths = [load_file(path)["attributes"].shape[1] for path in sorted(config.data.dir.glob("images-*"))]
+    assert widths == [1, 1, 2, 2, 2]
 
 
 def test_interrupted_work_goes_on(

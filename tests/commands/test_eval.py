@@ -1,23 +1,28 @@
 """`sana eval` of checkpoints and folders, and what it refuses."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers import child, embedded, invoke, sampled, small_config, trained
+from helpers.folders import metadata_folder
 from helpers.steps import small_judge
 from PIL import Image
 
+from sana_cli.choices import JudgedBy
 from sana_cli.commands import eval as evaluating
 from sana_cli.commands.eval import EvalOptions, EvalSummary, evaluate, record
 from sana_cli.config.keys import Config
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
-from sana_cli.judging import judge
+from sana_cli.judging import judge, retrieval
+from sana_cli.judging.asked import judged_attributes, values_of
 from sana_cli.judging.judge import Judge
 from sana_cli.sources import DIGIT_WORDS
+from sana_cli.weights import checkpoint
 
 
 @pytest.fixture
@@ -53,8 +58,8 @@ def test_eval_of_a_checkpoint_and_of_a_folder(
     assert isinstance(swept, EvalSummary)
     found = [(r.settings.steps, r.settings.guidance_scale, r.images) for r in swept.results if r.settings]
     assert found == [(1, 1.0, 40), (1, 2.5, 40), (2, 1.0, 40), (2, 2.5, 40)]
-    labels = Dataset(config.data.dir).labels()
-    assert labels is not None
+    dataset = Dataset(config.data.dir)
+    labels = values_of(dataset, judged_attributes(dataset)[0])[:, 0]
     # as frequent as in the dataset, where a digit's two names have half of its images each
     for share in summary.results[0].verdict.captions:
         meant = int(share.name) if share.name.isdigit() else [*DIGIT_WORDS].index(share.name)
@@ -106,6 +111,105 @@ def test_a_killed_sweep_leaves_what_it_had_found(judged: tuple[Config, Judge], t
     assert not unfinished.exists()
 
 
+def attributes_folder(folder: Path, *, unseen: bool) -> Path:
+    """Pictures with two attributes that share values; `unseen` ones have a kind too."""
+    rows = []
+    for number in range(48):
+        first, second = ("red", "blue", "green")[number % 3], ("blue", "red")[number // 3 % 2]
+        kind = ("pairs", "words")[number % 2]
+        shown = {"body": first, "head": second} | ({"unseen": kind} if unseen else {})
+        text = f"{kind} {first} {second}" if unseen else f"{first} {second}"
+        rows.append({"file_name": f"{number:02d}.png", "text": text, "attributes": shown})
+    return metadata_folder(folder, rows)
+
+
+def test_eval_by_attributes_and_by_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen captions and each unseen kind are judged apart, and printed beside real pictures."""
+    monkeypatch.setattr(judge, "LARGE_IMAGES", 200)
+    monkeypatch.setattr(retrieval, "STEPS", 3)
+    for split in ("train", "test"):
+        attributes_folder(tmp_path / "source" / split, unseen=split == "test")
+    sets = (
+        "data.source=folder",
+        f"data.path={tmp_path / 'source'}",
+        "data.workers=0",
+        "data.held_out_split=test",
+    )
+    config = small_config(tmp_path, *sets, "model.in_channels=3", "train.steps=2", "log.sample_every=2")
+    embedded(config, limit=None)
+    step = trained(config).checkpoint
+    *_, summary = evaluate(EvalOptions(step, images=41, out=tmp_path / "e.json", plot=tmp_path / "e.png"))
+    assert isinstance(summary, EvalSummary)
+    found = record(summary)
+    assert json.loads((tmp_path / "e.json").read_text()) == found
+    assert [reading["kind"] for reading in found["real"]] == ["seen", "pairs", "words"]
+    assert [reading["accuracy"]["images"] for reading in found["real"]] == [4, 24, 24]
+    assert found["judge"]["real_images"] == 52
+    (result,) = found["results"]
+    assert result["images"] == 41
+    assert result["accuracy"]["images"] == 21  # half are of unseen captions, as many of each kind
+    assert [(one["kind"], one["accuracy"]["images"]) for one in result["unseen"]] == [
+        ("pairs", 10),
+        ("words", 10),
+    ]
+    assert [share["name"] for share in result["attributes"]] == ["body", "head"]
+    assert result["single"]["images"] == 42
+    assert [(swap["first"], swap["second"]) for swap in result["swaps"]] == [
+        ("body", "head"),
+        ("head", "body"),
+    ]
+    assert sum(share["images"] for share in result["captions"]) == 21
+    assert all(share["name"].split()[0] in ("red", "blue", "green") for share in result["captions"])
+    *_, more = evaluate(EvalOptions(step, images=41, steps=(1, 2), plot=tmp_path / "sweep.png"))
+    assert isinstance(more, EvalSummary)
+    assert more.results[1].verdict == summary.results[0].verdict
+
+    answer = invoke("eval", str(step), "--images", "41")
+    assert answer.exit_code == 0, answer.output
+    assert max(map(len, map(str.rstrip, answer.stdout.splitlines()))) <= 80
+    for text in (
+        "seen",
+        "pairs",
+        "words",
+        "real",
+        "one by one",
+        "all at once",
+        "head is the body's",
+    ):
+        assert text in answer.stdout
+
+    # the same pictures from a folder, where each goes to the kind that has its caption
+    captions = ("red blue", "blue red", "pairs red blue", "words red red")
+    sampled(step, *captions, separate=tmp_path / "s")
+    *_, again = evaluate(EvalOptions(tmp_path / "s", data=config.data.dir))
+    assert isinstance(again, EvalSummary)
+    assert again.results[0].verdict.seen.total.count == 2
+
+    *_, matched = evaluate(EvalOptions(step, images=20, by="captions"))
+    assert isinstance(matched, EvalSummary)
+    found = record(matched)
+    assert (found["by"], found["results"][0]["accuracy"]["name"]) == ("captions", "R-precision")
+    assert found["results"][0]["diversity"] is None
+    assert found["results"][0]["frechet_distance"] > 0
+    answer = invoke("eval", str(step), "--images", "20", "--by", "captions")
+    assert "R-precision" in answer.stdout
+
+
+def test_the_dataset_of_a_checkpoint_outside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that of the config on its record."""
+    config = small_config(tmp_path)
+    embedded(config)
+    step = trained(config).checkpoint
+    assert step is not None
+    recorded = {"config": {"data": {"dir": str(tmp_path / "elsewhere")}}}
+    alone = shutil.copytree(step, tmp_path / "alone" / "a" / "b")
+    path = alone / "sana.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | recorded))
+    monkeypatch.setattr(checkpoint, "verify", lambda _: ())
+    with pytest.raises(SanaError, match=f"no dataset in {tmp_path / 'elsewhere'}: the judge"):
+        list(evaluate(EvalOptions(alone)))
+
+
 def test_what_eval_cannot_do_is_said(config: Config, tmp_path: Path) -> None:
     trained(config)
     with pytest.raises(SanaError, match="smaller than|no dataset"):
@@ -119,11 +223,25 @@ def test_what_eval_cannot_do_is_said(config: Config, tmp_path: Path) -> None:
         (folder / f"{name}.txt").write_text(f"a picture of {name}")
     other = small_config(tmp_path / "other", "data.source=folder", f"data.path={folder}")
     embedded(other, limit=2)
+    trained(other)
     with pytest.raises(
         SanaError,
-        match="has no labels, so nothing says what a picture should show\nsana eval needs a dataset",
+        match="has no attributes, so nothing says what a picture should show\nsana eval needs a dataset",
     ):
-        judge.labels_of_captions(Dataset(other.data.dir))
+        list(evaluate(EvalOptions(other.run.dir, by="attributes")))
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text("the same picture")
+    other = small_config(
+        tmp_path / "other", "data.source=folder", f"data.path={folder}", f"data.dir={tmp_path / 'same'}"
+    )
+    embedded(other, limit=2)
+    missing: tuple[tuple[JudgedBy, str], ...] = (
+        ("auto", "attributes, nor captions that differ"),
+        ("captions", "captions that differ"),
+    )
+    for by, lacks in missing:
+        with pytest.raises(SanaError, match=f"has no {lacks}, so nothing says"):
+            list(evaluate(EvalOptions(other.run.dir, data=other.data.dir, by=by)))
     answer = invoke("eval", "runs/nowhere")
     assert answer.exit_code == 1
     assert answer.stderr.startswith("error: no checkpoint at runs/nowhere")

@@ -51,10 +51,9 @@ def test_a_small_model_learns_what_the_prompts_mean(tmp_path: Path) -> None:
     embedded(config, limit=400)
     summary = trained(config)
     dataset = Dataset(config.data.dir)
-    labels = dataset.labels()
-    assert labels is not None
+    ids, names = dataset.attribute_ids()[:, 0].numpy(), dataset.attributes["label"]
     means = torch.stack(
-        [dataset.images(np.flatnonzero(labels.numpy() == digit)).mean(0) for digit in range(10)]
+        [dataset.images(np.flatnonzero(ids == names.index(str(digit)))).mean(0) for digit in range(10)]
     )
     model = checkpoint.load_transformer(summary.checkpoint)
     texts, null = dataset.texts(), dataset.states([dataset.index.null_caption])[0]

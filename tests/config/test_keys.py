@@ -72,6 +72,18 @@ def test_config_strings_survive(config: Config) -> None:
     assert SampleConfig.model_validate(config.to_dict()["sample"]) == config.sample
 
 
+def test_attributes_may_be_in_any_field_or_in_none() -> None:
+    assert parse_config("", "c.yaml").data.attribute_field == "attributes"
+    for value in ("facts", None):
+        config = parse_config("", "c.yaml", (f"data.attribute_field={'null' if value is None else value}",))
+        assert config.data.attribute_field == value
+        assert parse_config(config.to_yaml(), "again.yaml") == config
+    with pytest.raises(
+        SanaError, match=r"c\.yaml:1: data\.attribute_field string should have at least 1 character"
+    ):
+        parse_config("data: {attribute_field: ''}", "c.yaml")
+
+
 def test_the_schema_is_that_of_the_configs() -> None:
     import jsonschema
 

@@ -1,6 +1,8 @@
 """Datasets are read as they were written, or reported as damaged."""
 
+import json
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from sana_cli import sources as data
 from sana_cli.config.keys import Config
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
+from sana_cli.runtime import files
 
 
 def test_what_is_stored_comes_back(config: Config) -> None:
@@ -25,9 +28,10 @@ def test_what_is_stored_comes_back(config: Config) -> None:
         texts = [dataset.texts()[i] for i in dataset.caption_ids(rows)[at]]
         assert tuple(texts) == source[row].captions
     assert dataset.sample_ids(rows) == ["train-00039", "train-00000", "train-00007"]
-    labels = dataset.labels()
-    assert labels is not None
-    assert labels.tolist() == [sample.label for sample in source]
+    assert list(dataset.attributes) == ["label"]
+    labels = [dataset.attributes["label"][number] for number in dataset.attribute_ids()[:, 0]]
+    assert labels == [sample.attributes["label"] for sample in source]
+    assert dataset.caption_attributes(rows) == [[["label"], ["label"]]] * 3
     assert dataset.texts()[dataset.index.null_caption] == ""
     assert len(dataset.texts()) == len(set(dataset.texts()))
 
@@ -47,6 +51,76 @@ def test_every_flipped_byte_is_found(config: Config) -> None:
         "index.json",
         *(p.name for p in paths if p.name != "index.json"),
     ]
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def changed_shard(config: Config, change: Callable[[Tensors], None]) -> None:
+    """Change the tensors of a shard, with an index that fits it."""
+    path, index = config.data.dir / "images-00000.safetensors", config.data.dir / "index.json"
+    tensors = {name: tensor.clone() for name, tensor in files.read_tensors(path).items()}
+    change(tensors)
+    files.write_tensors(path, tensors)
+    content = json.loads(index.read_text())
+    del content["sha256"]
+    content["images"][0] |= {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    files.write_sealed_json(index, content)
+
+
+def a_value_of(name: str, value: int) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[name].view(-1)[7] = value
+
+    return change
+
+
+def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+def says_nothing(tensors: Tensors) -> None:
+    tensors["caption_attributes"] = torch.zeros(40, 2, dtype=torch.int64)
+
+
+def without_attributes(tensors: Tensors) -> None:
+    del tensors["attributes"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        a_value_of("attributes", 10),
+        a_value_of("attributes", -2),
+        changed("attributes", torch.Tensor.long),
+        changed("attributes", torch.Tensor.float),
+        changed("attributes", lambda t: t[:, 0]),
+        changed("attributes", lambda t: t[1:]),
+        changed("attributes", lambda t: torch.cat([t, t], dim=1)),
+        a_value_of("caption_attributes", 2),
+        a_value_of("caption_attributes", -1),
+        changed("caption_attributes", torch.Tensor.int),
+        changed("caption_attributes", lambda t: t[:, :1]),
+        changed("caption_attributes", lambda t: t[1:]),
+        without_attributes,
+    ],
+)
+def test_damaged_attributes_are_refused(config: Config, damage: Callable[[Tensors], None]) -> None:
+    changed_shard(config, says_nothing)
+    dataset = Dataset(config.data.dir)
+    assert len(dataset.attributes["label"]) == 10
+    assert dataset.caption_attributes(np.arange(40)) == [[[], []]] * 40
+    del dataset
+    changed_shard(config, damage)
+    with pytest.raises(SanaError, match=r"images-00000\.safetensors is damaged: its tensors are not those"):
+        Dataset(config.data.dir)
+
+
+def test_a_shard_without_attributes_has_none(config: Config) -> None:
+    changed_shard(config, without_attributes)
+    dataset = Dataset(config.data.dir)
+    assert dataset.attribute_ids().tolist() == [[-1]] * 40
+    assert dataset.caption_attributes(np.arange(2)) == [[[], []]] * 2
 
 
 def test_missing_and_truncated_files_are_named(config: Config) -> None:

@@ -5,6 +5,7 @@ import random
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import embedded, small_config
 from helpers.folders import RGB, folder, folder_config, images, listed, opened, picture, refused, rows, write
@@ -40,9 +41,10 @@ def test_class_named_folders(tmp_path: Path) -> None:
         ("dog/more/2.png", ("a photo of a dog.",)),
         ("tabby_cat/1.png", ("a photo of a tabby cat.",)),
     ]
-    labels = Dataset(config.data.dir).labels()
-    assert labels is not None
-    assert labels.tolist() == [0, 0, 1]
+    dataset = Dataset(config.data.dir)
+    assert dataset.attributes == {"label": ["dog", "tabby_cat"]}
+    assert dataset.attribute_ids().tolist() == [[0], [0], [1]]
+    assert dataset.caption_attributes(np.arange(3)) == [[["label"]]] * 3
 
 
 def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
@@ -212,7 +214,8 @@ def test_hidden_entries_are_passed_over(tmp_path: Path, captions: str) -> None:
     ]  # fmt: skip
     assert len(found) == 2
     if captions == "classes":
-        assert [entry.label for entry in found if isinstance(entry, Entry)] == [0, 1]
+        shown = [entry.attributes for entry in found if isinstance(entry, Entry)]
+        assert shown == [{"label": "cat"}, {"label": "dog"}]
 
 
 def test_names_that_only_look_hidden_are_read(tmp_path: Path) -> None:

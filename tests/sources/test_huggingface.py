@@ -61,9 +61,10 @@ def test_classes_of_a_dataset_are_captions(tmp_path: Path) -> None:
     fields = {"caption_field": "label", "image_field": "picture"}
     source = opened(saved, "datasets", **fields, caption_template="a {}.")
     found = list(source)
-    assert [(e.id, e.captions, e.label) for e in found if isinstance(e, Entry)] == [
-        ("train-00000000", ("a dog.",), 1), ("train-00000001", ("a tabby cat.",), 0)
-    ]  # fmt: skip
+    assert [(e.id, e.captions, e.attributes) for e in found if isinstance(e, Entry)] == [
+        ("train-00000000", ("a dog.",), {"label": "dog"}),
+        ("train-00000001", ("a tabby cat.",), {"label": "tabby_cat"}),
+    ]
     assert [(e.name, e.reason) for e in found if isinstance(e, Skipped)] == [
         ("train-00000002", "no caption: its class is -1, which has no name"),
         ("train-00000003", "no caption: its class is None, which has no name"),
@@ -77,17 +78,17 @@ def test_classes_of_a_dataset_are_captions(tmp_path: Path) -> None:
     )
     config = small_config(tmp_path, "data.source=datasets", f"data.path={saved}", *more, *RGB)
     embedded(config)
-    labels = Dataset(config.data.dir).labels()
-    assert labels is not None
-    assert labels.tolist() == [1, 0]
+    dataset = Dataset(config.data.dir)
+    assert dataset.attributes == {"label": ["dog", "tabby_cat"]}
+    assert dataset.attribute_ids().tolist() == [[0], [1]]
 
 
 def test_lists_of_classes_are_several_captions(tmp_path: Path) -> None:
     saved = labelled(tmp_path, [[1, 0], [-1, 1], [-1], [], None], "list")
     found = list(opened(saved, "datasets", caption_field="label", image_field="picture"))
-    assert [(e.captions, e.label) for e in found if isinstance(e, Entry)] == [
-        (("dog", "tabby cat"), None),
-        (("dog",), None),
+    assert [(e.captions, e.attributes) for e in found if isinstance(e, Entry)] == [
+        (("dog", "tabby cat"), {}),
+        (("dog",), {}),
     ]
     assert len([e for e in found if isinstance(e, Skipped) and e.reason.startswith("no caption")]) == 3
 

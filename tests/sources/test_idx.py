@@ -25,7 +25,7 @@ def test_mnist_is_mnist() -> None:
     assert (train.images.shape, test.images.shape) == ((60000, 28, 28), (10000, 28, 28))
     assert np.bincount(train.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     first = next(iter(train))
-    assert (first.id, first.captions, first.label) == ("train-00000", ("5", "five"), 5)
+    assert (first.id, first.captions, first.attributes) == ("train-00000", ("5", "five"), {"label": "5"})
 
 
 def test_damaged_mnist_is_named(tmp_path: Path) -> None:
@@ -84,8 +84,11 @@ def test_idx_files(tmp_path: Path, channels: int) -> None:
     config = small_config(tmp_path, f"data.path={source}", "data.caption_template=a {}", *more)
     embedded(config)
     assert listed(config)[1] == ("test-000001", ("a shoe",))
+    dataset = Dataset(config.data.dir)
+    assert dataset.attributes == {"label": ["shirt", "shoe", "bag"]}
+    assert dataset.attribute_ids().tolist() == [[0], [1], [2], [0], [1], [2]]
     expected = data.fit_image(Image.fromarray(pixels[1]), (16, 16), channels)
-    found = Dataset(config.data.dir).images(np.array([1]))[0]
+    found = dataset.images(np.array([1]))[0]
     assert torch.equal(found, torch.from_numpy(expected.copy()).float() / 127.5 - 1)
     with pytest.raises(SanaError, match=r"data\.class_names: 2 names, but a label is 2"):
         embedded(small_config(tmp_path / "x", f"data.path={source}", *more, "data.class_names=[a, b]"))
@@ -127,11 +130,14 @@ def test_emnist_by_its_own_names_and_upright(tmp_path: Path, name: str, end: str
     train, test = idx_source(folder), idx_source(folder, split="test")
     assert (train.count(), test.count()) == (3, 1)
     assert [entry.id for entry in train] == ["train-000000", "train-000001", "train-000002"]
-    for entry in train:
-        assert np.array_equal(np.asarray(data.decode_image(entry.image)), UPRIGHT)
-    assert np.array_equal(np.asarray(data.decode_image(next(iter(test)).image)), UPRIGHT + 5)
+    for image in (entry.image for entry in train):
+        assert isinstance(image, np.ndarray)
+        assert np.array_equal(np.asarray(data.decode_image(image)), UPRIGHT)
+    (held_out,) = test
+    assert isinstance(held_out.image, np.ndarray)
+    assert np.array_equal(np.asarray(data.decode_image(held_out.image)), UPRIGHT + 5)
     assert captions_in(train) == [("1",), ("2",), ("1",)]
-    assert [entry.label for entry in train] == [1, 2, 1]
+    assert [entry.attributes for entry in train] == [{"label": "1"}, {"label": "2"}, {"label": "1"}]
 
 
 def test_emnist_is_named_by_its_mapping(tmp_path: Path) -> None:
@@ -144,6 +150,7 @@ def test_emnist_is_named_by_its_mapping(tmp_path: Path) -> None:
     assert captions_in(named) == [
         ("the letter A", "the letter a"), ("the letter Z", "the letter z"), ("the letter K", "the letter k")
     ]  # fmt: skip
+    assert [entry.attributes["label"] for entry in named] == ["A or a", "Z or z", "K or k"]
     assert captions_in(idx_source(folder, caption_template="a letter")) == [("a letter",)] * 3, (
         "equal captions count once"
     )

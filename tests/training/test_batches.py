@@ -49,13 +49,12 @@ def test_draws_are_what_the_config_says(config: Config) -> None:
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.03)
     row = int(dropped.nonzero()[0])
     assert torch.equal(states[row, : len(null)], null)  # with the null caption's own mask
-    labels = dataset.labels()
-    assert labels is not None
+    labels = [int(dataset.attributes["label"][number]) for number in dataset.attribute_ids()[:, 0]]
     bytes_of = {
         dataset.states([i])[0].float().numpy().tobytes(): text for i, text in enumerate(dataset.texts())
     }
     kept = [
-        (bytes_of[states[i, : int(mask[i].sum())].float().numpy().tobytes()], int(labels[r]))
+        (bytes_of[states[i, : int(mask[i].sum())].float().numpy().tobytes()], labels[r])
         for i, r in enumerate(batch.rows)
         if not dropped[i]
     ]

@@ -6,8 +6,17 @@ from helpers import again, sampled, trained
 
 from sana_cli.commands.train import TrainOptions, TrainStart, train
 from sana_cli.config.keys import Config
+from sana_cli.dataset.reader import Dataset
 from sana_cli.sources import DIGIT_WORDS
+from sana_cli.training.prompts import _in_order
 from sana_cli.weights import checkpoint
+
+
+def test_captions_of_a_grid_are_in_the_order_of_their_classes(config: Config) -> None:
+    dataset = Dataset(config.data.dir)
+    assert dataset.attributes["label"] != sorted(dataset.attributes["label"])  # they are as they came
+    texts = {text: number for number, text in enumerate(dataset.texts())}
+    assert _in_order(dataset, texts) == [*map(str, range(10)), *DIGIT_WORDS]
 
 
 def test_a_checkpoint_knows_its_words(config: Config, tmp_path: Path) -> None:

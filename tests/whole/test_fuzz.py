@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from helpers import embedded, small_config, trained
+from helpers.folders import metadata_folder
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import PngImagePlugin
@@ -207,6 +208,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("made")
     config = small_config(folder)
     embedded(config, 12)
+    attributes = small_config(folder / "attributes", "data.source=folder", f"data.path={folder / 'images'}")
+    rows = [
+        {
+            "file_name": f"{n}.png",
+            "text": [str(n), "a digit"],
+            "attributes": {"digit": n, "even": n % 2 == 0},
+            "caption_attributes": [["digit"], []],
+        }
+        for n in range(12)
+    ]
+    metadata_folder(folder / "images", rows)
+    embedded(attributes)
     summary = trained(config)
     assert summary.grid is not None
     theirs = folder / "theirs"
@@ -214,7 +227,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     SanaTransformer2DModel.from_config(configs.diffusers_config(model)).save_pretrained(theirs)
     torch.save(build(model).state_dict(), folder / "weights.pth")
     return {
-        "dataset": config.data.dir,
+        "dataset": attributes.data.dir,
         "checkpoint": summary.checkpoint,
         "picture": summary.grid,
         "diffusers": theirs,
@@ -233,7 +246,8 @@ def use_dataset(place: Path) -> None:
         dataset.caption_ids(rows),
         dataset.caption_weights(rows),
         dataset.sample_ids(rows),
-        dataset.labels(),
+        dataset.attribute_ids(),
+        dataset.caption_attributes(rows),
     )
     dataset.states(range(len(dataset.texts())))
     train_config = small_config(place.parent, f"data.dir={place}", "train.steps=2")

@@ -1,0 +1,74 @@
+"""Judge pictures by their captions: a matcher, and the statistics of real pictures in its features.
+
+It computes from the matcher's features, and trains nothing.
+
+Shapes: n pictures, m real ones, E features.
+"""
+
+import math
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sana_cli.dataset.reader import Dataset
+from sana_cli.judging.asked import SEEN, Drawn
+from sana_cli.judging.judge import MOST_IMAGES, VARIANCE, Moments, Share, bootstrap_spread, frechet_distance
+from sana_cli.judging.retrieval import Matcher, companions
+from sana_cli.judging.verdict import Reading, Verdict
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A trained matcher with what it measures by."""
+
+    matcher: Matcher
+    captions: Mapping[str, Set[str]]  # of the dataset, each with those that are true beside it
+    reference: Moments  # of the dataset's features
+    real: Tensor  # (m, E), features of real pictures that the matcher was not trained on
+    scale: float  # features times this have a mean variance of `VARIANCE`
+
+    @staticmethod
+    def of(matcher: Matcher, dataset: Dataset, held_out: Dataset | None) -> "Matching":
+        """Measure the pictures that the matcher was trained on, and those that it was not."""
+        rows = np.arange(min(len(dataset), MOST_IMAGES))
+        if held_out is None:
+            tested = matcher.encode_pictures(dataset.pixels(rows[rows % 10 == 9]))
+            rows = rows[rows % 10 != 9]
+        else:
+            tested = matcher.encode_pictures(held_out.pixels(np.arange(min(len(held_out), MOST_IMAGES))))
+        features = matcher.encode_pictures(dataset.pixels(rows))
+        scale = float((VARIANCE / features.double().var(0).mean()) ** 0.5)
+        return Matching(matcher, companions(dataset), Moments.of(features * scale), tested * scale, scale)
+
+    @property
+    def real_reading(self) -> Reading:
+        """R-precision of real pictures."""
+        return _reading(self.matcher.real)
+
+    def verdict_on(self, seen: Drawn) -> Verdict:
+        """R-precision of pictures, and their Fréchet distance in the picture tower's features."""
+        also_true = [self.captions.get(caption, frozenset()) for caption in seen.captions]
+        found = self.matcher.r_precision(seen.pixels, seen.captions, self.captions, 0, also_true)
+        features = self.matcher.encode_pictures(seen.pixels) * self.scale
+        count = min(len(features), len(self.real))
+        rows = torch.arange(count) * len(self.real) // max(1, count)
+        return Verdict(
+            seen=_reading(found),
+            unseen=(),
+            captions=(),
+            labels=(),
+            distance=self._distance(features),
+            distance_spread=bootstrap_spread(features, self.reference) if len(features) > 1 else math.nan,
+            real_distance=self._distance(self.real[rows]),
+            diversity=math.nan,
+        )
+
+    def _distance(self, features: Tensor) -> float:
+        return frechet_distance(Moments.of(features), self.reference) if len(features) > 1 else math.nan
+
+
+def _reading(found: Share) -> Reading:
+    return Reading(SEEN, found, Share("single attributes", 0, 0), (), ())
