@@ -62,6 +62,10 @@ audit: .venv/dev  ## known vulnerabilities in the pinned packages
 pictures: .venv/dev  ## make the pictures of the docs: grids, plot, report (needs chromium), terminal; most of an hour
 	$(BIN)/sana sample --checkpoint shipped --prompts-file configs/prompts/lesson.txt --out docs/lesson-grid.png
 	$(BIN)/sana sample --checkpoint shipped "0 1 2 3 4 5 6 7 8 9" --out docs/digits.png --trajectory docs/digits.gif
+	$(BIN)/sana sample --checkpoint shipped:critters --out docs/critters-table.png --grid \
+	  "a round {red,blue,green} monster with {white horns,a yellow crown,pink antennae} and two eyes, smiling, on black"
+	$(BIN)/sana sample --checkpoint shipped:critters --prompts-file configs/prompts/critters-seen.txt --out docs/critters-seen.png
+	$(BIN)/sana sample --checkpoint shipped:critters --prompts-file configs/prompts/critters-unseen.txt --out docs/critters-unseen.png
 	rm -rf runs/pictures docs/digits.png
 	$(BIN)/python benchmarks/learning.py --scales 3 --folder runs/pictures --plot docs/quickstart.png
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,1665 \

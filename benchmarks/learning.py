@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.judging import plots
-from sana_cli.judging.judge import Share
+from sana_cli.judging.judge import wilson
 from sana_cli.weights import checkpoint
 
 EVERY_STEP = ("--guidance-interval", "0", "1")
@@ -55,10 +55,9 @@ def shares(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for kind, found in ({"unseen combinations": combinations} | parts).items():
         for key, name in (("accuracy", ""), ("single", ", one by one")) if found else ():
             count = sum(part[key]["images"] for part in found)
-            hits = round(sum(part[key]["images"] * part[key]["accuracy"] for part in found))
-            share = Share(kind, hits, count)
-            low, high = share.interval
-            yield f", {kind}{name}", {"accuracy": share.accuracy, "low": low, "high": high}
+            hits = sum(part[key]["images"] * part[key]["accuracy"] for part in found)
+            low, high = wilson(hits, count)
+            yield f", {kind}{name}", {"accuracy": hits / count, "low": low, "high": high}
 
 
 class Times:
@@ -85,6 +84,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0])
     add("--steps", type=int, help="training steps (default: the config's)")
     add("--guidance-scale", type=float, help="to judge and ship with (default: the config's)")
+    add("--guidance-interval", type=float, nargs=2, help="to judge and ship with (default: the config's)")
     add("--solver-steps", type=int, help="to judge and ship with (default: the config's)")
     add("--images", type=int, default=10_000)
     add("--between", type=int, default=2000, help="images for earlier checkpoints and for other samplers")
@@ -99,8 +99,14 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def own_way(options: argparse.Namespace) -> tuple[str, ...]:
     """The sampler's options that replace the config's."""
-    given = {"--guidance-scale": options.guidance_scale, "--steps": options.solver_steps}
-    return tuple(word for name, value in given.items() if value is not None for word in (name, str(value)))
+    given = {
+        "--guidance-scale": [options.guidance_scale],
+        "--guidance-interval": options.guidance_interval or [None],
+        "--steps": [options.solver_steps],
+    }
+    return tuple(
+        word for name, values in given.items() if None not in values for word in (name, *map(str, values))
+    )
 
 
 def trained(options: argparse.Namespace, folder: Path, seed: int) -> list[Path]:
@@ -159,7 +165,8 @@ def main() -> None:
                             **{key: share[key] for key in ("accuracy", "low", "high")},
                         }
                         point |= {"distance": found["frechet_distance"]} if kind == "" else {}
-                        runs.setdefault(f"seed {seed}{name}{kind}", []).append(point)
+                        if kind in ("", ", one by one") or kind.startswith(", unseen"):  # few curves
+                            runs.setdefault(f"seed {seed}{name}{kind}", []).append(point)
                     if name == "":
                         result = found
             for scale in ("2", "2.5") if options.plain else ():

@@ -346,6 +346,7 @@ def _looked_up(role: str, ids: Tensor) -> Tensor:
 @lru_cache(maxsize=65536)
 def _shake(name: str) -> Tensor:
     """Uniform numbers (D,) of mean 0 and variance 1 that depend on `name` alone."""
+    # a word keeps the vector that it had in version 2: captions of one word are encoded as then
     raw = hashlib.shake_256(f"sana tiny encoder 2: {name}".encode()).digest(2 * TINY_DIM)
     integers = torch.frombuffer(bytearray(raw), dtype=torch.uint16).to(torch.float32)
     return ((integers + 0.5) / 32768 - 1) * 3**0.5

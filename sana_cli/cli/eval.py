@@ -13,11 +13,14 @@ from sana_cli.errors import SanaError
 from sana_cli.interrupts import attentive
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sana_cli.commands.eval import EvalResult, EvalSummary
     from sana_cli.judging.judge import Share
     from sana_cli.judging.verdict import Reading, Verdict
 
 SOLVERS = list(get_args(Solver))
+MOST_SWAPS = 10  # rows of their table
 
 
 def _solvers(names: list[str] | None) -> list[str] | None:
@@ -136,7 +139,7 @@ def _print_summary(summary: "EvalSummary") -> None:
     for note in summary.notes:
         console.note(note)
     real, first = pooled("real", summary.real), summary.results[0]
-    console.note(f"the judge of {summary.dataset} {_judge_in_words(summary.by, real)}")
+    console.note(f"the judge of {summary.dataset} {_judge_in_words(summary.real, real)}")
     verdict = first.verdict
     if len(summary.results) == 1:
         if len(real.attributes) > 1 or verdict.unseen:
@@ -148,20 +151,26 @@ def _print_summary(summary: "EvalSummary") -> None:
     if first.settings is not None and first.settings.guidance_interval != (0, 1):
         console.note("guidance at noise levels {:g} to {:g}".format(*first.settings.guidance_interval))
     count = verdict.seen.total.count
-    diversity = "" if verdict.diversity != verdict.diversity else " and a diversity of 1"
-    console.note(
-        f"as many real images have a Fréchet distance of {verdict.real_distance:.2f}{diversity} "
-        f"({count:,} images each)"
-    )
+    if verdict.real_distance == verdict.real_distance:
+        diversity = "" if verdict.diversity != verdict.diversity else " and a diversity of 1"
+        distance = f"a Fréchet distance of {verdict.real_distance:.2f}{diversity}"
+        if real.total.count < count:  # fewer pictures are further away, whatever they are
+            console.note(f"the {real.total.count:,} real images that there are have {distance}")
+        else:
+            console.note(f"as many real images have {distance} ({count:,} images each)")
     for path in summary.saved:
         console.result(str(path))
 
 
-def _judge_in_words(by: str, real: "Reading") -> str:
-    """How well the judge reads real pictures."""
+def _judge_in_words(readings: "Sequence[Reading]", real: "Reading") -> str:
+    """How well the judge reads real pictures, by their readings and these pooled."""
+    from sana_cli.judging.retrieval import RPrecision
+
     images = f"{real.total.count:,} real images that it was not trained on"
-    if by == "captions":
-        return f"ranks the own caption of {real.total.accuracy:.1%} of {images} first among 100"
+    if not real.total.count:
+        return "was tested on no real images"
+    if isinstance(ranked := readings[0].total, RPrecision):
+        return f"ranks the own caption of {ranked.accuracy:.1%} of {images} first among {ranked.of}"
     if len(real.attributes) == 1:
         return f"reads {real.total.accuracy:.2%} of {images}"
     return (
@@ -185,17 +194,19 @@ def _print_attributes(verdict: "Verdict", real: "Reading") -> None:
 
 
 def _print_swaps(verdict: "Verdict", real: "Reading") -> None:
-    """How often the values asked of two attributes are mistaken for one another."""
+    """How often the values asked of two attributes are mistaken for one another: the largest shares."""
     from sana_cli.judging.verdict import pooled
 
     readings = [verdict.seen, *([pooled("unseen", verdict.unseen)] if verdict.unseen else []), real]
-    rows = []
+    found: list[tuple[Share, ...]] = []
     for swaps in zip(*(reading.swaps for reading in readings), strict=True):
-        if swaps[0].leak.count:
-            rows.append((swaps[0].leak.name, *(_with_spread(swap.leak) for swap in swaps)))
-        if swaps[0].exchanged.count and swaps[0].first < swaps[0].second:  # the same in both orders
-            rows.append((swaps[0].exchanged.name, *(_with_spread(swap.exchanged) for swap in swaps)))
-    if rows:
+        found.append(tuple(swap.leak for swap in swaps))
+        if swaps[0].first < swaps[0].second:  # the same in both orders
+            found.append(tuple(swap.exchanged for swap in swaps))
+    found = [shares for shares in found if shares[0].count]
+    found.sort(key=lambda shares: max(s.accuracy if s.count else 0.0 for s in shares[:-1]), reverse=True)
+    if found:
+        rows = [(shares[0].name, *map(_with_spread, shares)) for shares in found[:MOST_SWAPS]]
         console.table(("swapped", *(reading.kind for reading in readings)), rows)
 
 

@@ -201,6 +201,7 @@ def _held_out(options: EmbedOptions) -> list[EmbedOptions]:
     try:
         open_source(data)
     except SanaError as error:
+        open_source(options.config.data)  # what is wrong with the whole source is not the split's fault
         first, *rest = str(error).splitlines()
         raise SanaError(f"data.held_out_split: {first}", *rest, exit_code=error.exit_code) from error
     config = options.config.model_copy(update={"data": data})

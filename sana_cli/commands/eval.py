@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from sana_cli import __version__
@@ -24,9 +23,9 @@ from sana_cli.config.file import RUN_CONFIG, load_config, load_run_config
 from sana_cli.config.keys import DataConfig, SampleConfig
 from sana_cli.dataset.layout import held_out_dir, is_dataset
 from sana_cli.dataset.reader import Dataset
-from sana_cli.errors import SanaError, first_line
+from sana_cli.errors import SanaError
 from sana_cli.judging import judge, plots, retrieval
-from sana_cli.judging.asked import Drawn, Prompts, every_caption, judged_attributes, prompts_of
+from sana_cli.judging.asked import Drawn, Prompts, every_caption, judged_attributes, prompts_of, unseen_kinds
 from sana_cli.judging.judge import Judge, JudgeStep, Share
 from sana_cli.judging.matching import Matching
 from sana_cli.judging.retrieval import Matcher
@@ -120,17 +119,11 @@ def _dataset(options: EvalOptions, place: Path | None) -> tuple[Dataset, Dataset
 
 
 def _data_config(place: Path) -> DataConfig:
-    """Where the data of a checkpoint lies: by the config of its run, or the one on its record."""
+    """Where the data of a checkpoint lies: by the config of its run, or that of the shipped name."""
     run = place.absolute().parents[1]
     if (run / RUN_CONFIG).is_file():
         return load_run_config(run).data
-    recorded = checkpoint.read_record(place).config if (place / checkpoint.RECORD).is_file() else None
-    if recorded is None:
-        return load_config(None).data
-    try:
-        return DataConfig.model_validate(recorded.get("data", {}))
-    except ValidationError as error:
-        raise SanaError(f"{place}: the config on its record is not one: {first_line(error)}") from error
+    return load_config(place.name if checkpoint.is_shipped(place) else None).data
 
 
 def _prompts(
@@ -275,7 +268,13 @@ def _judge(
 def _matching(
     dataset: Dataset, held_out: Dataset | None, device: torch.device
 ) -> Generator[EvalStep, None, Matching]:
-    """The matcher of a dataset with what it measures by, trained if there is none yet; yields progress."""
+    """The matcher of a dataset with what it measures by, trained if there is none yet; yields progress.
+
+    The pictures have captions of the dataset. Real ones to compare with are therefore of the
+    dataset too, where the held-out set has unseen kinds.
+    """
+    if unseen_kinds(dataset, held_out):
+        held_out = None
     found: Matcher | None = None
     for step in retrieval.load_or_train(dataset, held_out, device):
         if isinstance(step, JudgeStep):
@@ -407,6 +406,11 @@ def _read(folder: Path, prompts: Sequence[Prompts]) -> Iterator[_Pictures]:
         prompt = _prompt(path, folder)
         group = next((group for group in prompts if prompt in group.meaning), None)
         if group is None:
+            if prompt in prompts[0].texts:
+                raise SanaError(
+                    f"{path}: its caption {prompt!r} asks for no attribute",
+                    "judge pictures by their captions: `by` captions",
+                )
             some = ", ".join(map(repr, itertools.islice(prompts[0].meaning, 4)))
             raise SanaError(
                 f"{path}: its caption is {prompt!r}, which is none of {dataset.directory}",
@@ -510,7 +514,7 @@ def _share(found: Share) -> dict[str, Any]:
         "accuracy": _number(found.accuracy),
         "low": low,
         "high": high,
-        "images": found.count,
+        "images": found.images,
     }
 
 

@@ -19,7 +19,7 @@ from sana_cli.errors import SanaError
 from sana_cli.runtime.device import return_memory
 from sana_cli.runtime.distributed import World
 from sana_cli.runtime.records import CaptionShard, LeftOut
-from sana_cli.sources.attributes import EXAMPLE, MOST
+from sana_cli.sources.attributes import ADVICE, MOST, MOST_VALUES
 from sana_cli.sources.windows import IMAGES_AT_ONCE, SourceWindow, WindowReader
 from sana_cli.text import CaptionEncoder
 
@@ -87,12 +87,12 @@ class Embedder:
         for name, value in window.attributes:
             known = self.attributes.setdefault(name, {})
             known.setdefault(value, len(known))
-        if len(self.attributes) > MOST:
-            raise SanaError(
-                f"data.attribute_field: the images have over {MOST} attributes, one of them {name!r}",
-                f"attributes are for example {EXAMPLE}",
-                "leave them out with --set data.attribute_field=null",
-            )
+            if len(self.attributes) > MOST:
+                what = f"the images have over {MOST} attributes, one of them {name!r}"
+                raise SanaError(f"data.attribute_field: {what}", *ADVICE)
+            if len(known) > MOST_VALUES:
+                what = f"the attribute {name!r} has over {MOST_VALUES:,} values, one of them {value!r:.60}"
+                raise SanaError(f"data.attribute_field: {what}", *ADVICE)
         if self.strict and window.skipped:
             _, first = window.skipped[0]
             raise strict_error(first.name, first.reason)

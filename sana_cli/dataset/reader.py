@@ -197,13 +197,25 @@ class Dataset:
         """The values of each named attribute, in the order of their numbers."""
         return self.index.attributes
 
-    def attribute_ids(self) -> Tensor:
-        """The number of each image's value of each attribute (n, a); -1 where an image has none."""
-        columns, found = len(self.attributes), []
-        for shard, entry in zip(self._images, self.index.images, strict=True):
-            shown = shard.get("attributes", torch.empty(entry.count, 0)).long()
-            found.append(F.pad(shown, (0, columns - shown.shape[1]), value=-1))
-        return torch.cat(found)
+    def attribute_ids(self, rows: np.ndarray | None = None) -> Tensor:
+        """The number of each image's value of each attribute (B, a); -1 where an image has none.
+
+        `rows` None: of all images.
+        """
+        columns = len(self.attributes)
+        if rows is None:
+            parts = [
+                shard.get("attributes", torch.empty(entry.count, 0, dtype=torch.int32))
+                for shard, entry in zip(self._images, self.index.images, strict=True)
+            ]
+        else:
+            none = torch.empty(0, dtype=torch.int32)
+            parts = [
+                (shard["attributes"][row] if "attributes" in shard else none)[None]
+                for shard, row in self._rows(rows)
+            ]
+        padded = [F.pad(part, (0, columns - part.shape[1]), value=-1) for part in parts]
+        return torch.cat(padded).long() if padded else torch.empty(0, columns, dtype=torch.long)
 
     def caption_attributes(self, rows: np.ndarray) -> list[list[list[str]]]:
         """The names of the attributes that each image's captions name, in the same order."""

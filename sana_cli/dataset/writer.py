@@ -173,7 +173,7 @@ def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Te
     if images.names:
         values = [[row.get(name, -1) for name in images.names] for row in images.attributes]
         tensors["attributes"] = torch.tensor(values, dtype=torch.int32)
-    if any(says is not None for says in images.says):
+    if images.names and any(says is not None for says in images.says):
         bits = {name: 1 << column for column, name in enumerate(images.names)}
         named = [
             [sum(bits[name] for name in names) for names in says or [frozenset(shown)] * len(row)]

@@ -19,20 +19,40 @@ from sana_cli.units import natural
 
 FEWEST_VALUES, MOST_VALUES = 2, 300  # of an attribute that is judged
 LEAST_IMAGES = 3.0  # of a value, on average, of an attribute that is judged
+MOST_IMAGES = 60_000  # of a dataset, for training a judge and for its statistics
 SEEN = "seen"  # the kind of captions that training has, and of real pictures of the training set
 
 Values = Mapping[str, Sequence[str]]  # of each judged attribute, by name
 Meaning = tuple[int, ...]  # the number of a value of each judged attribute; -1 is not asked
 
 
+def judged_rows(dataset: Dataset) -> np.ndarray:
+    """The images that a judge learns from: all, or `MOST_IMAGES` evenly spaced ones.
+
+    The first ones would not do: a dataset may be sorted by class.
+    """
+    count = min(len(dataset), MOST_IMAGES)
+    return np.arange(count) * len(dataset) // count
+
+
+def split_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Images of `judged_rows` to train on, and those to test on: every tenth, at least one."""
+    rows = judged_rows(dataset)
+    tested = np.arange(len(rows)) % 10 == min(9, len(rows) - 1)
+    return rows[~tested], rows[tested]
+
+
 def judged_attributes(dataset: Dataset) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     """The attributes that can be judged, each with its values in natural order, and notes on the others.
 
-    They have 2 to 300 values, and at least 3 images of a value on average.
+    They have 2 to 300 values, and at least 3 images of a value on average. `unseen` is never
+    judged: it is no part of a picture.
     """
     judged, notes = dict[str, tuple[str, ...]](), []
     ids = dataset.attribute_ids()
     for column, (name, values) in enumerate(dataset.attributes.items()):
+        if name == UNSEEN:
+            continue
         images = int((ids[:, column] >= 0).sum())
         if FEWEST_VALUES <= len(values) <= MOST_VALUES and images >= LEAST_IMAGES * len(values):
             judged[name] = tuple(sorted(values, key=natural))
@@ -67,10 +87,13 @@ def places_in(values: Sequence[str], others: Sequence[str]) -> Tensor:
 
 
 def unseen_kinds(dataset: Dataset, held_out: Dataset | None) -> tuple[str, ...]:
-    """The kinds of images in the held-out set that training lacks, by its attribute `unseen`."""
+    """The kinds of images in the held-out set that training lacks, by its attribute `unseen`.
+
+    The value "seen" is no such kind.
+    """
     if held_out is None or UNSEEN in dataset.attributes:
         return ()
-    return tuple(held_out.attributes.get(UNSEEN, ()))
+    return tuple(kind for kind in held_out.attributes.get(UNSEEN, ()) if kind != SEEN)
 
 
 def meanings(dataset: Dataset, attributes: Values, rows: np.ndarray) -> dict[int, Meaning]:
@@ -108,7 +131,7 @@ class Prompts:
 
     kind: str
     dataset: Dataset  # that has their states
-    rows: np.ndarray  # its images of this kind
+    shares: np.ndarray  # how often training draws each caption of the dataset, of images of this kind
     texts: Sequence[str]  # all captions of the dataset
     meaning: Mapping[str, Meaning]  # of each caption that asks something
     drawn: tuple[int, ...]  # ids of those that are drawn
@@ -125,13 +148,7 @@ class Prompts:
         Other frequencies raise the Fréchet distance: real digits in even numbers of each are
         0.2 further from all of MNIST.
         """
-        shares = np.zeros(self.dataset.index.counts.captions)
-        for ids, weights in zip(
-            self.dataset.caption_ids(self.rows), self.dataset.caption_weights(self.rows), strict=True
-        ):
-            given = np.array(weights if weights is not None else [1.0] * len(ids))
-            np.add.at(shares, ids, given / given.sum())
-        chosen = shares[list(self.drawn)]
+        chosen = self.shares[list(self.drawn)]
         places = np.searchsorted(chosen.cumsum() / chosen.sum(), (np.arange(count) + 0.5) / count)
         return [self.drawn[place] for place in places]
 
@@ -139,7 +156,8 @@ class Prompts:
 def prompts_of(dataset: Dataset, held_out: Dataset | None, attributes: Values) -> list[Prompts]:
     """The captions of the dataset, then those of each unseen kind of the held-out set.
 
-    Where some captions of a kind name every judged attribute, only those are drawn.
+    Captions of a kind that name every judged attribute are the only ones drawn, if training
+    draws them at least half as often as all that ask something. Else all of these are drawn.
 
     Raises:
         SanaError: no caption of the dataset names an attribute on which its images agree.
@@ -150,24 +168,36 @@ def prompts_of(dataset: Dataset, held_out: Dataset | None, attributes: Values) -
             f"{dataset.directory}: no caption means one value of {' or '.join(attributes)}",
             "each names none, or belongs to images of several; it can be judged `by` captions",
         )
-    for number, kind in enumerate(unseen_kinds(dataset, held_out)):
+    kinds = unseen_kinds(dataset, held_out)
+    for number, kind in enumerate(kinds):
         assert held_out is not None, "it has the kinds"
-        rows = np.flatnonzero(kind_numbers(held_out).numpy() == number)
+        rows = np.flatnonzero(kind_numbers(held_out, kinds).numpy() == number)
         prompts = _prompts(kind, held_out, rows, attributes)
         found += [prompts] if prompts.drawn else []
     return found
 
 
-def kind_numbers(held_out: Dataset) -> Tensor:
-    """The number of each image's kind (n,), -1 where it has none."""
-    return held_out.attribute_ids()[:, list(held_out.attributes).index(UNSEEN)]
+def kind_numbers(held_out: Dataset, kinds: Sequence[str]) -> Tensor:
+    """The place of each image's kind in `kinds` (n,), -1 where it has none of them."""
+    return values_of(held_out, {UNSEEN: kinds})[:, 0]
 
 
 def _prompts(kind: str, dataset: Dataset, rows: np.ndarray, attributes: Values) -> Prompts:
     asked, texts = meanings(dataset, attributes, rows), dataset.texts()
+    shares = _shares(dataset, rows)
     whole = tuple(caption for caption, asks in asked.items() if min(asks) >= 0)
     meaning = {texts[caption]: asks for caption, asks in asked.items()}
-    return Prompts(kind, dataset, rows, texts, meaning, whole or tuple(asked))
+    frequent = shares[list(whole)].sum() >= shares[list(asked)].sum() / 2
+    return Prompts(kind, dataset, shares, texts, meaning, whole if frequent else tuple(asked))
+
+
+def _shares(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """How often training draws each caption of the dataset, if it draws each of these images once."""
+    shares = np.zeros(dataset.index.counts.captions)
+    for ids, weights in zip(dataset.caption_ids(rows), dataset.caption_weights(rows), strict=True):
+        given = np.array(weights if weights is not None else [1.0] * len(ids))
+        np.add.at(shares, ids, given / given.sum())
+    return shares
 
 
 def every_caption(dataset: Dataset) -> Prompts | None:
@@ -175,4 +205,6 @@ def every_caption(dataset: Dataset) -> Prompts | None:
     rows, texts = np.arange(len(dataset)), dataset.texts()
     ids = sorted({caption for found in dataset.caption_ids(rows) for caption in found})
     meaning: dict[str, Meaning] = {texts[caption]: () for caption in ids}
-    return Prompts(SEEN, dataset, rows, texts, meaning, tuple(ids)) if len(ids) > 1 else None
+    if len(ids) < 2:
+        return None
+    return Prompts(SEEN, dataset, _shares(dataset, rows), texts, meaning, tuple(ids))

@@ -9,8 +9,9 @@ Shapes: n pictures, C H W of one, a attributes, F features, m real pictures.
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,10 @@ from sana_cli.judging.asked import (
     Meaning,
     Values,
     judged_attributes,
+    judged_rows,
     kind_numbers,
     meanings,
+    split_rows,
     unseen_kinds,
     values_of,
 )
@@ -40,7 +43,7 @@ LARGE_IMAGES = 130_000  # seen by the large network, some of them often
 LARGE_EPOCHS = 40  # at most
 BATCH = 128
 LR = 4e-3
-MOST_IMAGES = 60_000  # of a dataset, for training and for the reference features
+MOST_SETS = 300  # of attributes that captions ask together, for the diversity
 AT_ONCE = 500  # pictures in a batch of the trained classifier
 SMALLEST = 8  # pixels to a side
 
@@ -74,7 +77,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return max(0.0, float(total))
 
 
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % confidence interval of a share (Wilson 1927): in [0, 1], never of width 0."""
     share, spread = hits / count, z * z / count
     centre = (share + spread / 2) / (1 + spread)
@@ -102,6 +105,7 @@ class Share:
     name: str
     hits: int
     count: int
+    pictures: int | None = field(default=None, kw_only=True)  # that have `count` attributes; None: `count`
 
     @property
     def accuracy(self) -> float:
@@ -110,8 +114,18 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Its 95 % confidence interval (Wilson)."""
-        return wilson(self.hits, self.count) if self.count else (math.nan, math.nan)
+        """Its 95 % confidence interval (Wilson), of as many trials as there are pictures.
+
+        The attributes of one picture are not independent.
+        """
+        if not self.count:
+            return math.nan, math.nan
+        return wilson(self.hits * self.images / self.count, self.images)
+
+    @property
+    def images(self) -> int:
+        """How many pictures it is of."""
+        return self.count if self.pictures is None else self.pictures
 
 
 @dataclass(frozen=True)
@@ -139,8 +153,10 @@ class Judge:
     @torch.inference_mode()
     def classify(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Values (n, a) and features (n, F) of pictures (n, C, H, W), uint8 or in [-1, 1]."""
-        device, answers, features = next(self.classifier.parameters()).device, [], []
-        for part in pixels.split(AT_ONCE):
+        device = next(self.classifier.parameters()).device
+        answers = [torch.empty(0, len(self.attributes), dtype=torch.long)]
+        features = [torch.empty(0, self.classifier.FEATURES)]
+        for part in pixels.split(AT_ONCE) if len(pixels) else ():  # the networks need a picture
             part = part.to(device)
             logits, found = self.classifier(part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part)
             answers.append(torch.stack([of.argmax(1) for of in logits], dim=1).cpu())
@@ -202,11 +218,10 @@ def load_or_train(
         raise SanaError(
             f"{dataset.directory}: its images are smaller than {SMALLEST} pixels, too small to judge"
         )
-    training, test, kind = _split(dataset, held_out, attributes, len(kinds) > 1)
+    training, test, kind = _split(dataset, held_out, attributes, kinds[1:])
     classifier = _untrained(dataset.image_shape, attributes)
     yield from _train(classifier, training, device)
-    every = np.arange(min(len(dataset), MOST_IMAGES))
-    asked = set(meanings(dataset, attributes, every).values())
+    asked = set(meanings(dataset, attributes, judged_rows(dataset)).values())
     judge = _measure(classifier, attributes, kinds, training, test, kind, asked)
     _save(path, judge, about)
     yield judge
@@ -223,16 +238,15 @@ def _untrained(shape: tuple[int, int, int], attributes: Values) -> Classifier:
 
 
 def _split(
-    dataset: Dataset, held_out: Dataset | None, attributes: Values, unseen: bool
+    dataset: Dataset, held_out: Dataset | None, attributes: Values, unseen: tuple[str, ...]
 ) -> tuple[_Images, _Images, Tensor]:
     """Images to train on, images to test on, and the kind of each of these."""
-    rows = np.arange(min(len(dataset), MOST_IMAGES))
-    training, parts, kinds = _Images(dataset.pixels(rows), values_of(dataset, attributes)[rows]), [], []
+    rows, parts, kinds, shown = judged_rows(dataset), [], [], values_of(dataset, attributes)
     if held_out is None or unseen:
-        tenth = torch.from_numpy(rows % 10 == 9)
-        parts.append(_Images(training.pixels[tenth], training.values[tenth]))
-        kinds.append(torch.zeros(int(tenth.sum()), dtype=torch.long))
-        training = _Images(training.pixels[~tenth], training.values[~tenth])
+        rows, tested = split_rows(dataset)
+        parts.append(_Images(dataset.pixels(tested), shown[tested]))
+        kinds.append(torch.zeros(len(tested), dtype=torch.long))
+    training = _Images(dataset.pixels(rows), shown[rows])
     if held_out is not None:
         shown = values_of(held_out, attributes)
         if int(shown.max()) < 0:
@@ -241,7 +255,7 @@ def _split(
                 "embed it again, or set data.held_out_split=null",
             )
         parts.append(_Images(held_out.pixels(np.arange(len(held_out))), shown))
-        kinds.append(kind_numbers(held_out) + 1 if unseen else torch.zeros(len(held_out), dtype=torch.long))
+        kinds.append(kind_numbers(held_out, unseen) + 1)  # without one, it is a seen one
     test = _Images(torch.cat([part.pixels for part in parts]), torch.cat([part.values for part in parts]))
     return training, test, torch.cat(kinds)
 
@@ -275,16 +289,19 @@ def _measure(
 def _scatters(features: Tensor, values: Tensor, asked: Collection[Meaning]) -> dict[Meaning, float]:
     """Scatter of the features (n, F) of images that show what is asked, by what that is.
 
-    Left out: what fewer than two images show, and what only equal images show.
+    Left out: what fewer than two images show, what only equal images show, and all but the
+    `MOST_SETS` sets of attributes that most of `asked` name: each set takes up to a second.
     """
-    found = {}
-    for columns in {tuple(i for i, value in enumerate(asks) if value >= 0) for asks in asked}:
+    found, features = dict[Meaning, float](), features.double()
+    sets = Counter(tuple(i for i, value in enumerate(asks) if value >= 0) for asks in asked)
+    for columns in sorted(sets, key=lambda columns: (-sets[columns], columns))[:MOST_SETS]:
+        have = (values[:, columns] >= 0).all(1)
         shown, place, counts = torch.unique(
-            values[:, columns], dim=0, return_inverse=True, return_counts=True
+            values[have][:, columns], dim=0, return_inverse=True, return_counts=True
         )
         sums = torch.zeros(len(shown), features.shape[1], dtype=torch.float64)
-        means = sums.index_add(0, place, features.double()) / counts[:, None]
-        squares = (features.double() - means[place]).square().sum(1)
+        means = sums.index_add(0, place, features[have]) / counts[:, None]
+        squares = (features[have] - means[place]).square().sum(1)
         totals = torch.zeros(len(shown), dtype=torch.float64).index_add(0, place, squares)
         for row, total, count in zip(shown.tolist(), totals.tolist(), counts.tolist(), strict=True):
             meaning = [-1] * values.shape[1]

@@ -9,13 +9,12 @@ import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sana_cli.dataset.reader import Dataset
-from sana_cli.judging.asked import SEEN, Drawn
-from sana_cli.judging.judge import MOST_IMAGES, VARIANCE, Moments, Share, bootstrap_spread, frechet_distance
+from sana_cli.judging.asked import SEEN, Drawn, judged_rows, split_rows
+from sana_cli.judging.judge import VARIANCE, Moments, Share, bootstrap_spread, frechet_distance
 from sana_cli.judging.retrieval import Matcher, companions
 from sana_cli.judging.verdict import Reading, Verdict
 
@@ -33,15 +32,15 @@ class Matching:
     @staticmethod
     def of(matcher: Matcher, dataset: Dataset, held_out: Dataset | None) -> "Matching":
         """Measure the pictures that the matcher was trained on, and those that it was not."""
-        rows = np.arange(min(len(dataset), MOST_IMAGES))
+        rows, tested = split_rows(dataset)
         if held_out is None:
-            tested = matcher.encode_pictures(dataset.pixels(rows[rows % 10 == 9]))
-            rows = rows[rows % 10 != 9]
+            real = matcher.encode_pictures(dataset.pixels(tested))
         else:
-            tested = matcher.encode_pictures(held_out.pixels(np.arange(min(len(held_out), MOST_IMAGES))))
+            rows = judged_rows(dataset)
+            real = matcher.encode_pictures(held_out.pixels(judged_rows(held_out)))
         features = matcher.encode_pictures(dataset.pixels(rows))
         scale = float((VARIANCE / features.double().var(0).mean()) ** 0.5)
-        return Matching(matcher, companions(dataset), Moments.of(features * scale), tested * scale, scale)
+        return Matching(matcher, companions(dataset), Moments.of(features * scale), real * scale, scale)
 
     @property
     def real_reading(self) -> Reading:

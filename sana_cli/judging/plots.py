@@ -103,8 +103,8 @@ def training_curves(
     for name, points in runs.items():
         seconds = [point["seconds"] for point in points]
         error = [
-            [100 * (p["accuracy"] - p["low"]) for p in points],
-            [100 * (p["high"] - p["accuracy"]) for p in points],
+            [100 * max(0, p["accuracy"] - p["low"]) for p in points],  # the last bit may be below zero
+            [100 * max(0, p["high"] - p["accuracy"]) for p in points],
         ]
         panels[0].errorbar(
             seconds, [100 * point["accuracy"] for point in points], error, marker="o", capsize=2, label=name

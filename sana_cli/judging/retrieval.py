@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sana_cli.dataset.layout import pack_texts, unpack_texts
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
+from sana_cli.judging.asked import judged_rows, split_rows
 from sana_cli.judging.judge import JudgeStep, Share
 from sana_cli.runtime import files
 
@@ -39,7 +40,6 @@ EPOCHS = 200  # at most
 BATCH = 128
 LR = 2e-3
 DROPPED = 0.05  # of the words in training, so that the embedding of unknown words is trained
-MOST_IMAGES = 60_000  # of a dataset, for training
 MOST_REAL = 5_000  # real pictures that are ranked
 AT_ONCE = 500  # pictures or captions in a batch of a trained tower
 SMALLEST = 16  # pixels to a side
@@ -222,13 +222,13 @@ def matcher_path(directory: Path) -> Path:
 
 
 def companions(dataset: Dataset) -> dict[str, set[str]]:
-    """All captions of a dataset's images, and for each those that some image has as well.
+    """All captions of the images that are judged by, and for each those that some image has as well.
 
     They serve `Matcher.r_precision` as the pool, and as what is also true of a picture drawn
     from a caption.
     """
     texts, found = dataset.texts(), dict[str, set[str]]()
-    for ids in dataset.caption_ids(np.arange(min(len(dataset), MOST_IMAGES))):
+    for ids in dataset.caption_ids(judged_rows(dataset)):
         together = {texts[i] for i in ids}
         for text in sorted(together):
             found.setdefault(text, set()).update(together - {text})
@@ -297,15 +297,16 @@ def _pairs(dataset: Dataset, rows: np.ndarray) -> _Pairs:
 
 def _split(dataset: Dataset, held_out: Dataset | None) -> tuple[_Pairs, _Pairs]:
     """Images to train on, and images to test on."""
-    rows = np.arange(min(len(dataset), MOST_IMAGES))
     if held_out is None:
-        if len(rows) < 10:
+        if len(dataset) < 10:
             raise SanaError(
-                f"{dataset.directory} has {len(rows)} images, too few to match with captions", "it needs 10"
+                f"{dataset.directory} has {len(dataset)} images, too few to match with captions",
+                "it needs 10",
             )
-        training, test = _pairs(dataset, rows[rows % 10 != 9]), _pairs(dataset, rows[rows % 10 == 9])
+        training, test = (_pairs(dataset, rows) for rows in split_rows(dataset))
     else:
-        training, test = _pairs(dataset, rows), _pairs(held_out, np.arange(min(len(held_out), MOST_REAL)))
+        training = _pairs(dataset, judged_rows(dataset))
+        test = _pairs(held_out, np.arange(min(len(held_out), MOST_REAL)))
     if int((training.ids >= 0).sum(1).min()) == len(training.texts):
         raise SanaError(
             f"{dataset.directory}: all of its images have the same captions",

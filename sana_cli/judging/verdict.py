@@ -7,8 +7,9 @@ Shapes: n pictures, C H W of one, a attributes, F features.
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from sana_cli.judging.asked import SEEN, Drawn, Values, places_in
 from sana_cli.judging.judge import Judge, Moments, Share, bootstrap_spread, frechet_distance, scatter
 
 MOST_LISTED = 300  # captions with a share each; of more, none is listed
+_NUMBER = re.compile(r"[-+]?\d*\.?\d+|true|false", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Reading:
     total: Share  # pictures with all that their caption asks
     single: Share  # single attributes, all together
     attributes: tuple[Share, ...]  # each attribute, of the pictures whose caption asks it
-    swaps: tuple[Swap, ...]  # of each ordered pair of attributes with common values
+    swaps: tuple[Swap, ...]  # of each ordered pair of attributes with common values that are words
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def reading_of(kind: str, answers: Tensor, asked: Tensor, attributes: Values) ->
     return Reading(
         kind,
         total=_share("all", (right == wanted).all(1), counted),
-        single=_share("single attributes", right, wanted),
+        single=replace(_share("single attributes", right, wanted), pictures=int(counted.sum())),
         attributes=tuple(
             _share(name, right[:, column], wanted[:, column]) for column, name in enumerate(attributes)
         ),
@@ -78,8 +80,17 @@ def _share(name: str, hits: Tensor, among: Tensor) -> Share:
 
 
 def _swaps(answers: Tensor, asked: Tensor, attributes: Values) -> Iterable[Swap]:
-    """Each ordered pair of attributes with common values."""
-    for (i, first), (j, second) in itertools.permutations(enumerate(attributes), 2):
+    """Each ordered pair of attributes with common values.
+
+    Left out are attributes whose values are all numbers, or true and false: two of them have
+    common values that mean different things.
+    """
+    named = [
+        (column, name)
+        for column, (name, values) in enumerate(attributes.items())
+        if not all(map(_NUMBER.fullmatch, values))
+    ]
+    for (i, first), (j, second) in itertools.permutations(named, 2):
         of_second = places_in(attributes[first], attributes[second])[asked[:, j]]  # as a value of `first`
         of_first = places_in(attributes[second], attributes[first])[asked[:, i]]
         if not set(attributes[first]) & set(attributes[second]):
@@ -109,9 +120,10 @@ def pooled(kind: str, readings: Sequence[Reading]) -> Reading:
     """Several readings, at least one, as that of all their pictures."""
 
     def pool(shares: Sequence[Share]) -> Share:
-        return Share(
-            shares[0].name, sum(share.hits for share in shares), sum(share.count for share in shares)
+        hits, count, images = (
+            sum(getattr(share, part) for share in shares) for part in ("hits", "count", "images")
         )
+        return Share(shares[0].name, hits, count, pictures=None if shares[0].pictures is None else images)
 
     return Reading(
         kind,

@@ -8,11 +8,25 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sana_cli.errors import SanaError
 from sana_cli.sources.entry import BadImage
 
 MOST = 60  # attributes of an image; a caption's are bits of one number
+MOST_VALUES = 100_000  # of an attribute: the index lists them all
 LONGEST = 200  # characters of a name or a value
-EXAMPLE = '"attributes": {"colour": "red", "eyes": 3}'
+ADVICE = (
+    'attributes are for example "attributes": {"colour": "red", "eyes": 3}',
+    "leave them out with --set data.attribute_field=null",
+)
+
+
+class BadAttributes(BadImage):
+    """Attributes that cannot be used."""
+
+
+def refusal(where: str, error: BadAttributes) -> SanaError:
+    """The message about attributes of another form, in the first row that has any."""
+    return SanaError(f"{where}: {error}", *ADVICE, exit_code=2)
 
 
 def brief(value: Any) -> str:
@@ -29,28 +43,32 @@ def attributes_of(value: Any) -> dict[str, str]:
     A value of None or of blanks is left out.
 
     Raises:
-        BadImage: they are anything else; says why.
+        BadAttributes: they are anything else; says why.
     """
     value = _parsed(value)
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise BadImage(f"its attributes are no object of names and values: {brief(value)}")
+        raise BadAttributes(f"its attributes are no object of names and values: {brief(value)}")
     texts = {str(name): _text(name, one) for name, one in value.items()}
     found = {name: text for name, text in texts.items() if text}
     if len(found) > MOST:
-        raise BadImage(f"{len(found)} attributes; the most is {MOST}")
+        raise BadAttributes(f"{len(found)} attributes; the most is {MOST}")
     return found
 
 
 def _text(name: Any, value: Any) -> str:
     if not isinstance(value, str | int | float | None):
-        raise BadImage(f"its attribute {name!r:.60} is not a text, a number or true or false: {brief(value)}")
+        raise BadAttributes(
+            f"its attribute {name!r:.60} is not a text, a number or true or false: {brief(value)}"
+        )
     text = "" if value is None else value.strip() if isinstance(value, str) else json.dumps(value)
     if not str(name).strip() or max(len(text), len(str(name))) > LONGEST:
-        raise BadImage(f"its attribute {name!r:.60} has an empty name, or a text over {LONGEST} characters")
+        raise BadAttributes(
+            f"its attribute {name!r:.60} has an empty name, or a text over {LONGEST} characters"
+        )
     if any("\ud800" <= character <= "\udfff" for character in f"{name}{text}"):
-        raise BadImage(f"its attribute {name!r:.60} has half a character, which UTF-8 cannot write")
+        raise BadAttributes(f"its attribute {name!r:.60} has half a character, which UTF-8 cannot write")
     return text
 
 
@@ -60,18 +78,18 @@ def named_in_captions(
     """Read which attributes each of so many captions names. None: not said, so each names all.
 
     Raises:
-        BadImage: it is no list of names for each caption, or a name is none of the attributes.
+        BadAttributes: it is no list of names for each caption, or a name is none of the attributes.
     """
     value = _parsed(value)
     if value is None:
         return None
     if not _is_list(value) or len(value) != captions or not all(map(_is_list, value)):
-        raise BadImage("its caption_attributes are not one list of names for each caption")
+        raise BadAttributes("its caption_attributes are not one list of names for each caption")
     if not all(isinstance(name, str) for names in value for name in names):
-        raise BadImage("its caption_attributes are not one list of names for each caption")
+        raise BadAttributes("its caption_attributes are not one list of names for each caption")
     found = tuple(map(frozenset, value))
     if unknown := sorted(frozenset().union(*found) - set(attributes)):
-        raise BadImage(f"its caption_attributes name {unknown[0]!r:.60}, which it has no attribute of")
+        raise BadAttributes(f"its caption_attributes name {unknown[0]!r:.60}, which it has no attribute of")
     return found
 
 

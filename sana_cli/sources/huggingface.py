@@ -13,6 +13,7 @@ from typing import Any
 from sana_cli.config.keys import DataConfig
 from sana_cli.errors import SanaError, first_line
 from sana_cli.runtime.files import is_lfs_pointer
+from sana_cli.sources.attributes import BadAttributes, attributes_of, refusal
 from sana_cli.sources.captions import attribute_fields, captions_of
 from sana_cli.sources.entry import LABEL, BadImage, Entry, Skipped
 from sana_cli.sources.images import MAX_FILE_BYTES
@@ -60,15 +61,24 @@ class HuggingFace:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Entry | Skipped]:
+        begun = False  # some row had attributes that can be used
         for index, row in enumerate(self.rows):
             name = f"{self.data.split}-{index:08d}"
             try:
                 value, label = row[self.data.caption_field], dict[str, str]()
                 if self.classes is not None:
                     value, label = self._of_classes(value, self.classes)
-                found = captions_of(value, row.get("caption_weights"), *attribute_fields(row, self.data))
-                found = found._replace(attributes=label | {**found.attributes})
+                shown, says = attribute_fields(row, self.data)
+                shown = {**label, **attributes_of(shown)}
+                found = captions_of(value, row.get("caption_weights"), shown, says)
+                if label and found.says is not None:  # the caption is the class
+                    found = found._replace(says=tuple(names | label.keys() for names in found.says))
+                begun = begun or len(shown) > len(label)
                 yield Entry(name, _bytes(row[self.data.image_field], self.roots), **found._asdict())
+            except BadAttributes as error:
+                if not begun:
+                    raise refusal(f"{self.data.path}, {name}", error) from error
+                yield Skipped(name, str(error))
             except BadImage as error:
                 yield Skipped(name, str(error))
 

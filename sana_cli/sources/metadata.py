@@ -17,9 +17,8 @@ from sana_cli.config.keys import DataConfig
 from sana_cli.errors import SanaError
 from sana_cli.runtime import textfile
 from sana_cli.runtime.files import is_lfs_pointer
-from sana_cli.sources.attributes import EXAMPLE, attributes_of, named_in_captions
+from sana_cli.sources.attributes import BadAttributes, attributes_of, named_in_captions, refusal
 from sana_cli.sources.captions import attribute_fields
-from sana_cli.sources.entry import BadImage
 from sana_cli.sources.images import SUFFIXES
 from sana_cli.sources.walk import Tree, basename, fold, parent, suffix
 
@@ -89,13 +88,8 @@ class Metadata:
             try:
                 shown = attributes_of(attributes)
                 named_in_captions(says, len(captions) if isinstance(captions, list) else 1, shown)
-            except BadImage as error:
-                raise SanaError(
-                    f"{self.path}:{position.rpartition(':')[2]}: {error}",
-                    f"attributes are for example {EXAMPLE}",
-                    "leave them out with --set data.attribute_field=null",
-                    exit_code=2,
-                ) from error
+            except BadAttributes as error:
+                raise refusal(f"{self.path}:{position.rpartition(':')[2]}", error) from error
             return
 
 

@@ -151,7 +151,7 @@ def for_training(shown: Mapping[str, str], draws: random.Random) -> tuple[Captio
 
 
 def _some(shown: Mapping[str, str], draws: random.Random) -> frozenset[str]:
-    """One to five of the attributes. A head may be named without its colour, not the reverse."""
+    """One to five of the attributes, and often the colour of a head, which is never named alone."""
     others = [name for name in shown if name != "head colour"]
     says = set(draws.sample(others, draws.randint(1, len(others) - 1)))
     if "head" in says and draws.random() < 0.7:

@@ -18,7 +18,15 @@ from sana_cli.errors import SanaError, listed
 from sana_cli.runtime import textfile
 from sana_cli.runtime.files import is_lfs_pointer
 from sana_cli.sources import metadata, strays
-from sana_cli.sources.captions import MAX_CAPTION_BYTES, Captions, captions_of_row, captions_of_text
+from sana_cli.sources.attributes import BadAttributes, refusal
+from sana_cli.sources.captions import (
+    MAX_CAPTION_BYTES,
+    Captions,
+    attribute_fields,
+    captions_of,
+    captions_of_row,
+    captions_of_text,
+)
 from sana_cli.sources.entry import BadImage, Entry, Skipped, hash_files, need_folder
 from sana_cli.sources.images import MAX_FILE_BYTES, SUFFIXES, unread_reason
 from sana_cli.sources.splits import find_folder, no_split, split_of
@@ -155,6 +163,7 @@ class _Shard:
 
     def __init__(self, name: str, path: Path, data: DataConfig) -> None:
         self.name, self.path, self.data = name, path, data
+        self.begun = False  # some sample had attributes that can be used
         self.ended: set[int] = set()  # hashes of the keys whose adjacent members have been read
         self.apart: set[int] = set()  # hashes of ended keys that appeared again
         self.used: set[int] = set()  # hashes of keys that became an entry
@@ -278,14 +287,20 @@ class _Shard:
                 if isinstance(part, str) and part:
                     raise BadImage(part)
             assert isinstance(image, bytes)
-            return Entry(name, image, **self._captions(parts)._asdict())
+            found = self._captions(parts)
+            self.begun = self.begun or bool(found.attributes)
+            return Entry(name, image, **found._asdict())
+        except BadAttributes as error:
+            if not self.begun:
+                raise refusal(f"{self.path}, {sample.key}", error) from error
+            return Skipped(name, str(error))
         except BadImage as error:
             return Skipped(name, str(error))
 
     def _captions(self, parts: dict[str, bytes | str]) -> Captions:
         text, record = parts.get("txt"), parts.get("json")
         if isinstance(text, bytes):
-            return Captions(captions_of_text(text))
+            return captions_of(captions_of_text(text), None, *self._attributes(record))
         if not isinstance(record, bytes):
             raise BadImage(NO_CAPTION)
         try:
@@ -297,6 +312,14 @@ class _Shard:
         if not isinstance(row, dict):
             raise BadImage("its .json is not a JSON object")
         return captions_of_row(row, self.data)
+
+    def _attributes(self, record: bytes | str | None) -> tuple[Any, Any]:
+        """The attribute fields of a .json whose captions are in a .txt beside it, if it is an object."""
+        try:
+            row = json.loads(textfile.decode(record)) if isinstance(record, bytes) else None
+        except (textfile.NotTextError, ValueError, RecursionError):
+            return None, None
+        return attribute_fields(row, self.data) if isinstance(row, dict) else (None, None)
 
 
 def _check_end(shard: Path, offset: int) -> None:

@@ -84,7 +84,7 @@ def _in_order(dataset: Dataset, texts: Mapping[str, int]) -> list[str]:
         rows = np.arange(min(len(dataset), ROWS_ASKED))
         names = dataset.attributes[LABEL]
         classes = (
-            "" if number < 0 else names[number] for number in dataset.attribute_ids()[rows, 0].tolist()
+            "" if number < 0 else names[number] for number in dataset.attribute_ids(rows)[:, 0].tolist()
         )
         for caption_ids, name in zip(dataset.caption_ids(rows), classes, strict=True):
             for caption_id in caption_ids:

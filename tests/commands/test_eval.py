@@ -13,16 +13,17 @@ from helpers.steps import small_judge
 from PIL import Image
 
 from sana_cli.choices import JudgedBy
+from sana_cli.cli.eval import _judge_in_words, _print_swaps
 from sana_cli.commands import eval as evaluating
 from sana_cli.commands.eval import EvalOptions, EvalSummary, evaluate, record
 from sana_cli.config.keys import Config
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.judging import judge, retrieval
-from sana_cli.judging.asked import judged_attributes, values_of
-from sana_cli.judging.judge import Judge
+from sana_cli.judging.asked import judged_attributes, prompts_of, values_of
+from sana_cli.judging.judge import Judge, Share
+from sana_cli.judging.verdict import Reading, Swap, Verdict
 from sana_cli.sources import DIGIT_WORDS
-from sana_cli.weights import checkpoint
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_eval_by_attributes_and_by_captions(tmp_path: Path, monkeypatch: pytest.
         ("words", 10),
     ]
     assert [share["name"] for share in result["attributes"]] == ["body", "head"]
-    assert result["single"]["images"] == 42
+    assert result["single"]["images"] == 21
     assert [(swap["first"], swap["second"]) for swap in result["swaps"]] == [
         ("body", "head"),
         ("head", "body"),
@@ -184,30 +185,71 @@ def test_eval_by_attributes_and_by_captions(tmp_path: Path, monkeypatch: pytest.
     *_, again = evaluate(EvalOptions(tmp_path / "s", data=config.data.dir))
     assert isinstance(again, EvalSummary)
     assert again.results[0].verdict.seen.total.count == 2
+    shutil.rmtree(tmp_path / "s")
+    sampled(step, *captions[2:], separate=tmp_path / "s")  # and none of the dataset's own
+    *_, again = evaluate(EvalOptions(tmp_path / "s", data=config.data.dir))
+    assert isinstance(again, EvalSummary)
+    assert [reading.total.count for reading in again.results[0].verdict.unseen] == [1, 1]
+    assert again.results[0].verdict.seen.total.count == 0
 
     *_, matched = evaluate(EvalOptions(step, images=20, by="captions"))
     assert isinstance(matched, EvalSummary)
     found = record(matched)
     assert (found["by"], found["results"][0]["accuracy"]["name"]) == ("captions", "R-precision")
+    assert found["judge"]["real_images"] == 4  # of the dataset, as the captions are
     assert found["results"][0]["diversity"] is None
     assert found["results"][0]["frechet_distance"] > 0
     answer = invoke("eval", str(step), "--images", "20", "--by", "captions")
     assert "R-precision" in answer.stdout
+    assert "first among 6\n" in answer.stderr + answer.stdout
 
 
-def test_the_dataset_of_a_checkpoint_outside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is that of the config on its record."""
-    config = small_config(tmp_path)
-    embedded(config)
-    step = trained(config).checkpoint
-    assert step is not None
-    recorded = {"config": {"data": {"dir": str(tmp_path / "elsewhere")}}}
-    alone = shutil.copytree(step, tmp_path / "alone" / "a" / "b")
-    path = alone / "sana.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | recorded))
-    monkeypatch.setattr(checkpoint, "verify", lambda _: ())
-    with pytest.raises(SanaError, match=f"no dataset in {tmp_path / 'elsewhere'}: the judge"):
-        list(evaluate(EvalOptions(alone)))
+def test_pictures_whose_captions_ask_for_no_attribute(tmp_path: Path) -> None:
+    rows = [
+        {
+            "file_name": f"{number}.png",
+            "text": [f"cat {number // 2}", f"cat {number // 2} in style {'AB'[number % 2]}"],
+            "attributes": {"style": "AB"[number % 2]},
+            "caption_attributes": [[], ["style"]],
+        }
+        for number in range(12)
+    ]
+    source = metadata_folder(tmp_path / "source", rows)
+    config = small_config(
+        tmp_path, "data.source=folder", f"data.path={source}", "data.workers=0", "model.in_channels=3"
+    )
+    embedded(config, limit=None)
+    dataset = Dataset(config.data.dir)
+    prompts = prompts_of(dataset, None, judged_attributes(dataset)[0])
+    (tmp_path / "pictures" / "cat 1").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / "cat 1" / "a.png")
+    with pytest.raises(SanaError, match=r"caption 'cat 1' asks for no attribute\n.*`by` captions"):
+        list(evaluating._read(tmp_path / "pictures", prompts))
+
+
+def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def reading(*shares: int) -> Reading:
+        swaps = [
+            Swap(f"{number}", "", Share(f"leak {number}", hits, 100), Share("", 0, 0))
+            for number, hits in enumerate(shares)
+        ]
+        return Reading("seen", Share("all", 0, 0), Share("single", 0, 0), (), tuple(swaps))
+
+    few, real = reading(*range(12)), reading(*range(12, 0, -1))
+    verdict = Verdict(few, (), (), (), 0.0, 0.0, 0.0, 0.0)
+    _print_swaps(verdict, real)
+    found = capsys.readouterr()
+    names = [line for line in (found.out + found.err).splitlines() if "leak" in line]
+    assert [line.split()[1] for line in names] == [str(number) for number in range(11, 1, -1)]
+    assert _judge_in_words([real], real) == "was tested on no real images"
+
+
+def test_the_dataset_of_a_shipped_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that of the config of its name."""
+    monkeypatch.chdir(tmp_path)
+    for name, wanted in (("shipped", "quickstart"), ("shipped:critters", "critters")):
+        with pytest.raises(SanaError, match=f"no dataset in data/{wanted}: the judge"):
+            list(evaluate(EvalOptions(Path(name))))
 
 
 def test_what_eval_cannot_do_is_said(config: Config, tmp_path: Path) -> None:

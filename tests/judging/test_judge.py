@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import nn
 
 from sana_cli.config.keys import Config
 from sana_cli.dataset.reader import Dataset
-from sana_cli.judging import judge
-from sana_cli.judging.asked import Drawn, judged_attributes, prompts_of, values_of
+from sana_cli.judging import asked as asking
+from sana_cli.judging import judge, retrieval
+from sana_cli.judging.asked import Drawn, judged_attributes, judged_rows, prompts_of, split_rows, values_of
 from sana_cli.judging.classifier import Classifier, LargeClassifier, classifier_for
 from sana_cli.judging.judge import Judge, Moments, Share, frechet_distance, scatter, wilson
-from sana_cli.judging.verdict import pooled, real_readings, verdict_on
+from sana_cli.judging.verdict import pooled, reading_of, real_readings, verdict_on
 from sana_cli.sources import DIGIT_WORDS
 
 
@@ -71,6 +73,13 @@ def test_wilson_is_where_the_share_is_z_deviations_away(hits: int, count: int) -
             assert abs(end - hits / count) == pytest.approx(
                 1.96 * math.sqrt(end * (1 - end) / count), rel=1e-9
             )
+
+
+def test_the_interval_of_single_attributes_counts_pictures() -> None:
+    share = Share("single", 690, 700, pictures=100)
+    assert (share.accuracy, share.images) == (690 / 700, 100)
+    assert share.interval == pytest.approx(wilson(100 * 690 / 700, 100))
+    assert Share("all", 69, 70).interval == wilson(69, 70)
 
 
 @pytest.fixture
@@ -230,12 +239,65 @@ def test_what_captions_ask(pair: tuple[Dataset, Dataset], tmp_path: Path) -> Non
     both = {"left": ("red", "violet"), **attributes}
     (prompts,) = prompts_of(dataset, None, both)
     assert prompts.meaning == {"all": (0, 0, 1), "left": (0, -1, -1), "same": (0, -1, -1), "other": (0, 1, 1)}
-    assert {prompts.texts[i] for i in prompts.drawn} == {"all", "other"}  # they ask for everything
+    # those that ask for everything are 2 of 5
+    assert {prompts.texts[i] for i in prompts.drawn} == {"all", "left", "same", "other"}
+    rows[1][1]["text"], rows[1][1]["caption_attributes"] = ["other"], [[*SQUARES]]  # and now 4 of 6
+    (prompts,) = prompts_of(embedded_squares(tmp_path / "more", rows), None, both)
+    assert {prompts.texts[i] for i in prompts.drawn} == {"all", "other"}
     assert values_of(dataset, {"right": ("green",), "none": ("red",)})[:3].tolist() == [
         [-1, -1],
         [0, -1],
         [0, -1],
     ]
+
+
+def test_unseen_kinds_are_no_attribute_and_none_is_called_seen(
+    pair: tuple[Dataset, Dataset], tmp_path: Path
+) -> None:
+    attributes, notes = judged_attributes(pair[1])
+    assert "unseen" not in attributes
+    assert not any("unseen" in note for note in notes)
+    kinds: list[tuple[Shown, dict[str, Any]]] = [
+        (("red", "green", "low"), {"attributes": {"unseen": kind}, "text": f"{kind} {number}"})
+        for number, kind in enumerate(("seen", "pairs", "words"))
+    ]
+    held_out = embedded_squares(tmp_path, kinds)
+    attributes, _ = judged_attributes(pair[0])
+    found = prompts_of(pair[0], held_out, attributes)
+    assert [group.kind for group in found] == ["seen", "pairs", "words"]
+    assert [[*group.meaning] for group in found[1:]] == [["pairs 1"], ["words 2"]]
+    *_, kind = judge._split(pair[0], held_out, attributes, ("pairs", "words"))
+    assert kind.tolist() == [0] * 33 + [1, 2]
+
+
+def test_images_that_a_judge_learns_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly spaced ones, since a dataset may be sorted by class; at least one is tested on."""
+    every = sorted(itertools.product(*SQUARES.values()))
+    dataset = embedded_squares(tmp_path / "sorted", [(every[i // 5], {}) for i in range(90)])
+    attributes, _ = judged_attributes(dataset)
+    rows, tested = split_rows(dataset)
+    assert judged_rows(dataset).tolist() == [*range(90)]
+    assert (len(rows), tested.tolist()) == (81, [*range(9, 90, 10)])
+    monkeypatch.setattr(asking, "MOST_IMAGES", 40)
+    training, test, _ = judge._split(dataset, None, attributes, ())
+    assert (len(training.values), len(test.values)) == (36, 4)
+    assert training.values.amax(0).tolist() == [2, 2, 1]
+    pairs, others = retrieval._split(dataset, None)
+    assert torch.equal(pairs.pixels, training.pixels)
+    assert torch.equal(others.pixels, test.pixels)
+    assert set(retrieval.companions(dataset)) == {" ".join(shown) for shown in every}
+
+    few = embedded_squares(tmp_path / "few", [(every[i % 2], {}) for i in range(6)])
+    training, test, kind = judge._split(few, None, {"height": ("high", "low")}, ())
+    assert (len(training.values), len(test.values), kind.tolist()) == (5, 1, [0])
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_no_pictures(shape: tuple[int, int, int]) -> None:
+    network = classifier_for(shape, [2]).eval()
+    found = replace(with_codes(), classifier=network, attributes={"eyes": ("one", "two")})
+    answers, features = found.classify(torch.empty(0, *shape, dtype=torch.uint8))
+    assert (answers.shape, answers.dtype, features.shape) == ((0, 1), torch.long, (0, network.FEATURES))
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (3, 32, 32), (3, 33, 47), (3, 64, 64), (1, 128, 96)])
@@ -301,7 +363,7 @@ def test_shares_of_attributes_and_of_all_at_once() -> None:
     )
     seen, (odd, even) = verdict.seen, verdict.unseen
     assert (seen.total.hits, seen.total.count) == (2, 4)  # what a caption does not ask does not count
-    assert (seen.single.hits, seen.single.count) == (7, 9)
+    assert (seen.single.hits, seen.single.count, seen.single.images) == (7, 9, 4)
     assert counts(seen.attributes) == [(3, 3), (2, 4), (2, 2)]
     assert [share.name for share in seen.attributes] == list(VALUES)
     assert (odd.kind, odd.total.hits, counts(odd.attributes)) == ("odd", 0, [(0, 1), (1, 1), (0, 1)])
@@ -311,6 +373,7 @@ def test_shares_of_attributes_and_of_all_at_once() -> None:
     assert counts(verdict.captions) == [(1, 1), (0, 1), (1, 1), (0, 1)]
     both = pooled("unseen", verdict.unseen)
     assert (both.total.hits, both.total.count, counts(both.attributes)) == (2, 3, [(1, 2), (3, 3), (0, 1)])
+    assert (both.single.count, both.single.images, both.total.images) == (6, 3, 3)
     real_seen, real_odd = real_readings(with_codes())
     assert (counts([real_seen.total]), counts(real_seen.attributes)) == ([(1, 2)], [(2, 2), (2, 2), (0, 1)])
     assert counts([real_odd.total, real_odd.single]) == [(0, 1), (2, 3)]
@@ -326,13 +389,23 @@ def test_swaps_of_attributes_with_common_values() -> None:
     # as text: (blue, red), (red, blue), (blue, white), (green, blue), (red, -), (blue, blue), (red, blue)
     read = [[2, 2, 0], [0, 1, 0], [0, 2, 0], [0, 1, 0], [0, 0, 0], [2, 0, 0], [2, 0, 1]]
     # as text: (red, blue), (blue, white), (blue, blue), (blue, white), ..., ..., (red, red)
+    asked, read = [*asked, [2, 1, 0], [0, 1, 0]], [*read, [2, 1, 0], [2, 1, 0]]
+    # as text: (red, white) and (blue, white), read as (red, white) twice
     of_colour, of_head = verdict_on(with_codes(), drawn("seen", asked, read)).seen.swaps
     assert (of_colour.first, of_colour.second) == ("colour", "head")
     assert counts([of_colour.leak, of_colour.exchanged]) == [(3, 4), (1, 3)]
     assert (of_head.first, of_head.second) == ("head", "colour")
-    assert counts([of_head.leak, of_head.exchanged]) == [(3, 4), (1, 3)]
+    assert counts([of_head.leak, of_head.exchanged]) == [(3, 6), (1, 3)]
     perfect = verdict_on(with_codes(), drawn("seen", asked[:4], asked[:4])).seen
     assert [swap.leak.hits + swap.exchanged.hits for swap in perfect.swaps] == [0, 0]
+
+
+def test_numbers_are_not_swapped() -> None:
+    """The two eyes and the two horns are different things."""
+    for values in (("1", "2"), ("true", "False"), ("-1.5", ".5")):
+        names = {"eyes": values, "colour": ("red", "2"), "horns": values, "head": ("red", "blue")}
+        found = reading_of("seen", torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.long), names).swaps
+        assert [(swap.first, swap.second) for swap in found] == [("colour", "head"), ("head", "colour")]
 
 
 def test_diversity_within_a_caption() -> None:
@@ -344,17 +417,23 @@ def test_diversity_within_a_caption() -> None:
     assert math.isnan(verdict_on(with_codes(), drawn("seen", [[0, 1, 0]], [[0, 1, 0]])).diversity)
 
 
-def test_scatter_of_what_captions_ask() -> None:
+def test_scatter_of_what_captions_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     features, values = (
         torch.randn(60, 5, generator=generator),
         torch.randint(0, 2, (60, 2), generator=generator),
     )
     values[:20, 1] = -1
-    found = judge._scatters(features, values, {(0, -1), (1, -1), (1, 0), (0, 1)})
-    assert found[0, -1] == pytest.approx(scatter(features[values[:, 0] == 0]), rel=1e-6)
-    assert found[1, 0] == pytest.approx(scatter(features[(values == torch.tensor([1, 0])).all(1)]), rel=1e-6)
-    assert found.keys() == {(0, -1), (1, -1), (1, 0), (0, 1)}
+    features[:20] *= 10  # images without the second attribute are no part of those that lack what is asked
+    asked: list[tuple[int, int]] = [(0, -1), (1, -1), (1, 0), (0, 1)]
+    found = judge._scatters(features, values, asked)
+    assert found.keys() == set(asked)
+    for meaning in asked:
+        shown = [all(a in (-1, value) for a, value in zip(meaning, row, strict=True)) for row in values]
+        assert found[meaning] == pytest.approx(scatter(features[torch.tensor(shown)]), rel=1e-6)
+    assert judge._scatters(features, values, asked[::-1]) == found
+    monkeypatch.setattr(judge, "MOST_SETS", 1)
+    assert judge._scatters(features, values, asked[:3]).keys() == set(asked[:2])  # most ask for the first
     assert judge._scatters(features[:1].expand(4, 5), torch.zeros(4, 1), {(0,)}) == {}  # equal images
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -268,14 +269,74 @@ def test_only_attributes_are_refused_early(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "columns of JSON"])
-def test_foreign_attributes_elsewhere_are_left_out(tmp_path: Path, kind: str) -> None:
-    rows = [{"text": "a", "attributes": ["red"], "caption_attributes": None}]
-    rows.append({"text": "b", "attributes": None, "caption_attributes": None})
-    source, path = written(kind, tmp_path / "source", rows)
-    left, read = opened(path, source)
-    assert isinstance(left, Skipped)
-    assert left.reason == "its attributes are no object of names and values: ['red']"
-    assert isinstance(read, Entry)
+def test_foreign_attributes_elsewhere_are_refused_at_once_or_left_out_later(
+    tmp_path: Path, kind: str
+) -> None:
+    """As a folder's: the first row that has any decides. Later ones cost their image, and say why."""
+    foreign = {"text": "a", "attributes": ["red"], "caption_attributes": None}
+    none = {"text": "b", "attributes": None, "caption_attributes": None}
+    ours = {"text": "c", "attributes": {"colour": "red"}, "caption_attributes": None}
+    reason = "its attributes are no object of names and values: ['red']"
+    source, path = written(kind, tmp_path / "first", [none, foreign])
+    with pytest.raises(SanaError, match=re.escape(reason) + r"(?s:.*)data\.attribute_field=null"):
+        list(opened(path, source))
+    assert len(list(opened(path, source, attribute_field=None))) == 2
+    if kind == "webdataset":  # a column of a dataset has one type
+        source, path = written(kind, tmp_path / "later", [ours, foreign])
+        read, left = opened(path, source)
+        assert isinstance(read, Entry)
+        assert isinstance(left, Skipped)
+        assert left.reason == reason
+
+
+def test_attributes_beside_captions_in_a_text_file(tmp_path: Path) -> None:
+    members = [("0.png", encoded(picture(0))), ("0.txt", b"a red cat\na cat")]
+    members.append(("0.json", json.dumps({"attributes": {"colour": "red"}, "text": "unread"}).encode()))
+    members += [("1.png", encoded(picture(1))), ("1.txt", b"a dog"), ("1.json", b"not JSON")]
+    first, second = opened(tar_of(tmp_path / "a.tar", members), "webdataset")
+    assert isinstance(first, Entry)
+    assert isinstance(second, Entry)
+    assert (first.captions, first.attributes) == (("a red cat", "a cat"), {"colour": "red"})
+    assert (second.captions, second.attributes) == (("a dog",), {})
+
+
+def test_a_class_keeps_its_attribute_beside_others(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({
+        "image": datasets.Image(), "text": datasets.ClassLabel(names=["cat", "dog"]),
+        "attributes": {"colour": datasets.Value("string")},
+        "caption_attributes": datasets.Sequence(datasets.Sequence(datasets.Value("string"))),
+    })  # fmt: skip
+    rows = {
+        "image": [{"bytes": encoded(picture(n)), "path": None} for n in range(2)],
+        "text": [1, 0],
+        "attributes": [{"colour": "red"}, {"colour": "blue"}],
+        "caption_attributes": [[["label"]], [[]]],
+    }
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    entries = [entry for entry in opened(tmp_path / "saved", "datasets") if isinstance(entry, Entry)]
+    assert [entry.attributes for entry in entries] == [
+        {"label": "dog", "colour": "red"},
+        {"label": "cat", "colour": "blue"},
+    ]
+    assert [entry.says for entry in entries] == [(frozenset({"label"}),)] * 2  # the caption is the class
+
+
+def test_captions_that_name_nothing_where_nothing_is_shown(tmp_path: Path) -> None:
+    rows = [{"file_name": "0.png", "text": "x", "caption_attributes": [[]]}]
+    config = folder_config(tmp_path, metadata_folder(tmp_path / "source", rows))
+    finished(config)
+    assert in_dataset(config) == ([{}], [[set()]])
+
+
+def test_too_many_values_of_an_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sana_cli.dataset.embedding.MOST_VALUES", 2)
+    rows = [{"file_name": f"{n}.png", "text": "x", "attributes": {"url": f"of {n}"}} for n in range(3)]
+    config = folder_config(tmp_path, metadata_folder(tmp_path / "source", rows))
+    with pytest.raises(
+        SanaError, match=r"data\.attribute_field: .*'url' has over 2 values, one of them 'of 2'"
+    ):
+        finished(config)
 
 
 def test_too_many_attributes_of_all_images_together(tmp_path: Path) -> None:

@@ -195,3 +195,13 @@ def test_without_the_extra_one_message_names_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
     with pytest.raises(SanaError, match=r"(?s)data\.source: critters needs .*resvg_py.*sana-cli\[critters\]"):
         entries(1)
+
+
+def test_the_message_does_not_blame_the_held_out_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "dicebear", None)
+    config = load_config("critters", [f"data.dir={tmp_path / 'there'}"])
+    with pytest.raises(SanaError, match=r"^data\.source: critters needs"):
+        list(embed(EmbedOptions(config)))
+    assert not list(tmp_path.iterdir())

@@ -64,8 +64,9 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def archive(path: Path, prefix: str, icons: dict[str, Any], chars: dict[str, str], **more: Any) -> Path:
-    """A package of Iconify's, as npm packs it."""
+    """A package of Iconify's, as npm packs it. All but the first two icons are animals."""
     files = {"icons": {"prefix": prefix, "icons": icons, "width": 8, "height": 8, **more}, "chars": chars}
+    files["metadata"] = {"categories": {"Food & Drink": [*icons][:1], "Animals & Nature": [*icons][2:]}}
     with tarfile.open(path, "w:gz") as tar:
         for name, content in files.items():
             text = json.dumps(content).encode()
@@ -158,6 +159,21 @@ def test_several_styles(script: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "CC BY-SA 4.0" in licences
     assert "Noto Emoji" in licences
     assert "Twemoji" not in licences
+
+
+@pytest.mark.usefixtures("packages")
+def test_groups_alone(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, packed = tmp_path / "out", noto(tmp_path / "noto.tgz")
+    options = ["--size", "16", "--style", "openmoji", f"noto={packed}", "--group", "food", "animals"]
+    script.main([str(out), *options])
+    captions = {
+        row["text"][-1].partition(", ")[0] for split in ("train", "test") for row in rows_of(out / split)
+    }
+    tidied = [script.tidy(emoji, name).partition(", ")[0] for emoji, name in EMOJI.items()]
+    assert captions == {tidied[0], *tidied[2:]} - ({tidied[1]} - set(tidied[2:]))
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path / "other"), "--group", "food"])
+    assert "an archive says which emoji are in a group" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("packages")
