@@ -31,6 +31,7 @@ MIN_CELL = 64  # pixels; smaller images are enlarged by a whole factor
 TABLE_CELL = 128  # pixels; the same in a table of few columns
 FEW_COLUMNS = 8
 MAX_CELL = 192  # pixels; images are enlarged up to this for a long label
+MOST_IN_ROW = 8  # images of a single prompt
 QUALITY = 95  # of JPEG and WebP
 MOST_EXIF_BYTES = 65_500  # of a JPEG
 MOST_PIXELS_OF = {"JPEG": 65_500, "WEBP": 16_383, "GIF": 65_535}  # to a side
@@ -60,19 +61,21 @@ def prompt_rows(prompts: Sequence[str], one_word: bool) -> list[tuple[str, ...]]
 def grid_cells(rows: Sequence[Sequence[str]], images_per_prompt: int, seed: int) -> list[list[Cell]]:
     """The cells of a grid. Image i, counted row by row, has seed + i.
 
-    If each prompt has a single image, several of these share a row.
+    If each prompt has a single image, several of these share a row. Many images of one prompt take several rows.
     """
-    if images_per_prompt == 1 and all(len(row) == 1 for row in rows):
-        column = [prompt for row in rows for prompt in row]
+    alone = len(rows) == len(rows[0]) == 1 and images_per_prompt > MOST_IN_ROW
+    if alone or (images_per_prompt == 1 and all(len(row) == 1 for row in rows)):
+        column = [prompt for row in rows for prompt in row for _ in range(images_per_prompt)]
         across = _across(len(column))
         rows = [column[first : first + across] for first in range(0, len(column), across)]
+        return table_cells(rows, 1, seed)
     return table_cells(rows, images_per_prompt, seed)
 
 
 def _across(count: int) -> int:
     """How many of `count` images share a row: nearly a square, with few places left over."""
-    side = min(8, math.ceil(math.sqrt(count)))
-    return min(side, min(8, side + 1), key=lambda across: -count % across)
+    side = min(MOST_IN_ROW, math.ceil(math.sqrt(count)))
+    return min(side, min(MOST_IN_ROW, side + 1), key=lambda across: -count % across)
 
 
 def table_cells(rows: Sequence[Sequence[str]], images_per_prompt: int, seed: int) -> list[list[Cell]]:

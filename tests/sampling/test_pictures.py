@@ -63,6 +63,10 @@ def test_sentences_stand_in_a_square() -> None:
         assert [cell for row in cells for cell in row] == [
             pictures.Cell(f"a red {n}", 7 + n) for n in range(count)
         ]
+    strip, square = (pictures.grid_cells([("four",)], count, 3) for count in (8, 64))
+    assert [len(row) for row in strip] == [8]
+    assert [len(row) for row in square] == [8] * 8
+    assert [cell.seed for row in square for cell in row] == list(range(3, 67))
     repeated = pictures.grid_cells([("4", "two")], 2, 5)
     assert [(cell.prompt, cell.seed) for cell in repeated[0]] == [("4", 5), ("4", 6), ("two", 7), ("two", 8)]
 
