@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from sana_cli.weights import checkpoint
 
 SWEEP_STEPS = (4, 6, 8, 12, 20)
 SWEEP_GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+J = TypeVar("J", Judge, Matcher)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -189,7 +190,7 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
         source = _draw(options, pipeline, prompts, _settings(options, pipeline), device)
     verdict: Callable[..., Verdict]
     if by == "attributes":
-        judged = yield from _judge(dataset, held_out, device)
+        judged = yield from _trained(judge.load_or_train(dataset, held_out, device))
         real, verdict = real_readings(judged), partial(verdict_on, judged)
     else:
         matching = yield from _matching(dataset, held_out, device)
@@ -251,12 +252,10 @@ def _outputs(options: EvalOptions) -> _Outputs:
         raise files.storage_error(error, f"writing {out}") from error
 
 
-def _judge(
-    dataset: Dataset, held_out: Dataset | None, device: torch.device
-) -> Generator[EvalStep, None, Judge]:
-    """The judge of a dataset, trained if there is none yet; yields progress."""
-    found: Judge | None = None
-    for step in judge.load_or_train(dataset, held_out, device):
+def _trained(steps: Iterator[JudgeStep | J]) -> Generator[EvalStep, None, J]:
+    """What `load_or_train` of a judge or matcher yields last; yields its progress."""
+    found: J | None = None
+    for step in steps:
         if isinstance(step, JudgeStep):
             yield EvalStep("judge", step.done, step.total)
         else:
@@ -275,14 +274,8 @@ def _matching(
     """
     if unseen_kinds(dataset, held_out):
         held_out = None
-    found: Matcher | None = None
-    for step in retrieval.load_or_train(dataset, held_out, device):
-        if isinstance(step, JudgeStep):
-            yield EvalStep("judge", step.done, step.total)
-        else:
-            found = step
-    assert found is not None, "load_or_train yields it last"
-    return Matching.of(found, dataset, held_out)
+    matcher = yield from _trained(retrieval.load_or_train(dataset, held_out, device))
+    return Matching.of(matcher, dataset, held_out)
 
 
 def _open_own(place: Path, prompts: Sequence[Prompts]) -> Pipeline:

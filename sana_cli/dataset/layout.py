@@ -32,16 +32,20 @@ SKIPPED = "skipped.jsonl"
 PLAN = "plan.json"
 
 
+def beside(directory: Path, ending: str) -> Path:
+    """What lies beside a dataset: its name with `ending`."""
+    whole = directory if directory.name else directory.absolute()  # "." has no name of its own
+    return whole.with_name(whole.name + ending)
+
+
 def partial_dir(directory: Path) -> Path:
     """The directory of a dataset that is not whole yet."""
-    whole = directory if directory.name else directory.absolute()  # "." has no name of its own
-    return whole.with_name(whole.name + ".partial")
+    return beside(directory, ".partial")
 
 
 def held_out_dir(directory: Path, split: str) -> Path:
     """The directory of the held-out part of a dataset: a dataset of its own, beside it."""
-    whole = directory if directory.name else directory.absolute()
-    return whole.with_name(f"{whole.name}-{split}")
+    return beside(directory, f"-{split}")
 
 
 def is_dataset(directory: Path) -> bool:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_cli.dataset.layout import beside
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.judging.asked import (
@@ -93,6 +94,25 @@ def bootstrap_spread(features: Tensor, reference: Moments, rounds: int = 20) -> 
     return float(torch.tensor(distances).std())
 
 
+def distance_to(reference: Moments, features: Tensor) -> float:
+    """The Fréchet distance of features (n, F). NaN for fewer than two."""
+    return frechet_distance(Moments.of(features), reference) if len(features) > 1 else math.nan
+
+
+def real_distance(reference: Moments, real: Tensor, count: int) -> float:
+    """The Fréchet distance of `count` evenly spaced real pictures (m, F), or of all if fewer.
+
+    A perfect model has this distance. NaN for fewer than two.
+    """
+    count = min(count, len(real))
+    return distance_to(reference, real[torch.arange(count) * len(real) // max(1, count)])
+
+
+def scale_of(features: Tensor) -> float:
+    """The number that gives features (n, F) a mean variance of `VARIANCE`."""
+    return float((VARIANCE / features.double().var(0).mean()) ** 0.5)
+
+
 def scatter(features: Tensor) -> float:
     """Mean squared distance of features (n, F) from their mean, without bias."""
     return float(features.double().var(0).sum())
@@ -164,15 +184,8 @@ class Judge:
         return torch.cat(answers), torch.cat(features) * self.scale
 
     def real_distance(self, count: int) -> float:
-        """The Fréchet distance of `count` evenly spaced real pictures, or of all if fewer.
-
-        A perfect model has this distance. NaN for fewer than two.
-        """
-        count = min(count, len(self.features))
-        rows = torch.arange(count) * len(self.features) // max(1, count)
-        if count < 2:
-            return math.nan
-        return frechet_distance(Moments.of(self.features[rows]), self.reference)
+        """The Fréchet distance of as many real pictures."""
+        return real_distance(self.reference, self.features, count)
 
 
 @dataclass(frozen=True)
@@ -185,8 +198,7 @@ class JudgeStep:
 
 def judge_path(directory: Path) -> Path:
     """The file of a dataset's judge, beside the dataset."""
-    named = directory if directory.name else directory.absolute()
-    return named.with_name(f"{named.name}-judge.safetensors")
+    return beside(directory, "-judge.safetensors")
 
 
 def load_or_train(
@@ -275,7 +287,7 @@ def _measure(
     unscaled = Judge(classifier, attributes, kinds, Moments(empty, empty), {}, empty, real, scale=1.0)
     _, features = unscaled.classify(training.pixels)
     answers, test_features = unscaled.classify(test.pixels)
-    scale = float((VARIANCE / features.double().var(0).mean()) ** 0.5)
+    scale = scale_of(features)
     return replace(
         unscaled,
         reference=Moments.of(features * scale),

@@ -9,12 +9,11 @@ import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sana_cli.dataset.reader import Dataset
 from sana_cli.judging.asked import SEEN, Drawn, judged_rows, split_rows
-from sana_cli.judging.judge import VARIANCE, Moments, Share, bootstrap_spread, frechet_distance
+from sana_cli.judging.judge import Moments, Share, bootstrap_spread, distance_to, real_distance, scale_of
 from sana_cli.judging.retrieval import Matcher, companions
 from sana_cli.judging.verdict import Reading, Verdict
 
@@ -39,7 +38,7 @@ class Matching:
             rows = judged_rows(dataset)
             real = matcher.encode_pictures(held_out.pixels(judged_rows(held_out)))
         features = matcher.encode_pictures(dataset.pixels(rows))
-        scale = float((VARIANCE / features.double().var(0).mean()) ** 0.5)
+        scale = scale_of(features)
         return Matching(matcher, companions(dataset), Moments.of(features * scale), real * scale, scale)
 
     @property
@@ -52,21 +51,16 @@ class Matching:
         also_true = [self.captions.get(caption, frozenset()) for caption in seen.captions]
         found = self.matcher.r_precision(seen.pixels, seen.captions, self.captions, 0, also_true)
         features = self.matcher.encode_pictures(seen.pixels) * self.scale
-        count = min(len(features), len(self.real))
-        rows = torch.arange(count) * len(self.real) // max(1, count)
         return Verdict(
             seen=_reading(found),
             unseen=(),
             captions=(),
             labels=(),
-            distance=self._distance(features),
+            distance=distance_to(self.reference, features),
             distance_spread=bootstrap_spread(features, self.reference) if len(features) > 1 else math.nan,
-            real_distance=self._distance(self.real[rows]),
+            real_distance=real_distance(self.reference, self.real, len(features)),
             diversity=math.nan,
         )
-
-    def _distance(self, features: Tensor) -> float:
-        return frechet_distance(Moments.of(features), self.reference) if len(features) > 1 else math.nan
 
 
 def _reading(found: Share) -> Reading:

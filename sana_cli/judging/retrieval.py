@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_cli.dataset.layout import pack_texts, unpack_texts
+from sana_cli.dataset.layout import beside, pack_texts, unpack_texts
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.judging.asked import judged_rows, split_rows
@@ -217,8 +217,7 @@ class Matcher:
 
 def matcher_path(directory: Path) -> Path:
     """The file of a dataset's matcher, beside the dataset."""
-    named = directory if directory.name else directory.absolute()
-    return named.with_name(f"{named.name}-matcher.safetensors")
+    return beside(directory, "-matcher.safetensors")
 
 
 def companions(dataset: Dataset) -> dict[str, set[str]]:

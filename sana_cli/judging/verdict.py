@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from sana_cli.judging.asked import SEEN, Drawn, Values, places_in
-from sana_cli.judging.judge import Judge, Moments, Share, bootstrap_spread, frechet_distance, scatter
+from sana_cli.judging.judge import Judge, Share, bootstrap_spread, distance_to, scatter
 
 MOST_LISTED = 300  # captions with a share each; of more, none is listed
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+|true|false", re.IGNORECASE)
@@ -163,7 +163,6 @@ def verdict_on(judge: Judge, seen: Drawn, *unseen: Drawn) -> Verdict:
             for number, value in enumerate(values)
             if (seen.asked[:, 0] == number).any()
         ]
-    moments = Moments.of(features) if len(features) > 1 else None
     return Verdict(
         seen=reading_of(SEEN, answers, seen.asked, judge.attributes),
         unseen=tuple(
@@ -172,8 +171,8 @@ def verdict_on(judge: Judge, seen: Drawn, *unseen: Drawn) -> Verdict:
         ),
         captions=tuple(by_caption) if len(by_caption) <= MOST_LISTED else (),
         labels=tuple(by_label),
-        distance=math.nan if moments is None else frechet_distance(moments, judge.reference),
-        distance_spread=math.nan if moments is None else bootstrap_spread(features, judge.reference),
+        distance=distance_to(judge.reference, features),
+        distance_spread=bootstrap_spread(features, judge.reference) if len(features) > 1 else math.nan,
         real_distance=judge.real_distance(len(features)),
         diversity=sum(ratios) / len(ratios) if ratios else math.nan,
     )

@@ -61,7 +61,8 @@ def prompt_rows(prompts: Sequence[str], one_word: bool) -> list[tuple[str, ...]]
 def grid_cells(rows: Sequence[Sequence[str]], images_per_prompt: int, seed: int) -> list[list[Cell]]:
     """The cells of a grid. Image i, counted row by row, has seed + i.
 
-    If each prompt has a single image, several of these share a row. Many images of one prompt take several rows.
+    If each prompt has a single image, several of these share a row. Many images of a single
+    prompt take several rows.
     """
     alone = len(rows) == len(rows[0]) == 1 and images_per_prompt > MOST_IN_ROW
     if alone or (images_per_prompt == 1 and all(len(row) == 1 for row in rows)):
