@@ -213,8 +213,10 @@ def reading() -> Ways:
     shard = writer.write_captions(0, 0, {name: torch.randn(tokens, width).bfloat16() for name in names})
     ids = [str(n) for n in range(images)]
     captions = [[names[1 + n % 20]] for n in range(images)]
-    ours = Images(pixels, ids, captions, [None] * images, [{}] * images, [None] * images, [])
-    writer.write(0, [shard], ours, {name: n for n, name in enumerate(names)}, [])
+    ours = Images(
+        pixels, [(32, 32)] * images, ids, captions, [None] * images, [{}] * images, [None] * images, []
+    )
+    writer.write(0, [shard], [ours], {name: n for n, name in enumerate(names)}, [])
     image = {"kind": "pixels", "channels": 1, "height": 32, "width": 32}
     encoder = {"encoder": "drawn", "architecture": "none", "weights": "", "dtype": "fp32"}
     facts = {"image": image, "caption_dim": width, "encoder": encoder, "source": {}, "attributes": {}}

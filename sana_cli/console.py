@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pydantic import BaseModel
 from rich import box
@@ -26,6 +26,9 @@ from rich.text import Text
 from sana_cli.errors import SanaError, one_line
 from sana_cli.runtime.launch import Launch
 from sana_cli.units import as_json, human_bytes
+
+if TYPE_CHECKING:
+    from sana_cli.dataset.shapes import ShapeReport
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress, at first
 SHARE_BETWEEN_LINES = 0.02  # of the time so far, so that the log of a run of days stays short
@@ -297,3 +300,21 @@ def table(columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> None:
         sheet.add_row(*(Text(shown(cell)) for cell in row))
     with _writing():
         out.print(sheet)
+
+
+def shapes(reports: Sequence["ShapeReport"], fit: str) -> None:
+    """Print a table of what became of images of many shapes; nothing where there are no reports."""
+    share = "cut off" if fit == "crop" else "white"
+    rows = [
+        (
+            f"{one.height} x {one.width}",
+            one.images,
+            one.mean_share,
+            one.worst_share,
+            len(one.enlarged),
+            f"x{one.enlarged[0].times:.2g}" if one.enlarged else "",
+        )
+        for one in reports
+    ]
+    if rows:
+        table(("height x width", "images", f"{share}, mean", "worst", "enlarged", "by at most"), rows)

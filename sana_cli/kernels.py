@@ -41,6 +41,8 @@ def pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1x1 convolution of tokens (B, N, C), computed as the linear layer that it is."""
     if is_plain(convolution):
         return F.linear(x, convolution.weight.flatten(1), convolution.bias)
+    if (of_tokens := getattr(convolution, "of_tokens", None)) is not None:  # one with adapters
+        return of_tokens(x)
     return convolution(x.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)  # (B, C, N, 1) inside
 
 

@@ -25,6 +25,7 @@ from sana_cli import kernels
 from sana_cli.config.keys import Architecture
 from sana_cli.kernels import Captions
 
+TABLE = "scale_shift_table"
 TIMESTEP_CHANNELS = 256
 MASKED = -10000.0  # added to the scores of padding; finite: a row without caption tokens gives no NaN
 
@@ -447,6 +448,11 @@ def build(config: Architecture, seed: int | None = 0, init: str = "official") ->
         model.to_empty(device="cpu")
         initialize(model, torch.Generator().manual_seed(seed), init)
     return model
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix or a convolution: biases, norms and tables are not."""
+    return parameter.ndim >= 2 and not name.endswith(TABLE)
 
 
 def module_rows(model: SanaTransformer) -> tuple[tuple[str, int, float], ...]:

@@ -5,11 +5,11 @@ import ast
 from helpers import REPOSITORY
 
 WINGS = (  # each may import the lines above it, and its own modules
-    {"errors", "units", "choices"},
+    {"errors", "units", "choices", "buckets"},
     {"runtime"},
     {"config"},
     {"flow", "kernels"},
-    {"model"},
+    {"model", "adapters"},
     {"sources", "text", "autoencoder"},
     {"dataset"},
     {"weights"},

@@ -81,7 +81,8 @@ def _print_plan(plan: "EmbedPlan") -> None:
     console.facts(
         {
             "images": "as many as there are" if plan.images is None else plan.images,
-            "each": " x ".join(map(str, plan.image_shape)),
+            "each": " x ".join(map(str, plan.image_shape))
+            + (f", or as large in one of {plan.shapes} shapes" if plan.shapes > 1 else ""),
             "image bytes": "unknown" if plan.image_bytes is None else human_bytes(plan.image_bytes),
             "source": str(plan.source["source"]),
             "encoder": plan.encoder["encoder"],
@@ -103,11 +104,13 @@ def _print_summary(summary: "EmbedSummary") -> None:
             "dataset": str(summary.directory),
         }
     )
+    console.shapes(summary.shapes, summary.fit)
     held_out = summary.held_out
     if held_out is not None:
         _print_notes(held_out)
         size = f"{held_out.images:,} images, {human_bytes(held_out.bytes)}, in {held_out.directory}"
         console.facts({**_left_out(held_out), "held out": size})
+        console.shapes(held_out.shapes, held_out.fit)
 
 
 def _print_notes(summary: "EmbedSummary") -> None:
@@ -126,6 +129,12 @@ def _print_notes(summary: "EmbedSummary") -> None:
         )
     for line in summary.first_skipped:
         console.note(f"left out: {line}")
+    enlarged = sum(len(shape.enlarged) for shape in summary.shapes)
+    if enlarged:
+        console.note(
+            f"note: {enlarged:,} of {summary.images:,} images are smaller than their shape and were enlarged, "
+            f"the most: {', '.join(summary.most_enlarged)}"
+        )
 
 
 def _left_out(summary: "EmbedSummary") -> dict[str, str]:

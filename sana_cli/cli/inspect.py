@@ -78,5 +78,6 @@ def _print_description(description: "Description") -> None:
     if description.kind != "configs":
         console.result(f"{description.kind} {description.title}".rstrip())
         console.facts(description.facts)
+    console.shapes(description.shapes, description.fit)
     if description.rows:
         console.table(description.columns, description.rows)

@@ -74,6 +74,11 @@ class CheckpointOptions:
         "Default: the newest checkpoint under runs/, else `shipped`.",
         path="PATH",
     )
+    adapter: list[str] | None = option(
+        "A LoRA or another adapter to put on the checkpoint, and how strongly: a file (diffusers, peft, kohya, "
+        "LyCORIS), a folder, or a run. Give it again for several.",
+        metavar="FILE[:SCALE]",
+    )
     encoder: str | None = option("The caption encoder: a folder, a Hugging Face id, or tiny.", path="PATH")
     instruction: str | None = option(
         "Text before each prompt, in place of the model family's; '' for none.", metavar="TEXT"

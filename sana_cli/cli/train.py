@@ -12,7 +12,7 @@ from sana_cli.units import human_bytes, human_time
 
 if TYPE_CHECKING:
     from sana_cli.commands.train import TrainStart, TrainStep, TrainSummary
-    from sana_cli.config.keys import Config
+    from sana_cli.config.keys import AdapterConfig, Config
     from sana_cli.training.plan import TrainPlan
 
 
@@ -86,9 +86,10 @@ def _line(step: "TrainStep") -> "console.Line":
     info, left = "", ""
     if step.loss == step.loss:  # NaN before the first step of this process
         held_out = "" if step.held_out_loss is None else f"  held out {step.held_out_loss:.4f}"
+        moved = "" if step.movement is None else f"  moved {step.movement:.2%}"
         wait = f"  data {step.data_wait:.0%}" if step.data_wait >= 0.005 else ""
         info = (
-            f"loss {step.loss:.4f}{held_out}  lr {step.lr:.1e}  grad {step.grad_norm:.2f}  "
+            f"loss {step.loss:.4f}{held_out}{moved}  lr {step.lr:.1e}  grad {step.grad_norm:.2f}  "
             f"{step.samples_per_second:.0f} img/s{wait}  {human_bytes(step.memory)}"
         )
         left = f"{human_time(step.seconds_left)} left" if step.step < step.steps else ""
@@ -100,7 +101,8 @@ def _plan_facts(plan: "TrainPlan", config: "Config") -> dict[str, Any]:
     cut += f" x {plan.processes} processes)" if cut and plan.processes > 1 else ")" if cut else ""
     facts = {
         "parameters": plan.parameters,
-        "dataset": f"{plan.dataset}, {plan.images:,} images",
+        **({} if not config.adapter.on else {"trained": _adapters_in_words(plan, config.adapter)}),
+        "dataset": f"{' + '.join(map(str, [plan.dataset, *config.data.also]))}, {plan.images:,} images",
         "held out": f"{plan.held_out}, {plan.held_out_images:,} images" if plan.held_out else "none",
         "steps": f"{plan.steps:,} of {plan.batch} images{cut}, {plan.epochs:.2f} epochs",
         "precision": f"{plan.precision} ({plan.precision_reason}), on {plan.device}",
@@ -109,11 +111,18 @@ def _plan_facts(plan: "TrainPlan", config: "Config") -> dict[str, Any]:
     if plan.memory is not None:
         parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.memory.parts.items() if size)
         facts["memory"] = f"about {human_bytes(plan.memory.total)}: {parts}"
+        if plan.memory.advice is not None:
+            facts["fits"] = plan.memory.advice
         facts["disk"] = (
             f"{human_bytes(plan.disk_bytes)} at most, while one more is written; "
             f"{human_bytes(plan.disk_free)} are free"
         )
     return facts
+
+
+def _adapters_in_words(plan: "TrainPlan", adapter: "AdapterConfig") -> str:
+    kind = "DoRA" if adapter.kind == "dora" else "LoRA"
+    return f"{plan.trained:,} in adapters ({kind}, rank {adapter.rank}); the rest is frozen"
 
 
 def _print_summary(summary: "TrainSummary") -> None:

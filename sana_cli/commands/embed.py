@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from sana_cli import buckets
 from sana_cli.autoencoder import Autoencoder, read_info
 from sana_cli.config.keys import Config
 from sana_cli.dataset import layout, writer
 from sana_cli.dataset.embedding import FIRST_SKIPPED, Embedder, strict_error
 from sana_cli.dataset.reader import Dataset
+from sana_cli.dataset.shapes import ShapeReport, most_enlarged, report
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files, hub
 from sana_cli.runtime.device import peak_memory, resolve_device
@@ -27,6 +29,8 @@ from sana_cli.sources.windows import IMAGES_AT_ONCE, WindowReader
 from sana_cli.text import check_same_encoder, config_fingerprint, load_encoder
 
 FEW = 256  # images: fewer are decoded without worker processes
+FIRST_ENLARGED = 5  # images that a summary names
+FOUND_LATER = ("autoencoder_fingerprint", "height", "width")  # of the image record: not in every config
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ class EmbedPlan:
     source: dict[str, Any]
     encoder: dict[str, Any]
     images: int | None  # None: only reading the source would tell
-    image_shape: tuple[int, int, int]
-    image_bytes: int | None
+    image_shape: tuple[int, int, int]  # with buckets, the square one of the largest size
+    shapes: int  # how many an image may have
+    image_bytes: int | None  # at most
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ class EmbedSummary:
     peak_memory: int
     cut: int = 0  # captions longer than text.max_length, which were cut there
     notes: tuple[str, ...] = ()  # what a person should know: work that could not be shared out
+    shapes: tuple[ShapeReport, ...] = ()  # with data.buckets: what became of the images
+    most_enlarged: tuple[str, ...] = ()  # names of a few, with how much
+    fit: str = "crop"
     held_out: "EmbedSummary | None" = None  # the held-out split, a dataset of its own
 
 
@@ -101,8 +109,13 @@ def _source(options: EmbedOptions) -> tuple[Source, int | None, dict[str, Any]]:
 
 
 def _image(config: Config) -> dict[str, Any]:
+    """What the index says of the images. With buckets, their most common shape is known when all are written."""
     height, width = config.data.sample_sides
-    shape = {"channels": config.model.in_channels, "height": height, "width": width}
+    shape: dict[str, Any] = {"channels": config.model.in_channels}
+    if config.data.buckets is None:
+        shape |= {"buckets": None, "height": height, "width": width}
+    else:
+        shape |= {"buckets": list(config.data.buckets)}
     fit = {} if config.data.fit == "crop" else {"fit": config.data.fit}
     if config.data.autoencoder is None:
         return {"kind": "pixels", **shape, **fit}
@@ -113,20 +126,29 @@ def _image(config: Config) -> dict[str, Any]:
 def plan(options: EmbedOptions) -> EmbedPlan:
     """What would be done (`--dry-run`)."""
     _, count, fingerprint = _source(options)
-    image = _image(options.config)
+    data, channels = options.config.data, options.config.model.in_channels
     return EmbedPlan(
         directory=options.directory,
         exists=layout.is_dataset(options.directory),
         source=fingerprint,
         encoder=config_fingerprint(options.config.text),
         images=count,
-        image_shape=(image["channels"], image["height"], image["width"]),
-        image_bytes=None if count is None else count * _sample_bytes(image),
+        image_shape=(channels, *data.sample_sides),
+        shapes=1 if data.buckets is None else len(buckets.all_shapes(data.buckets)),
+        image_bytes=None if count is None else count * _sample_bytes(options.config, data.size),
     )
 
 
-def _sample_bytes(image: dict[str, Any]) -> int:
-    return image["channels"] * image["height"] * image["width"] * (1 if image["kind"] == "pixels" else 2)
+def _sample_bytes(config: Config, size: tuple[int, int]) -> int:
+    """Bytes of the sample of an image of this height and width."""
+    height, width = (side // config.data.factor for side in size)
+    return config.model.in_channels * height * width * (1 if config.data.autoencoder is None else 2)
+
+
+def _fewest_bytes(config: Config) -> int:
+    """Bytes of the smallest sample that there can be."""
+    sizes = [config.data.size] if config.data.buckets is None else buckets.all_shapes(config.data.buckets)
+    return min(_sample_bytes(config, size) for size in sizes)
 
 
 def _check_same(dataset: Dataset, source: dict[str, Any], config: Config) -> None:
@@ -138,9 +160,7 @@ def _check_same(dataset: Dataset, source: dict[str, Any], config: Config) -> Non
         ("source", dataset.index.source, source),
         ("image", dataset.index.image.as_json(), _image(config)),
     ):
-        extra = [
-            key for key in recorded if key not in given and key != "autoencoder_fingerprint"
-        ]  # unknown until it is loaded
+        extra = [key for key in recorded if key not in given and key not in FOUND_LATER]
         for key in (*given, *extra):
             if recorded.get(key) != given.get(key):
                 raise SanaError(
@@ -224,7 +244,7 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
             yield _summary(dataset, start, peak_memory(device), was_there=True)
         return
     image, partial = _image(config), layout.partial_dir(directory)
-    _check_room(directory, 0 if count is None or partial.exists() else count * _sample_bytes(image))
+    _check_room(directory, 0 if count is None or partial.exists() else count * _fewest_bytes(config))
     autoencoder, encoder = _load_autoencoder(config, device), load_encoder(config.text, device)
     if autoencoder is not None:
         image["autoencoder_fingerprint"] = autoencoder.fingerprint
@@ -235,7 +255,8 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
         "source": fingerprint,
     }
     pixels = int(np.prod(config.data.size)) * (3 if autoencoder is not None else config.model.in_channels)
-    size = max(IMAGES_AT_ONCE, min(writer.WINDOW, writer.WINDOW_BYTES // pixels))
+    most = writer.WINDOW_BYTES * (1 if config.data.buckets is None else writer.MANY_SHAPES)
+    size = max(IMAGES_AT_ONCE, min(writer.WINDOW, most // pixels))
     plan = {"source": fingerprint, "image": image, "encoder": encoder.fingerprint, "window": size}
     entries = source if count is None else itertools.islice(iter(source), count)
     reader = WindowReader(config, entries, size, few=count is not None and count < FEW)
@@ -320,7 +341,7 @@ def _load_autoencoder(config: Config, device: torch.device) -> Autoencoder | Non
 
 
 def _summary(dataset: Dataset, start: float, memory: int, was_there: bool, resumed: int = 0) -> EmbedSummary:
-    counts = dataset.index.counts
+    counts, shapes = dataset.index.counts, report(dataset)
     skipped = itertools.islice(dataset.skipped(), FIRST_SKIPPED)
     return EmbedSummary(
         directory=dataset.directory,
@@ -335,4 +356,7 @@ def _summary(dataset: Dataset, start: float, memory: int, was_there: bool, resum
         seconds=time.perf_counter() - start,
         peak_memory=memory,
         cut=counts.cut,
+        shapes=shapes,
+        most_enlarged=most_enlarged(shapes, FIRST_ENLARGED),
+        fit=dataset.index.image.fit,
     )

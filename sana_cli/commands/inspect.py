@@ -4,8 +4,10 @@ It builds models on the meta device, so it needs no encoder, no network and litt
 prints nothing.
 """
 
+import math
 import os
 import platform
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,22 +18,27 @@ from typing import Any
 import torch
 
 from sana_cli import __version__
+from sana_cli.adapters import Dense, LowRank, kind_of, squared_norms
 from sana_cli.choices import PredictionType
 from sana_cli.config.file import find_config, load_config, load_run_config, packaged_configs
 from sana_cli.config.keys import Architecture, Config
 from sana_cli.dataset import layout
 from sana_cli.dataset.match import resolve_architecture
 from sana_cli.dataset.reader import Dataset
+from sana_cli.dataset.shapes import ShapeReport, report
 from sana_cli.errors import SanaError, one_line
 from sana_cli.model import build, module_rows
 from sana_cli.runtime import outputs
 from sana_cli.runtime.device import devices, free_memory, resolve_device, resolve_precision
 from sana_cli.runtime.openmp import USERS
+from sana_cli.runtime.records import CheckpointRecord
 from sana_cli.sampling import pictures
 from sana_cli.sampling.pipeline import INDEX, Pipeline, open_pipeline
 from sana_cli.text import text_config
 from sana_cli.units import human_bytes
 from sana_cli.weights import checkpoint, configs, strangers
+from sana_cli.weights.adapters import StoredAdapter, is_adapter, read_adapter
+from sana_cli.weights.card import ADAPTER_WEIGHTS
 from sana_cli.weights.reader import read_weights
 
 
@@ -47,18 +54,22 @@ class InspectOptions:
 class Description:
     """Facts in the order they matter, and a table where there is one."""
 
-    # configs, config, run, checkpoint, pipeline, transformer, dataset, picture or environment
+    # configs, config, run, checkpoint, pipeline, transformer, adapter, dataset, picture or environment
     kind: str
     title: str
     facts: Mapping[str, Any]  # plain numbers, strings, lists and dictionaries
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[Any, ...], ...] = ()
     config: Config | None = None  # one to start from, if there is one
+    shapes: tuple[ShapeReport, ...] = ()  # of a dataset with buckets
+    fit: str = "crop"
 
     @property
     def document(self) -> dict[str, Any]:
         """The facts and the table as one JSON object. Configs have their table in the facts."""
         document = {"kind": self.kind, "target": self.title, **self.facts}
+        if self.shapes:
+            document |= {"fit": self.fit, "shapes": self.shapes}
         if self.kind != "configs":
             plain = [
                 [cell.strip() if isinstance(cell, str) else cell for cell in row] for row in self.rows
@@ -83,6 +94,8 @@ def inspect(options: InspectOptions) -> Description:
             return _dataset(path, options.verify)
         if (path / "checkpoints").is_dir() or (path / checkpoint.RECORD).is_file():
             return _checkpoint(path, options.verify)
+        if is_adapter(path):
+            return _adapter(path)
         if (path / "transformer").is_dir() or (path / "config.json").is_file():
             return _transformer(path)
         other = strangers.other_folder(path)
@@ -94,6 +107,8 @@ def inspect(options: InspectOptions) -> Description:
         )
     if other := strangers.other_file(path):
         raise SanaError(*other)
+    if is_adapter(path):
+        return _adapter(path)
     beginning = strangers.read_beginning(path) if path.is_file() else b""
     if beginning.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF")) or path.suffix.lower() in outputs.PICTURES:
         return _picture(path)
@@ -188,7 +203,10 @@ def _model_facts(model: Architecture, prediction_type: PredictionType) -> dict[s
 
 def _resolved(config: Config) -> tuple[Architecture, str]:
     """The model of a config, and where its caption width comes from."""
-    dataset = Dataset(config.data.dir) if layout.is_dataset(config.data.dir) else None
+    dataset = None
+    if layout.is_dataset(config.data.dir):
+        with suppress(SanaError):  # an old or damaged one says nothing here
+            dataset = Dataset(config.data.dir)
     if config.model.caption_channels is not None:
         return resolve_architecture(config, None), "config"
     return resolve_architecture(config, dataset), "the tiny encoder" if dataset is None else str(
@@ -246,6 +264,8 @@ def _checkpoint(path: Path, verify: bool) -> Description:
         name: sum(f.stat().st_size for f in (folder / name).rglob("*"))
         for name in ("transformer", "training")
     }
+    if record.base is not None:
+        sizes["transformer"] = (folder / ADAPTER_WEIGHTS).stat().st_size
     facts: dict[str, Any] = {}
     is_run = (path / "checkpoints").is_dir()
     if is_run:
@@ -253,7 +273,9 @@ def _checkpoint(path: Path, verify: bool) -> Description:
         facts["checkpoint"] = str(folder)
     facts |= _model_facts(model, pipeline.prediction_type) | {
         "step": record.step,
-        "sample": f"{image.channels} x {image.height} x {image.width} {image.kind}",
+        "sample": f"{image.channels} x {image.height} x {image.width} {image.kind}"
+        + (", and other shapes" if image.buckets else ""),
+        **_adapters_of(folder, record),
         "weights": human_bytes(sizes["transformer"])
         + (f"; {human_bytes(sizes['training'])} to resume from" if sizes["training"] else ""),
         "trained in": record.precision,
@@ -278,12 +300,17 @@ def _checkpoint(path: Path, verify: bool) -> Description:
     elif record.config is not None or state.is_file():  # a step folder alone knows no paths
         known = dict(record.config or checkpoint.read_state(folder).config)
         known["text"] = text_config(record.encoder.as_json()).model_dump()
+        if record.base is not None:
+            known["train"] = known["train"] | {"init_from": record.base.name}
+        else:
+            known.pop("adapter", None)  # merged, if there were any
         factor = image.factor
         known["data"] = {
             "image_size": [image.height * factor, image.width * factor],
             "autoencoder": record.autoencoder,
         }
         known["data"] |= {"latent_factor": factor} if factor > 1 else {}
+        known["data"] |= {"source": "folder", "buckets": image.buckets} if image.buckets else {}
         try:
             config = Config.model_validate(known)
         except ValueError as error:
@@ -292,6 +319,63 @@ def _checkpoint(path: Path, verify: bool) -> Description:
             ) from error
     rows = module_rows(build(model, seed=None))
     return Description("run" if is_run else "checkpoint", str(path), facts, MODULE_COLUMNS, rows, config)
+
+
+def _adapters_of(folder: Path, record: CheckpointRecord) -> dict[str, Any]:
+    """What a step folder of adapters alone has, and what it is for."""
+    if record.base is None:
+        return {}
+    stored = read_adapter(folder)
+    ranks = ", ".join(map(str, stored.ranks))
+    return {
+        "adapters": f"{_adapter_kinds(stored)} of rank {ranks} on {len(stored.layers)} layers",
+        "of": f"{record.base.name} ({record.base.origin}, {record.base.sha256[:12]})",
+    }
+
+
+def _adapter(path: Path) -> Description:
+    """A file of low-rank or other changes to a model."""
+    stored = read_adapter(path)
+    sizes, ranks = Counter[str](), defaultdict[str, set[int]](set)
+    moved = defaultdict[str, float](float)
+    norms = dict(squared_norms({n: c for n, c in stored.layers.items() if c.magnitude is None}, {}))
+    for name, change in stored.layers.items():
+        kind = kind_of(name)
+        sizes[kind] += 1
+        ranks[kind].add(change.rank if isinstance(change, LowRank) else 0)
+        moved[kind] += norms.get(name, math.nan)
+    facts: dict[str, Any] = {
+        "adapts": f"{len(stored.layers)} layers",
+        "form": stored.form,
+        "size": human_bytes(stored.path.stat().st_size),
+        "of": stored.metadata.get("base"),
+        "made by": stored.metadata.get("made_by"),
+        "to sample": f"sana sample --checkpoint BASE --adapter {path}",
+    }
+    if stored.notes:
+        facts["note"] = "; ".join(stored.notes)
+    rows = tuple(
+        (
+            kind,
+            sizes[kind],
+            ", ".join(str(rank) if rank else "full" for rank in sorted(ranks[kind])),
+            f"{moved[kind] ** 0.5:.4g}" if moved[kind] == moved[kind] else "depends on the model",
+        )
+        for kind in sizes
+    )
+    known = {name: fact for name, fact in facts.items() if fact is not None}
+    return Description("adapter", str(path), known, ("layer", "adapters", "rank", "norm of the update"), rows)
+
+
+def _adapter_kinds(stored: StoredAdapter) -> str:
+    """LoRA, DoRA or dense, in words."""
+    changes = stored.layers.values()
+    kinds = {
+        "DoRA": any(change.magnitude is not None for change in changes),
+        "LoRA": any(isinstance(change, LowRank) and change.magnitude is None for change in changes),
+        "dense changes": any(isinstance(change, Dense) for change in changes),
+    }
+    return ", ".join(kind for kind, there in kinds.items() if there)
 
 
 # folders that the trainers of diffusers and SimpleTuner write beside transformer/
@@ -367,7 +451,8 @@ def _dataset(path: Path, verify: bool) -> Description:
         "tokens": counts.tokens,
         **({"left out": f"{counts.skipped:,}, listed in {layout.SKIPPED}"} if counts.skipped else {}),
         **({"cut": f"{counts.cut:,} captions, at text.max_length"} if counts.cut else {}),
-        "image": f"{image.kind}, {image.channels} x {image.height} x {image.width}",
+        "image": f"{image.kind}, {image.in_words}",
+        **({"buckets": ", ".join(map(str, image.buckets))} if image.buckets else {}),
         "caption states": f"{index.caption_dim} wide, bf16",
         "bytes": dataset.bytes,
         "encoder": index.encoder.in_words,
@@ -378,7 +463,8 @@ def _dataset(path: Path, verify: bool) -> Description:
     if verify:
         facts["verified"] = f"{len(list(dataset.verify()))} files, every byte"
     rows = tuple((shard.file, shard.count, shard.bytes) for shard in index.shards)
-    return Description("dataset", str(path), facts, ("file", "count", "bytes"), rows)
+    columns = ("file", "count", "bytes")
+    return Description("dataset", str(path), facts, columns, rows, shapes=report(dataset), fit=image.fit)
 
 
 def _picture(path: Path) -> Description:
@@ -389,5 +475,7 @@ def _picture(path: Path) -> Description:
     facts = {
         key: value for key, value in record.as_json().items() if key not in ("images", "settings")
     } | record.settings
+    if record.adapters:
+        facts["adapters"] = [f"{one.get('name')} x {one.get('scale')}" for one in record.adapters]
     rows = tuple((image.prompt, image.seed) for image in images)
     return Description("picture", str(path), facts | {"images": len(images)}, ("prompt", "seed"), rows)

@@ -7,31 +7,43 @@ It is the order in which a run happens: load, save, log, sample, stop. How weigh
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from sana_cli.adapters import matching
 from sana_cli.config.file import RUN_CONFIG
 from sana_cli.config.keys import Config
 from sana_cli.dataset.layout import held_out_dir
 from sana_cli.dataset.match import open_held_out
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import Interrupted, SanaError
+from sana_cli.model import build
 from sana_cli.runtime import files
-from sana_cli.runtime.device import is_out_of_memory, peak_memory
+from sana_cli.runtime.device import has_native_bf16, is_out_of_memory, peak_memory
 from sana_cli.runtime.distributed import World, world
 from sana_cli.runtime.launch import launch
+from sana_cli.runtime.records import Base
 from sana_cli.training import metrics, report, resume
 from sana_cli.training.grids import GridSampler, grid_path
-from sana_cli.training.initial import foreign_weights, model_with
+from sana_cli.training.initial import (
+    adapted_model,
+    base_record,
+    foreign_weights,
+    model_with,
+    notes_on_base,
+    with_base_recipe,
+)
+from sana_cli.training.movement import TOTAL, Movement
 from sana_cli.training.plan import TrainPlan, choose_device, make_plan
 from sana_cli.training.progress import Progress
 from sana_cli.training.prompts import encode_prompts
 from sana_cli.training.saver import Saver
-from sana_cli.training.task import make_task
+from sana_cli.training.task import make_task, make_train_set
 from sana_cli.training.trainer import NotFiniteError, Placement, Trainer
-from sana_cli.weights.checkpoint import read_state
+from sana_cli.weights.checkpoint import check_base, read_record, read_state
+from sana_cli.weights.stored import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class TrainStep:
     data_wait: float  # share of the time in which training waited for images
     memory: int
     held_out_loss: float | None = None  # the latest
+    movement: float | None = None  # of adapters, over the norm of their layers, the latest
     saved: Path | None = None
     sampled: Path | None = None
     warning: str | None = None  # what went wrong beside training, which goes on
@@ -93,7 +106,7 @@ class TrainSummary:
 
 def plan(options: TrainOptions) -> TrainPlan:
     """What would be done (`--dry-run`), found without writing; refuses what `train` would refuse."""
-    config = options.config
+    config = with_base_recipe(options.config)
     dataset = Dataset(config.data.dir)
     found = make_plan(config, dataset, open_held_out(config, dataset), with_memory=True)
     folder, _ = resume.choose_checkpoint(config.run.dir, options.resume)
@@ -103,6 +116,8 @@ def plan(options: TrainOptions) -> TrainPlan:
         return found.with_images(saved.state.images)
     if config.train.init_from is not None:
         foreign_weights(config.train.init_from, found.model, config.objective.prediction_type)
+    if config.adapter.on:
+        matching(build(found.model, seed=None), config.adapter.targets)
     return found
 
 
@@ -119,6 +134,8 @@ def train(options: TrainOptions) -> Iterator[TrainStart | TrainStep | TrainSumma
     """
     begin = time.perf_counter()
     with world(cuda=launch().size > 1 and choose_device(options.config).type == "cuda") as here:
+        with here.together():
+            options = replace(options, config=with_base_recipe(options.config))
         run = _load(options, here)
         yield TrainStart(run.plan, run.first_step, run.saver.folder, run.notes)
         with _writing(run, options.config) as log:
@@ -139,6 +156,7 @@ class _Run:
     progress: Progress
     saver: Saver
     grids: GridSampler
+    movement: Movement | None  # None: all weights are trained
     stop: Callable[[], int | None]
     first_step: int
     notes: tuple[str, ...]
@@ -168,7 +186,8 @@ def _load(options: TrainOptions, here: World) -> _Run:
             config = resume.with_recorded_warmup(saved, config)
             notes += resume.check_resumable(saved, config, dataset, plan)
             plan = plan.with_images(saved.state.images)
-    seen = here.gather([dataset.index.sha256, None if saved is None else saved.state.as_json()])
+    images = make_train_set(config, dataset).record().sha256
+    seen = here.gather([images, None if saved is None else saved.state.as_json()])
     if any(one != seen[0] for one in seen):
         raise SanaError(
             "the processes do not see the same files: data.dir and run.dir must be on a disk that all machines share"
@@ -177,7 +196,8 @@ def _load(options: TrainOptions, here: World) -> _Run:
     if split is not None and held_out is None:
         missing = held_out_dir(config.data.dir, split)
         notes.append(f"no held-out loss: there is no {missing} (sana embed makes it; data.held_out_split)")
-    trainer = _trainer(config, plan, dataset, held_out, saved, here)
+    trainer, base, more = _trainer(config, plan, dataset, held_out, saved, here)
+    notes += more
     with here.together():
         prompts = encode_prompts(config, dataset, trainer.placement.device) if here.first else None
     return _Run(
@@ -185,8 +205,11 @@ def _load(options: TrainOptions, here: World) -> _Run:
         plan=plan,
         trainer=trainer,
         progress=Progress(plan.batch, None if saved is None else saved.state),
-        saver=Saver(config, plan, dataset, prompts, None if saved is None else saved.folder, trainer.step),
+        saver=Saver(
+            config, plan, dataset, prompts, None if saved is None else saved.folder, trainer.step, base
+        ),
         grids=GridSampler(config, trainer, prompts),
+        movement=Movement(trainer.model) if config.adapter.on else None,
         stop=options.stop,
         first_step=trainer.step,
         notes=(*notes, *(prompts.notes if prompts is not None else ())),
@@ -215,24 +238,53 @@ def _trainer(
     held_out: Dataset | None,
     saved: resume.Saved | None,
     here: World,
-) -> Trainer:
-    """The trainer of a run that begins or goes on."""
-    tensors, weights = None, None
+) -> tuple[Trainer, Base | None, list[str]]:
+    """The trainer of a run that begins or goes on, the model that its adapters are for, and notes on that."""
+    tensors, given, base, notes = None, None, None, list[str]()
+    init_from, model = config.train.init_from, plan.model
+    placement = Placement(torch.device(plan.device), plan.precision, here)
     with here.together():
         if saved is not None:
-            tensors = resume.load_saved(saved.folder, plan.model)
-            weights = tensors.weights
-        elif config.train.init_from is not None:
-            weights = foreign_weights(config.train.init_from, plan.model, config.objective.prediction_type)
-    task = make_task(config, plan.model, plan.precision, dataset, held_out)
-    placement = Placement(torch.device(plan.device), plan.precision, here)
-    model = model_with(weights, plan.model, config)
+            tensors = resume.load_saved(saved.folder, model, config.adapter)
+        if init_from is not None and (saved is None or config.adapter.on):
+            given = foreign_weights(init_from, model, config.objective.prediction_type)
+            notes = notes_on_base(config, given)
+        if config.adapter.on and here.first:
+            assert init_from is not None, "the config is whole"
+            assert given is not None
+            base = _base(init_from, given, saved)
+        weights = None if tensors is None else tensors.weights
+        if config.adapter.on:
+            assert given is not None
+            half = plan.precision == "bf16" and has_native_bf16(placement.device)
+            transformer = adapted_model(given.tensors, weights, model, config, half)
+        else:
+            weights = weights if given is None else given.tensors
+            transformer = model_with(weights, model, config)
+    task = make_task(config, model, plan.precision, dataset, held_out)
     trainer = Trainer(
-        model, task, config, placement, plan.batch, None if tensors is None else tensors.average
+        transformer, task, config, placement, plan.batch, None if tensors is None else tensors.average
     )
     if saved is not None and tensors is not None:
         trainer.resume(tensors.optimizer, tensors.objective, saved.state.step)
-    return trainer
+    return trainer, base, notes
+
+
+def _base(init_from: Path, weights: StoredWeights, saved: resume.Saved | None) -> Base:
+    """The model that adapters are for; of a run that goes on, the one that it began with.
+
+    Raises:
+        SanaError: it is another one.
+    """
+    if saved is None:
+        return base_record(init_from, weights)
+    base = read_record(saved.folder).base
+    if base is None:
+        raise SanaError(
+            f"{saved.folder} has no adapters to go on with", "start another run: --set run.dir=DIR"
+        )
+    check_base(weights.tensors, base, init_from, str(saved.folder))
+    return base
 
 
 @contextmanager
@@ -314,6 +366,7 @@ def _after_step(run: _Run, log: metrics.Log | None) -> TrainStep:
         data_wait=progress.data_wait,
         memory=peak_memory(trainer.placement.device),
         held_out_loss=progress.held_out_loss,
+        movement=progress.movement.get(TOTAL),
         saved=saved,
         sampled=sampled,
         warning=warning,
@@ -334,6 +387,9 @@ def _log_line(run: _Run, log: metrics.Log | None) -> None:
         return
     held_out = trainer.evaluate(run.stop) if evaluate else None
     line = progress.line(trainer.step, held_out, waited, peak_memory(trainer.placement.device))
+    if run.movement is not None:
+        progress.movement = run.movement.measure()
+        line["adapter_movement"] = progress.movement
     if log is not None:
         log.write(line)
 

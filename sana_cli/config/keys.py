@@ -21,8 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from sana_cli import buckets
 from sana_cli.choices import Precision, PredictionType, Solver
 from sana_cli.config.document import Dumper, yaml_value
+from sana_cli.config.instructions import NAMED
 
 BUILT_IN = ("mnist", "critters")  # sources that read no path; both have the splits train and test
 MAX_WIDTH = 65536
@@ -56,6 +58,12 @@ def _is_size(value: Any) -> Any:
     return _as_tuple(value)
 
 
+def _have_tables(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    for size in sizes:
+        buckets.unit(size)
+    return tuple(sorted(set(sizes)))
+
+
 def _is_precision(value: Any) -> Any:
     if value in ("fp16", "float16", "half"):
         raise ValueError(
@@ -71,6 +79,10 @@ def _is_device(value: str) -> str:
     return value
 
 
+def _named_instruction(value: Any) -> Any:
+    return NAMED.get(value, value) if isinstance(value, str) else value
+
+
 PathField = Annotated[Path, BeforeValidator(_as_path)]
 IdOrPath = Annotated[str, Field(min_length=1), BeforeValidator(at_home)]
 Interval = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
@@ -79,6 +91,10 @@ Betas = Annotated[
     BeforeValidator(_as_tuple),
 ]
 Prompts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Sizes = Annotated[
+    tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_tuple), AfterValidator(_have_tables)
+]
+Times = Annotated[float, Field(gt=0)]  # that an image is seen in an epoch
 
 
 class Section(BaseModel):
@@ -144,13 +160,25 @@ class DataConfig(Section):
     )
     dir: PathField = free(Path("data/quickstart"), "the dataset directory that embed writes and train reads")
     image_size: Annotated[int | tuple[int, int], BeforeValidator(_is_size)] = free(
-        32, "pixels: one number, or [height, width]"
+        32, "pixels: one number, or [height, width]; unused where there are data.buckets"
     )
     autoencoder: IdOrPath | None = free(
         None,
         "a DC-AE, by id or local path, whose latents are trained on; null: pixels (needs the latent extra)",
     )
 
+    buckets: Sizes | None = free(
+        None,
+        "sizes of the published tables of shapes, such as [1024] or [512, 1024]: an image takes the shape closest to "
+        "its own, of the largest size that does not enlarge it; null: all images have image_size",
+    )
+    repeats: Times = free(
+        1.0, "how often an epoch of training has each image; 0.5: half of the images, each time others"
+    )
+    also: dict[PathField, Times] = free(
+        {},
+        "further datasets to train on, with how often an epoch has each of their images: {data/more: 0.5}",
+    )
     latent_factor: PositiveInt = free(32, "how many times smaller the autoencoder's latents are than images")
 
     @property
@@ -162,7 +190,9 @@ class DataConfig(Section):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width in pixels: with buckets, of the square of the largest size."""
+        if self.buckets is not None:
+            return self.buckets[-1], self.buckets[-1]
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
@@ -175,6 +205,11 @@ class DataConfig(Section):
         """Height and width of what the transformer sees."""
         height, width = self.size
         return height // self.factor, width // self.factor
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Numbers of pixels that the patch size times the factor must divide, for it to divide every side."""
+        return self.size if self.buckets is None else tuple(map(buckets.unit, self.buckets))
 
 
 class TextConfig(Section):
@@ -189,8 +224,10 @@ class TextConfig(Section):
         "auto", "auto: fp32 on a CPU, bf16 elsewhere"
     )
     max_length: Annotated[int, Field(ge=2)] = free(300, "tokens kept of a caption")
-    instruction: str | None = free(
-        None, "put before each caption and cut off its states (the paper's complex human instruction)"
+    instruction: Annotated[str, BeforeValidator(_named_instruction)] | None = free(
+        None,
+        "put before each caption and cut off its states (the paper's complex human instruction); official: that of "
+        "NVlabs/Sana; diffusers: that of its SanaPipeline",
     )
     template: Literal["none", "chat", "lesson"] = free(
         "none",
@@ -288,8 +325,10 @@ class ObjectiveConfig(Section):
     sigma_density: Literal["logit_normal", "uniform"] = fixed("logit_normal", "how noise levels are drawn")
     logit_mean: float = fixed(0.0, "mean of the logit-normal density")
     logit_std: Annotated[float, Field(gt=0)] = fixed(1.0, "standard deviation of the logit-normal density")
-    flow_shift: Annotated[float, Field(gt=0)] = fixed(
-        2.3, "s in sigma -> s sigma / (1 + (s - 1) sigma): more high noise levels; the paper's is 3 or more"
+    flow_shift: Annotated[float, Field(gt=0)] | None = fixed(
+        2.3,
+        "s in sigma -> s sigma / (1 + (s - 1) sigma): more high noise levels; the paper's is 3 or more; null: that of "
+        "the scheduler of train.init_from, for sampling too where sample.flow_shift is not given",
     )
     sigma_floor: Annotated[float, Field(gt=0, le=1)] = fixed(
         0.5,
@@ -304,9 +343,10 @@ class ObjectiveConfig(Section):
 class OptimConfig(Section):
     """How weights move: the optimizer, its learning rate, the average of the weights."""
 
-    optimizer: Literal["adamw", "muon"] = fixed(
+    optimizer: Literal["adamw", "muon", "came"] = fixed(
         "adamw",
-        "muon: Muon for the matrices inside blocks, with updates scaled to the size of AdamW's; AdamW for the rest",
+        "muon: Muon for the matrices inside blocks, with updates scaled to the size of AdamW's; AdamW for the rest; "
+        "came: CAME (arXiv 2307.02047), the published models' own, whose second moments take next to no memory",
     )
     lr: Annotated[float, Field(gt=0)] = fixed(6e-3, "peak learning rate")
     schedule: Literal["constant", "cosine", "linear"] = fixed(
@@ -315,7 +355,7 @@ class OptimConfig(Section):
     warmup_steps: NonNegativeInt | None = fixed(
         None, "steps of linear warm-up; null: 50, or a tenth of the steps of a shorter run"
     )
-    betas: Betas = fixed((0.9, 0.99), "AdamW's")
+    betas: Betas = fixed((0.9, 0.99), "AdamW's, and the first two of CAME, whose third is 0.9999")
     momentum: Annotated[float, Field(ge=0, lt=1)] = fixed(0.95, "Muon's")
     weight_decay: Annotated[float, Field(ge=0)] = fixed(0.05, "on matrices and convolutions only, decoupled")
     grad_clip: Annotated[float, Field(gt=0)] | None = fixed(
@@ -326,11 +366,41 @@ class OptimConfig(Section):
         "decay of the averaged weights, which are sampled; warms up as (1 + step) / (10 + step); null: no average",
     )
 
+    ema_device: Literal["same", "cpu"] = free(
+        "same", "where the averaged weights lie; cpu: in the machine's memory, in place of the GPU's"
+    )
+
     def warmup(self, steps: int) -> int:
         """Steps of warm-up in a run of `steps`: as asked for, or what suits its length."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
+
+
+class AdapterConfig(Section):
+    """Low-rank adapters of frozen weights (LoRA, arXiv 2106.09685), in place of training all weights."""
+
+    kind: Literal["none", "lora", "dora"] = fixed(
+        "none",
+        "none: all weights are trained; lora: W + scale B A; dora: the same with its row norms trained apart "
+        "(arXiv 2402.09353)",
+    )
+    rank: PositiveInt = fixed(16, "rank of each adapter")
+    alpha: Annotated[float, Field(gt=0)] | None = fixed(
+        None,
+        "an adapter's scale is alpha / rank, or alpha / sqrt(rank) if rank_stabilized; null: alpha is the rank",
+    )
+    rank_stabilized: bool = fixed(False, "divide alpha by sqrt(rank) (rsLoRA, arXiv 2312.03732)")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = fixed(0.0, "dropout of an adapter's input")
+    targets: Prompts = fixed(
+        ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"),
+        "layers with an adapter, by the end of their names",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether adapters are trained."""
+        return self.kind != "none"
 
 
 class TrainConfig(Section):
@@ -342,7 +412,15 @@ class TrainConfig(Section):
         1, "micro-batches of a step in each process, whose gradients are averaged over their images"
     )
     precision: Annotated[Precision, BeforeValidator(_is_precision)] = fixed(
-        "auto", "auto: bf16 where the device has it natively, else fp32; weights stay fp32"
+        "auto", "arithmetic; auto: bf16 where the device has it natively, else fp32"
+    )
+    weights: Literal["fp32", "bf16"] = fixed(
+        "fp32",
+        "type of the trained matrices and their gradients; bf16: half the memory, and each update is rounded up "
+        "or down at random, so that small ones count too (needs native bf16); averages stay fp32",
+    )
+    chunk: PositiveInt = fixed(
+        1, "images of one shape that follow each other in the order (needs data.buckets); 1: a plain shuffle"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = fixed(
         0, "of the initial weights, the order of the data and every draw"
@@ -432,6 +510,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
+    adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
     save: SaveConfig = SaveConfig()
@@ -449,15 +528,18 @@ class Config(Section):
         data, model = (
             (values.get(name) for name in ("data", "model")) if isinstance(values, dict) else (None, None)
         )
-        if not isinstance(data, dict) or "image_size" not in data or not isinstance(model or {}, dict):
+        if not isinstance(data, dict) or not isinstance(model or {}, dict):
+            return values
+        if "image_size" not in data and data.get("buckets") is None:
             return values
         if (model or {}).get("patch_size") is not None:
             return values
         try:
-            sides = DataConfig.model_validate(data).sample_sides
+            checked = DataConfig.model_validate(data)
             shape = ModelConfig.model_validate((model or {}) | {"patch_size": 1})
         except ValidationError:  # reported where the section itself is validated
             return values
+        sides = [pixels // checked.factor for pixels in checked.units]
         dividing = [size for size in PATCH_SIZES if not any(side % size for side in sides)]
         narrow = (size for size in dividing if size**2 * shape.in_channels <= shape.inner_dim)
         fits = next(narrow, 1)
@@ -478,19 +560,41 @@ class Config(Section):
             yield f"data.held_out_split: {data.source} has train and test, not {data.held_out!r}"
         if data.held_out == data.split:
             yield f"data.held_out_split: {data.split} is what is trained on"
+        if data.buckets is not None and data.source in BUILT_IN:
+            yield f"data.buckets: are for images of many shapes; {data.source} has one, data.image_size"
+        here = os.path.realpath(data.dir)
+        for directory in data.also:
+            if os.path.realpath(directory) == here:
+                yield f"data.also: {directory} is data.dir as well; data.repeats says how often it is seen"
         if self.text.instruction is not None and self.text.template != "none":
             yield "text.instruction: and text.template exclude each other; keep one"
 
     def _model_problems(self) -> Iterator[str]:
         model, (height, width), factor = self.model, self.data.size, self.data.factor
-        if height % factor or width % factor:
+        if self.data.buckets is not None:
+            yield from self._bucket_problems(self.data.buckets)
+        elif height % factor or width % factor:
             yield f"data.latent_factor: {factor} does not divide data.image_size {height}x{width}"
         elif height // factor % model.patch_size or width // factor % model.patch_size:
             of = "" if factor == 1 else f" / {factor}"
             yield f"model.patch_size: {model.patch_size} does not divide data.image_size {height}x{width}{of}"
         yield from (f"model.{problem}" for problem in model.problems())
         if model.guidance_embeds:
-            yield "model.guidance_embeds: is for distilled models that are sampled, and cannot be trained here"
+            yield (
+                "model.guidance_embeds: a Sprint model is distilled, and steps on the flow would undo that; train "
+                "adapters of the model that it came from, and draw with sana sample --checkpoint SPRINT --adapter RUN"
+            )
+
+    def _bucket_problems(self, sizes: tuple[int, ...]) -> Iterator[str]:
+        factor, patch = self.data.factor, self.model.patch_size
+        for key, divisor in (("data.buckets", factor), ("model.patch_size", factor * patch)):
+            for size, unit in zip(sizes, self.data.units, strict=True):
+                if unit % divisor:
+                    yield (
+                        f"{key}: shapes of size {size} have sides in steps of {unit} pixels, which {divisor} does "
+                        f"not divide; the smallest size that fits is {divisor * buckets.UNITS}"
+                    )
+                    return
 
     def _run_problems(self) -> Iterator[str]:
         warmup, (low, high) = self.optim.warmup(self.train.steps), self.sample.guidance_interval
@@ -500,8 +604,24 @@ class Config(Section):
             yield "sample.solver: scm is for Sprint models, which have model.guidance_embeds"
         if low >= high:
             yield f"sample.guidance_interval: {low} must be below {high}"
+        yield from self._memory_problems()
+        if self.objective.flow_shift is None and self.train.init_from is None:
+            yield "objective.flow_shift: null is that of train.init_from, and there is none"
+        if self.adapter.on and self.train.init_from is None:
+            yield "train.init_from: adapters need the model that they are for"
         if os.path.realpath(self.run.dir) == os.path.realpath(self.data.dir):
             yield f"run.dir: {self.run.dir} is data.dir as well; a run needs a directory of its own"
+
+    def _memory_problems(self) -> Iterator[str]:
+        if self.train.weights == "bf16":
+            if self.adapter.on:
+                yield "train.weights: adapters are few, and stay fp32; leave it at fp32"
+            if self.train.precision == "fp32":
+                yield "train.weights: bf16 needs train.precision bf16 or auto"
+            if self.train.parallel == "fsdp":
+                yield "train.weights: bf16 cannot be sharded; use train.parallel ddp, or leave it at fp32"
+        if self.optim.ema_device == "cpu" and self.train.parallel == "fsdp":
+            yield "optim.ema_device: shards of the average stay with their weights; leave it at same"
 
     def to_yaml(self) -> str:
         """The whole config, resolved, as YAML that loads back to itself."""

@@ -20,6 +20,8 @@ from sana_cli.runtime.device import return_memory
 from sana_cli.runtime.distributed import World
 from sana_cli.runtime.records import CaptionShard, LeftOut
 from sana_cli.sources.attributes import ADVICE, MOST, MOST_VALUES
+from sana_cli.sources.entry import Entry
+from sana_cli.sources.images import Fitted
 from sana_cli.sources.windows import IMAGES_AT_ONCE, SourceWindow, WindowReader
 from sana_cli.text import CaptionEncoder
 
@@ -109,7 +111,7 @@ class Embedder:
             shards.append(background.do(self.into.write_captions, window.number, len(shards), in_order))
             del states, in_order
             yield
-        images, written = self._images(window), [shard.result() for shard in shards]
+        images, written = list(self._images(window)), [shard.result() for shard in shards]
         skipped = [LeftOut(name=entry.name, reason=entry.reason) for _, entry in window.skipped]
         background.do(self.into.write, window.number, written, images, self.caption_ids, skipped, cut)
 
@@ -127,13 +129,25 @@ class Embedder:
         if run:
             yield run
 
-    def _images(self, window: SourceWindow) -> writer.Images:
-        entries, parts = window.entries, []
+    def _images(self, window: SourceWindow) -> Iterator[writer.Images]:
+        """The images of each shape, by rising height, then width; inside each in the order of the source."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for number, image in enumerate(window.images):
+            by_shape.setdefault(image.pixels.shape, []).append(number)
+        for shape in sorted(by_shape):
+            numbers = by_shape[shape]
+            yield self._of_one_shape(
+                [window.entries[number] for number in numbers], [window.images[number] for number in numbers]
+            )
+
+    def _of_one_shape(self, entries: Sequence[Entry], images: Sequence[Fitted]) -> writer.Images:
+        parts = []
         for begin in range(0, len(entries), IMAGES_AT_ONCE):
-            pixels = torch.from_numpy(np.stack(window.pixels[begin : begin + IMAGES_AT_ONCE]))
-            parts.append(self._sample(pixels, entries[begin].id))
+            pixels = np.stack([image.pixels for image in images[begin : begin + IMAGES_AT_ONCE]])
+            parts.append(self._sample(torch.from_numpy(pixels), entries[begin].id))
         return writer.Images(
-            pixels=torch.cat(parts) if parts else torch.empty(0),
+            pixels=torch.cat(parts),
+            original_sizes=[image.original for image in images],
             sample_ids=[entry.id for entry in entries],
             captions=[entry.captions for entry in entries],
             weights=[entry.weights for entry in entries],

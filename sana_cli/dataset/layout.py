@@ -2,14 +2,21 @@
 
     index.json                  written last, has its own hash: counts, fingerprints, shards with hashes
     captions-00000.safetensors  states (tokens, D) bf16 end to end without padding, offsets (n + 1,), texts
-    images-00000.safetensors    images (n, C, H, W) uint8 or latents (n, C, H, W) bf16, caption_ids (n, k),
-                                caption_weights (n, k) where given, sample ids; attributes (n, a) where
-                                there are any; caption_attributes (n, k) where captions leave some out
+    images-00000.safetensors    images (n, C, H, W) uint8 or latents (n, C, H, W) bf16, original_sizes (n, 2),
+                                caption_ids (n, k), caption_weights (n, k) where given, sample ids;
+                                attributes (n, a) where there are any; caption_attributes (n, k) where
+                                captions leave some out
     skipped.jsonl               entries that were left out, and why
 
 An attribute is a number: its place among the values that the index lists for its name, -1 where
 an image has none. Bit a of a caption's number says that it names attribute a. Every distinct
-caption is stored once. A dataset is written into a sibling `<name>.partial/` and renamed when
+caption is stored once. An original size is the height and width of the image before it was fitted.
+
+The images of a file have one shape, which the index has too. A window of the source whose images
+have several is several files, by rising height, then width; the second is images-00000-1. Rows are
+numbered file by file, so within a window by shape, then in the order of the source.
+
+A dataset is written into a sibling `<name>.partial/` and renamed when
 whole. Fingerprints of encoders and sources are plain dictionaries here.
 
 Shapes: n rows of a shard, k captions of an image at most, a attributes known by then, C H W of an
@@ -26,7 +33,7 @@ from torch import Tensor
 
 from sana_cli.errors import SanaError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX = "index.json"
 SKIPPED = "skipped.jsonl"
 PLAN = "plan.json"

@@ -6,6 +6,7 @@ Shapes: B rows asked for, C H W of an image, D width of a caption state.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from sana_cli.dataset.layout import (
 )
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files, records
+
+S = TypeVar("S", bound=records.Shard)
 
 
 class Dataset:
@@ -55,15 +58,20 @@ class Dataset:
                 raise SanaError(f"{directory / INDEX}: {kind}: its shards do not have as many as it says")
         self._captions = [self._open(shard, self._captions_fit) for shard in self.index.captions]
         self._images = [self._open(shard, self._images_fit) for shard in self.index.images]
+        self.shapes = self.index.shapes  # with the number of images of each, largest shape first
+        numbers = {shape: number for number, shape in enumerate(self.shapes)}
+        channels = self.index.image.channels
+        of_shards = [numbers[channels, shard.height, shard.width] for shard in self.index.images]
+        self._shape_numbers = np.array(of_shards, dtype=np.int64)
         self._caption_starts = np.cumsum([0, *(shard.count for shard in self.index.captions)])
         self._image_starts = np.cumsum([0, *(shard.count for shard in self.index.images)])
 
-    def _open(self, shard: records.Shard, fit: Callable[[dict[str, Tensor], int], bool]) -> dict[str, Tensor]:
+    def _open(self, shard: S, fit: Callable[[dict[str, Tensor], S], bool]) -> dict[str, Tensor]:
         path = self.directory / shard.file
         files.check_size(path, shard.bytes)
         tensors = files.read_tensors(path)
         try:
-            whole = fit(tensors, shard.count)
+            whole = fit(tensors, shard)
         except (KeyError, IndexError, RuntimeError):  # a tensor is missing or empty
             whole = False
         if not whole:
@@ -76,7 +84,8 @@ class Dataset:
             f"sana inspect --verify {self.directory} looks at every byte; sana embed --overwrite makes it anew",
         )
 
-    def _captions_fit(self, tensors: dict[str, Tensor], count: int) -> bool:
+    def _captions_fit(self, tensors: dict[str, Tensor], shard: records.Shard) -> bool:
+        count = shard.count
         states, offsets, ends = tensors["states"], tensors["offsets"], tensors["text_offsets"]
         return (
             (states.dtype, states.shape[1:]) == (torch.bfloat16, (self.index.caption_dim,))
@@ -86,15 +95,19 @@ class Dataset:
             and (tensors["text"].dtype, tensors["text"].ndim) == (torch.uint8, 1)
         )
 
-    def _images_fit(self, tensors: dict[str, Tensor], count: int) -> bool:
+    def _images_fit(self, tensors: dict[str, Tensor], shard: records.ImageShard) -> bool:
+        shape = shard.count, self.index.image.channels, shard.height, shard.width
         kind, dtype = (
             ("images", torch.uint8) if self.index.image.kind == "pixels" else ("latents", torch.bfloat16)
         )
         samples, ids, ends = tensors[kind], tensors["caption_ids"], tensors["sample_id_offsets"]
+        count, sizes = shard.count, tensors["original_sizes"]
         weights, shown = tensors.get("caption_weights"), tensors.get("attributes")
         says, values = tensors.get("caption_attributes"), list(self.index.attributes.values())
         return (
-            (samples.dtype, samples.shape) == (dtype, (count, *self.image_shape))
+            (samples.dtype, samples.shape) == (dtype, shape)
+            and (sizes.dtype, sizes.shape) == (torch.int32, (count, 2))
+            and bool((sizes > 0).all())
             and (ids.dtype, ids.ndim, len(ids)) == (torch.int32, 2, count)
             and (ends.dtype, ends.shape) == (torch.int64, (count + 1,))
             and (tensors["sample_ids"].dtype, tensors["sample_ids"].ndim) == (torch.uint8, 1)
@@ -108,7 +121,7 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a sample."""
+        """Channels, height and width of a sample: of several shapes the most common one."""
         return self.index.image.shape
 
     @property
@@ -167,19 +180,42 @@ class Dataset:
         return _locate(self._images, self._image_starts, rows)
 
     def images(self, rows: np.ndarray) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], or latents as the transformer sees them, float32."""
+        """Images (B, C, H, W) of one shape in [-1, 1], or latents as the transformer sees them, float32."""
         if self.index.image.kind == "latents":
-            return torch.stack([shard["latents"][row] for shard, row in self._rows(rows)]).float()
+            return self._stacked("latents", rows).float()
         return self.pixels(rows).float() / 127.5 - 1
 
     def pixels(self, rows: np.ndarray) -> Tensor:
-        """Images (B, C, H, W) as they are stored, uint8."""
-        return torch.stack([shard["images"][row] for shard, row in self._rows(rows)])
+        """Images (B, C, H, W) of one shape as they are stored, uint8."""
+        return self._stacked("images", rows)
+
+    def _stacked(self, name: str, rows: np.ndarray) -> Tensor:
+        """Rows of one shape.
+
+        Raises:
+            SanaError: they have several.
+        """
+        if len(self.shapes) > 1 and len(set(self.shape_numbers(rows).tolist())) > 1:
+            raise SanaError(
+                f"{self.directory} has images of {len(self.shapes)} shapes, and here all must have one",
+                "embed them with data.image_size and without data.buckets, into another data.dir",
+            )
+        return torch.stack([shard[name][row] for shard, row in self._rows(rows)])
+
+    def shape_numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Which of `shapes` each row has, (B,)."""
+        shards = np.searchsorted(self._image_starts, rows, side="right") - 1
+        found: np.ndarray = self._shape_numbers[shards]
+        return found
+
+    def original_sizes(self) -> np.ndarray:
+        """Height and width of every image before it was fitted, (n, 2)."""
+        return torch.cat([shard["original_sizes"] for shard in self._images]).numpy()
 
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:
         """The ids of each image's captions, at least one."""
         found = [[i for i in shard["caption_ids"][row].tolist() if i >= 0] for shard, row in self._rows(rows)]
-        if not all(found):
+        if not all(found) or any(max(ids) >= self._caption_starts[-1] for ids in found):
             raise self._damaged(self.directory)
         return found
 

@@ -1,6 +1,7 @@
 """Writes a dataset, window by window, and goes on after the last whole window. It knows no source."""
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,18 +14,20 @@ from torch import Tensor
 from sana_cli.dataset.layout import FORMAT_VERSION, INDEX, PLAN, SKIPPED, check_only_ours, pack_texts
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files, records
-from sana_cli.runtime.records import CaptionShard, Index, LeftOut, Shard, Window
+from sana_cli.runtime.records import CaptionShard, ImageShard, Index, LeftOut, Shard, Window
 from sana_cli.units import as_json
 
 WINDOW = 4096  # entries of the source in a shard, at most
 WINDOW_BYTES = 128 * 2**20  # of pixels, and of caption states, in a shard, at most
+MANY_SHAPES = 4  # times WINDOW_BYTES of pixels in a window where each of many shapes has a shard
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a window, (n, C, H, W) uint8, or bf16 latents, and what belongs to each."""
+    """The images of one shape of a window, (n, C, H, W) uint8, or bf16 latents, and what belongs to each."""
 
     pixels: Tensor
+    original_sizes: Sequence[tuple[int, int]]  # height and width of each before it was fitted
     sample_ids: Sequence[str]
     captions: Sequence[Sequence[str]]
     weights: Sequence[Sequence[float] | None]
@@ -82,26 +85,29 @@ class DatasetWriter:
         offsets = torch.tensor([0, *accumulate(map(len, states.values()))], dtype=torch.int64)
         joined = torch.cat(list(states.values()))
         tensors = {"states": joined, "offsets": offsets, "text": text, "text_offsets": text_offsets}
-        shard = self._write(f"captions-{window:05d}" + (f"-{number}" if number else ""), len(states), tensors)
+        shard = self._write(_name("captions", window, number), len(states), tensors)
         return CaptionShard(**vars(shard), tokens=int(offsets[-1]))
 
     def write(
         self,
         window: int,
         captions: Sequence[CaptionShard],
-        images: Images,
+        images: Sequence[Images],
         caption_ids: Mapping[str, int],
         skipped: Sequence[LeftOut],
         cut: int = 0,
     ) -> None:
-        """Write a window's images and its record. Its caption shards are written already.
+        """Write a window's images, a shard for each shape, and its record.
 
-        `cut` is how many of its captions were longer than the encoder takes.
+        Its caption shards are written already. `cut` is how many of its captions were longer than
+        the encoder takes.
         """
         shards = []
-        if images.sample_ids:
-            tensors = _pack_images(images, caption_ids)
-            shards.append(self._write(f"images-{window:05d}", len(images.sample_ids), tensors))
+        for number, part in enumerate(images):
+            tensors = _pack_images(part, caption_ids)
+            shard = self._write(_name("images", window, number), len(part.sample_ids), tensors)
+            height, width = part.pixels.shape[2:]
+            shards.append(ImageShard(**vars(shard), height=height, width=width))
         record = Window(captions=list(captions), images=shards, skipped=list(skipped), cut=cut)
         files.write_sealed_json(self._record(window), record.as_json())
 
@@ -116,7 +122,8 @@ class DatasetWriter:
         Args:
             windows: how many there are; all are written.
             captions: all distinct ones, the null caption first.
-            facts: what else the index says: image, encoder, source, caption_dim, attributes.
+            facts: what else the index says: image, encoder, source, caption_dim, attributes. Height and
+                width of `image` are those of the most common shape.
         """
         if not (self.folder / INDEX).is_file():
             whole = [record for record in map(self.done, range(windows)) if record is not None]
@@ -135,6 +142,10 @@ class DatasetWriter:
             files.write_text(self.folder / SKIPPED, "".join(as_json(entry) + "\n" for entry in skipped))
         images = [shard for window in windows for shard in window.images]
         texts = [shard for window in windows for shard in window.captions]
+        counts = Counter[tuple[int, int]]()
+        for shard in images:
+            counts[shard.height, shard.width] += shard.count
+        height, width = max(counts, key=lambda shape: (counts[shape], shape[0] * shape[1], -shape[0]))
         index = {
             "format_version": FORMAT_VERSION,
             "counts": {
@@ -145,6 +156,7 @@ class DatasetWriter:
                 "cut": sum(window.cut for window in windows),
             },
             **facts,
+            "image": {**facts["image"], "height": height, "width": width},
             "one_word_captions": all(len(caption.split()) == 1 for caption in captions if caption),
             "null_caption": captions.index(""),
             "skipped_sha256": files.sha256_file(self.folder / SKIPPED) if skipped else None,
@@ -154,12 +166,18 @@ class DatasetWriter:
         files.write_sealed_json(self.folder / INDEX, index)
 
 
+def _name(kind: str, window: int, number: int) -> str:
+    """The name of a window's shard without its suffix."""
+    return f"{kind}-{window:05d}" + (f"-{number}" if number else "")
+
+
 def _pack_images(images: Images, caption_ids: Mapping[str, int]) -> dict[str, Tensor]:
     most = max(map(len, images.captions))
     rows = [[caption_ids[caption] for caption in row] + [-1] * (most - len(row)) for row in images.captions]
     joined, offsets = pack_texts(images.sample_ids)
     tensors = {
         "images" if images.pixels.dtype == torch.uint8 else "latents": images.pixels,
+        "original_sizes": torch.tensor(images.original_sizes, dtype=torch.int32),
         "caption_ids": torch.tensor(rows, dtype=torch.int32),
         "sample_ids": joined,
         "sample_id_offsets": offsets,

@@ -189,13 +189,34 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def replicate(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, or a sum over shards, whole on every rank. Every rank must call this."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(tensor, DTensor)
+    return tensor.redistribute(placements=[Replicate()] * mesh.ndim)
+
+
 def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     """Copy a whole `tensor` to the parameter's device; only this rank's shard if sharded."""
+    return _distributed_like(parameter, tensor, replicated=False)
+
+
+def replicate_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Copy a whole `tensor` to the parameter's device; whole on every rank even if that is sharded."""
+    return _distributed_like(parameter, tensor, replicated=True)
+
+
+def _distributed_like(parameter: Tensor, tensor: Tensor, replicated: bool) -> Tensor:
     tensor = tensor.to(parameter.device, copy=True)
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
     assert isinstance(parameter, DTensor)
-    return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)
+    placements = [Replicate()] * mesh.ndim if replicated else parameter.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sana_cli.errors import SanaError, first_line, listed
 
@@ -26,9 +26,14 @@ def model_name(source: str) -> str:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """sha256 of names, dtypes, shapes and bytes of all weights, however the files are split."""
+    """`hash_tensors` of all weights of a model."""
+    return hash_tensors(model.state_dict())
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, dtypes, shapes and bytes of tensors, however the files are split."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -55,12 +55,16 @@ class Record(BaseModel):
 
 
 class Image(Record):
-    """The samples of a dataset: pixels, or latents with sides `factor` times smaller."""
+    """The samples of a dataset: pixels, or latents with sides `factor` times smaller.
+
+    Of several shapes, `height` and `width` are those of the most common one.
+    """
 
     kind: Literal["pixels", "latents"]
     channels: Size
     height: Size
     width: Size
+    buckets: list[Size] | None = None  # sizes of the tables that shapes were chosen from
     fit: str = "crop"
     factor: Size = 1
     autoencoder: str | None = None
@@ -74,6 +78,17 @@ class Image(Record):
     def pixels(self) -> tuple[int, int]:
         """Height and width of the image in pixels."""
         return self.height * self.factor, self.width * self.factor
+
+    @property
+    def side(self) -> int:
+        """The longer side of a sample, or with buckets the side of the square of the largest size."""
+        return max(self.height, self.width) if self.buckets is None else max(self.buckets) // self.factor
+
+    @property
+    def in_words(self) -> str:
+        """The shape of a sample in words."""
+        shape = " x ".join(map(str, self.shape))
+        return shape if self.buckets is None else f"{shape} and other shapes"
 
 
 class Encoder(Record):
@@ -105,6 +120,13 @@ class CaptionShard(Shard):
     tokens: Count
 
 
+class ImageShard(Shard):
+    """A file of images of one shape: height and width of a sample."""
+
+    height: Size
+    width: Size
+
+
 class LeftOut(Record):
     """An entry of the source that could not be used."""
 
@@ -116,7 +138,7 @@ class Window(Record):
     """`window-00000.json` of a dataset that is being written."""
 
     captions: list[CaptionShard]
-    images: list[Shard]
+    images: list[ImageShard]
     skipped: list[LeftOut]
     cut: Count  # captions longer than text.max_length
 
@@ -145,13 +167,22 @@ class Index(Record):
     attributes: dict[str, list[str]]  # names, and the values of each
     skipped_sha256: str | None = None
     captions: list[Shard]
-    images: list[Shard]
+    images: list[ImageShard]
     sha256: str = ""
 
     @property
     def shards(self) -> list[Shard]:
         """All its files."""
         return [*self.captions, *self.images]
+
+    @property
+    def shapes(self) -> dict[tuple[int, int, int], int]:
+        """How many images there are of each shape (channels, height, width), largest shape first."""
+        counts: dict[tuple[int, int, int], int] = {}
+        for shard in self.images:
+            shape = self.image.channels, shard.height, shard.width
+            counts[shape] = counts.get(shape, 0) + shard.count
+        return dict(sorted(counts.items(), key=lambda item: (-item[0][1] * item[0][2], item[0])))
 
 
 class Entry(Record):
@@ -172,6 +203,14 @@ class Origin(Record):
 
     sha256: str
     images: Count
+
+
+class Base(Record):
+    """The model that a checkpoint's adapters are for."""
+
+    name: str  # where it was read, as the run called it; of an absolute path the last part
+    sha256: str  # of its tensors, by diffusers' names (`hub.hash_tensors`)
+    origin: str  # of its file: diffusers, official or lesson
 
 
 class Score(Record):
@@ -199,6 +238,7 @@ class CheckpointRecord(Record):
     precision: Literal["bf16", "fp32"]
     sample: dict[str, Any]
     dataset: Origin
+    base: Base | None = None  # of adapters; None: the checkpoint has all weights
     score: Score | None = None
     config: dict[str, dict[str, Any]] | None = None
 
@@ -225,6 +265,7 @@ class Drawn(Record):
 
     prompt: str
     seed: int
+    size: list[int] | None = None  # channels, height, width; None: that of all
 
 
 class Picture(Record):
@@ -239,6 +280,7 @@ class Picture(Record):
     autoencoder: str | None = None
     weights_sha256: str | None = None
     negative_prompt: str | None = None
+    adapters: list[dict[str, Any]] | None = None  # name, scale and sha256 of each
     images: list[list[Drawn]]
 
     @property

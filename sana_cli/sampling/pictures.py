@@ -49,6 +49,7 @@ class Cell:
 
     prompt: str
     seed: int
+    size: tuple[int, ...] | None = None  # channels, height, width, where images of the grid differ
 
 
 def prompt_rows(prompts: Sequence[str], one_word: bool) -> list[tuple[str, ...]]:
@@ -92,8 +93,13 @@ def grid_record(cells: Sequence[Sequence[Cell]], settings: SampleConfig, name: s
         checkpoint=name,
         settings=settings.model_dump(mode="json", exclude={"prompts", "seed"}),
         **more,
-        images=[[Drawn(prompt=cell.prompt, seed=cell.seed) for cell in row] for row in cells],
+        images=[[_drawn(cell) for cell in row] for row in cells],
     )
+
+
+def _drawn(cell: Cell) -> Drawn:
+    drawn = Drawn(prompt=cell.prompt, seed=cell.seed)
+    return drawn if cell.size is None else drawn.but(size=list(cell.size))
 
 
 @dataclass(frozen=True)
@@ -232,22 +238,30 @@ def check_grid(
         )
 
 
-def grid(pixels: Tensor, rows: Sequence[Sequence[Cell]], table: Table | None = None) -> Image.Image:
-    """A picture of all images (B, C, H, W), row by row, each below its prompt or in a table.
+def grid(
+    pixels: Tensor | Sequence[Tensor], rows: Sequence[Sequence[Cell]], table: Table | None = None
+) -> Image.Image:
+    """A picture of all images (C, H, W), row by row, each below its prompt or in a table.
+
+    Cells have room for the highest and the widest image; smaller ones are in the middle of theirs.
 
     Args:
         pixels: uint8, an image for each cell.
         rows: the cells.
         table: labels of rows and columns, in place of each cell's prompt.
     """
-    height, width = pixels.shape[-2:]
+    images = list(pixels)
+    height, width = (max(image.shape[side] for image in images) for side in (1, 2))
     layout = _sheet(height, width, rows, table)
+    factor = layout.cell[0] // width
     sheet = Image.new("RGB", layout.size, "white")
     pen = ImageDraw.Draw(sheet)
     for line in layout.lines:
         pen.text(line.at, line.text, font=line.font, fill="black", anchor=line.anchor)
-    for place, image in zip(layout.places, pixels, strict=True):
-        sheet.paste(to_image(image).resize(layout.cell, Image.Resampling.NEAREST), place)
+    for (left, top), image in zip(layout.places, images, strict=True):
+        across, down = (factor * image.shape[side] for side in (2, 1))
+        place = left + (layout.cell[0] - across) // 2, top + (layout.cell[1] - down) // 2
+        sheet.paste(to_image(image).resize((across, down), Image.Resampling.NEAREST), place)
     return sheet
 
 

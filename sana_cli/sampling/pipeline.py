@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sana_cli.choices import PredictionType
 from sana_cli.config.file import load_run_config
+from sana_cli.config.instructions import DIFFUSERS, NAMED, OFFICIAL
 from sana_cli.config.keys import Architecture, SampleConfig, TextConfig
 from sana_cli.errors import SanaError, first_line
 from sana_cli.runtime import files
@@ -27,25 +28,6 @@ INDEX = "model_index.json"
 PIPELINES = ("SanaPipeline", "SanaSprintPipeline")
 GEMMA_DIM = 2304  # width of Gemma 2 2B's states
 DC_AE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
-
-# the paper's complex human instruction; official configs and diffusers quote two words in it differently
-_INSTRUCTION = """\
-Given a user prompt, generate an {} that provides detailed visual descriptions suitable for image generation. \
-Evaluate the level of detail in the user prompt:
-- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial relationships to \
-create vivid and concrete scenes.
-- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating.
-Here are examples of how to transform or refine prompts:
-- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping peacefully on a \
-warm sunny windowsill, surrounded by pots of blooming red flowers.
-- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street lamps, a \
-diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass skyscrapers.
-Please generate only the enhanced description for the prompt below and avoid including any additional commentary or \
-evaluations:
-User Prompt: """
-# the official YAML files put \" between single quotes, where a backslash is a backslash: models were trained with it
-OFFICIAL_INSTRUCTION = _INSTRUCTION.format('\\"Enhanced prompt\\"')
-DIFFUSERS_INSTRUCTION = _INSTRUCTION.format("'Enhanced prompt'")
 
 
 @dataclass(frozen=True)
@@ -70,6 +52,7 @@ class Pipeline:
     words: frozenset[str] | None = (
         None  # of all captions that it was trained on, in lower case; None: not on record
     )
+    adapters: bool = False  # a step folder of adapters alone
     unknown_scheduler: SanaError | None = None  # why the pipeline's own solver cannot be had; another can
 
     @property
@@ -109,7 +92,11 @@ def open_pipeline(
             raise SanaError(
                 "`instruction`: this checkpoint records how its captions were encoded", exit_code=2
             )
-        text = None if text is None else text.model_copy(update={"instruction": instruction or None})
+        text = (
+            None
+            if text is None
+            else text.model_copy(update={"instruction": NAMED.get(instruction, instruction) or None})
+        )
     if autoencoder is not None and not pipeline.latents:
         raise SanaError(f"`autoencoder`: {place} draws pixels, not latents", exit_code=2)
     return replace(pipeline, text=text, autoencoder=autoencoder or pipeline.autoencoder)
@@ -179,6 +166,7 @@ def _from_record(place: Path, folder: Path, record: CheckpointRecord) -> Pipelin
         precision=record.precision,
         sample=SampleConfig.model_validate(record.sample),
         words=None if record.words is None else frozenset(record.words),
+        adapters=record.base is not None,
     )
 
 
@@ -217,9 +205,7 @@ def _theirs(place: Path, folder: Path, weights: StoredWeights | None) -> Pipelin
             except SanaError as error:
                 unknown = error
         if (folder / "text_encoder").is_dir():
-            text = TextConfig(
-                encoder=str(folder.resolve()), instruction=DIFFUSERS_INSTRUCTION, lowercase=True
-            )
+            text = TextConfig(encoder=str(folder.resolve()), instruction=DIFFUSERS, lowercase=True)
         if (folder / "vae").is_dir():
             autoencoder = str(folder.resolve())
     side = model.sample_size
@@ -269,5 +255,5 @@ def _family_text(weights: StoredWeights) -> TextConfig | None:
     if weights.origin == "lesson":
         return TextConfig(encoder="google/gemma-2-2b-it", template="lesson")
     if weights.origin == "official":
-        return TextConfig(encoder=UNGATED_GEMMA, instruction=OFFICIAL_INSTRUCTION)
-    return TextConfig(encoder=UNGATED_GEMMA, instruction=DIFFUSERS_INSTRUCTION, lowercase=True)
+        return TextConfig(encoder=UNGATED_GEMMA, instruction=OFFICIAL)
+    return TextConfig(encoder=UNGATED_GEMMA, instruction=DIFFUSERS, lowercase=True)

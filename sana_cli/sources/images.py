@@ -9,12 +9,14 @@ Shapes: H W height and width in pixels, C channels.
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from sana_cli import buckets
 from sana_cli.errors import SanaError, first_line
 from sana_cli.runtime.files import is_lfs_pointer
 from sana_cli.sources import colour, containers, depth
@@ -138,16 +140,14 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str
     if channels not in (1, 3):
         raise SanaError(f"model.in_channels: images have 1 or 3 channels, not {channels}", exit_code=2)
     image = image.convert("L" if channels == 1 else "RGB")
-    ratios = height / image.height, width / image.width
+    scale = buckets.scale((image.height, image.width), size, fit)
     if fit == "crop":  # resize only the visible box: the image may be very long
-        scale = max(ratios)
         inner = min(image.width, width / scale), min(image.height, height / scale)
         left, top = (image.width - inner[0]) / 2, (image.height - inner[1]) / 2
         if image.size != (width, height):
             box = (left, top, left + inner[0], top + inner[1])
             image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     else:
-        scale = min(ratios)
         inside = (
             min(width, max(1, round(image.width * scale))),
             min(height, max(1, round(image.height * scale))),
@@ -162,15 +162,38 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def decode_all(
-    images: Sequence[Encoded], size: tuple[int, int], channels: int, fit: str
-) -> list[np.ndarray | str]:
-    """Decode or draw, and fit each image: (C, H, W) uint8, or the reason it cannot be used."""
-    found: list[np.ndarray | str] = []
+@dataclass(frozen=True)
+class Fitting:
+    """What becomes of images."""
+
+    size: tuple[int, int]  # height and width of all, and of drawings
+    channels: int
+    fit: str = "crop"
+    buckets: tuple[int, ...] | None = None  # sizes of the tables that each image's shape is chosen from
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that an image of this height and width gets."""
+        return self.size if self.buckets is None else buckets.choose(self.buckets, height, width, self.fit)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An image as it is stored, and its height and width before."""
+
+    pixels: np.ndarray  # (C, H, W) uint8
+    original: tuple[int, int]
+
+
+def decode_all(images: Sequence[Encoded], fitting: Fitting) -> list[Fitted | str]:
+    """Decode or draw, and fit each image. The reason in place of one that cannot be used."""
+    found: list[Fitted | str] = []
     for image in images:
         try:
-            encoded = image if isinstance(image, bytes | Path | np.ndarray) else image.draw(*size)
-            found.append(np.ascontiguousarray(fit_image(decode_image(encoded), size, channels, fit)))
+            encoded = image if isinstance(image, bytes | Path | np.ndarray) else image.draw(*fitting.size)
+            decoded = decode_image(encoded)
+            original = decoded.height, decoded.width
+            pixels = fit_image(decoded, fitting.size_for(*original), fitting.channels, fitting.fit)
+            found.append(Fitted(np.ascontiguousarray(pixels), original))
         except BadImage as error:
             found.append(str(error))
         except SanaError:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sana_cli.config.keys import Config
 from sana_cli.sources.entry import Entry, Skipped
-from sana_cli.sources.images import decode_all
+from sana_cli.sources.images import Fitted, Fitting, decode_all
 
 IMAGES_AT_ONCE = 64  # per task of a worker
 MAX_WORKERS = 8
@@ -31,7 +31,7 @@ class SourceWindow:
     captions: dict[str, None] = field(default_factory=dict)  # distinct, in order, skipped images too
     attributes: dict[tuple[str, str], None] = field(default_factory=dict)  # names and values, likewise
     entries: list[Entry] = field(default_factory=list)  # with usable images
-    pixels: list[np.ndarray] = field(default_factory=list)  # (C, H, W) uint8, one per entry
+    images: list[Fitted] = field(default_factory=list)  # one per entry
     skipped: list[tuple[int, Skipped]] = field(default_factory=list)  # with positions in the window
 
     def skip(self, position: int, name: str, reason: str) -> None:
@@ -44,11 +44,8 @@ class WindowReader:
 
     def __init__(self, config: Config, entries: Iterable[Entry | Skipped], size: int, few: bool) -> None:
         self.entries, self.size = iter(entries), size
-        self.fitting = (
-            config.data.size,
-            config.model.in_channels if config.data.autoencoder is None else 3,
-            config.data.fit,
-        )
+        channels = config.model.in_channels if config.data.autoencoder is None else 3
+        self.fitting = Fitting(config.data.size, channels, config.data.fit, config.data.buckets)
         workers = config.data.workers
         self.workers = (0 if few else min(MAX_WORKERS, os.cpu_count() or 1)) if workers is None else workers
         self.pool: ProcessPoolExecutor | None = None
@@ -66,7 +63,7 @@ class WindowReader:
     def next(self, wanted: bool) -> SourceWindow | None:
         """Read the next window, decoded if `wanted`; None after the last."""
         window, position = SourceWindow(self.windows), 0
-        pending: deque[tuple[list[tuple[int, Entry]], Future[list[np.ndarray | str]]]] = deque()
+        pending: deque[tuple[list[tuple[int, Entry]], Future[list[Fitted | str]]]] = deque()
         entries = itertools.islice(self.entries, self.size)
         while not self.stopped and (chunk := list(itertools.islice(entries, IMAGES_AT_ONCE))):
             found: list[tuple[int, Entry]] = []
@@ -92,13 +89,13 @@ class WindowReader:
         window.skipped.sort(key=lambda pair: pair[0])
         return window
 
-    def _decode(self, images: list[Any]) -> Future[list[np.ndarray | str]]:
+    def _decode(self, images: list[Any]) -> Future[list[Fitted | str]]:
         """Decode in a worker; here if there are none or all images are pixels already."""
         if self.workers and not all(isinstance(image, np.ndarray) for image in images):
             try:
                 if self.pool is None:
                     self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"))
-                return self.pool.submit(decode_all, images, *self.fitting)
+                return self.pool.submit(decode_all, images, self.fitting)
             except BrokenProcessPool:
                 raise
             except (OSError, ImportError, NotImplementedError) as error:
@@ -107,17 +104,17 @@ class WindowReader:
                     f"images are decoded in one process: this system starts no workers ({error}); "
                     "data.workers=0 asks for that",
                 )
-        future: Future[list[np.ndarray | str]] = Future()
-        future.set_result(decode_all(images, *self.fitting))
+        future: Future[list[Fitted | str]] = Future()
+        future.set_result(decode_all(images, self.fitting))
         return future
 
     @staticmethod
     def _take(
-        window: SourceWindow, entries: list[tuple[int, Entry]], decoded: Future[list[np.ndarray | str]]
+        window: SourceWindow, entries: list[tuple[int, Entry]], decoded: Future[list[Fitted | str]]
     ) -> None:
-        for (position, entry), pixels in zip(entries, decoded.result(), strict=True):
-            if isinstance(pixels, str):
-                window.skip(position, entry.id, pixels)
+        for (position, entry), image in zip(entries, decoded.result(), strict=True):
+            if isinstance(image, str):
+                window.skip(position, entry.id, image)
             else:
                 window.entries.append(entry)
-                window.pixels.append(pixels)
+                window.images.append(image)

@@ -1,30 +1,31 @@
 """How much memory training takes, found by a step with tensors that have shapes and no numbers."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sana_cli.config.keys import Architecture, Config
+from sana_cli.adapters import attach, changes_from, is_adapter
+from sana_cli.config.keys import Architecture, Config, OptimConfig
 from sana_cli.dataset.reader import Dataset
 from sana_cli.kernels import arithmetic_as_asked
 from sana_cli.model import SanaTransformer, build
-from sana_cli.runtime.device import resident_memory
-from sana_cli.sampling.sampler import MOST_IMAGES
+from sana_cli.runtime.device import has_native_bf16, resident_memory
+from sana_cli.sampling.sampler import MOST_IMAGES, SHARE_OF_FREE_MEMORY
 from sana_cli.training.objective import MicroBatch, Objective
-from sana_cli.training.optim import Optimizer, optimizer_numbers
+from sana_cli.training.optim import Optimizer, optimizer_bytes
 from sana_cli.training.task import make_objective
 from sana_cli.training.trainable import Trainable, WeightAverage
 from sana_cli.training.trainer import Placement
-from sana_cli.weights.checkpoint import parameter_count
+from sana_cli.weights.checkpoint import adapter_parameters
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Memory:
     program: int  # Python and its libraries; 0 on CUDA, whose own memory holds tensors only
     weights: int
     gradients: int
-    average: int
+    average: int  # 0 where it lies in the machine's memory and not in the device's
     optimizer: int
-    activations: int  # of a micro-batch, and what its operations need
+    activations: int  # of a micro-batch, and what its operations and the optimizer's need
     dataset: int
 
     @property
@@ -60,6 +61,9 @@ class _Peak(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):  # one made before, of which the result may be a view
+                self._known.add(tensor.untyped_storage())
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -122,49 +126,127 @@ def training_memory(
     dataset: Dataset,
     placement: Placement,
     drawn: int,
+    available: int | None = None,
 ) -> Memory:
     """What one process needs to train.
 
     Args:
         model: the architecture.
-        config: its `optim`, `train` and batch.
+        config: its `optim`, `adapter`, `train` and batch.
         objective: what a step minimises.
         dataset: what is read, which stays mapped.
         placement: device, precision and processes.
-        drawn: images of a sample grid, which are sampled at once.
+        drawn: images of a sample grid, which are sampled at once where there is room.
+        available: bytes that the device has for this process; None: as many as it takes.
     """
-    train, device = config.train, placement.device
-    side, tokens = dataset.image_shape[1:], dataset.longest_caption()
+    train, optim, device = config.train, config.optim, placement.device
+    (_, *side), tokens = next(iter(dataset.shapes)), dataset.longest_caption()
     program = 0 if device.type == "cuda" else program_memory(model, config, placement.precision)
     as_asked = nullcontext() if device.type == "cpu" else arithmetic_as_asked()
+    adapters = adapter_parameters(model, config.adapter) if config.adapter.on else {}
     # as if on a CPU: the operations and their results are the same elsewhere
     with FakeTensorMode(), as_asked:
-        fake = SanaTransformer(model)
-        fake.train().activation_checkpointing = train.activation_checkpointing
-        parameters = parameter_count(fake.parameters())
-        batch = _batch(model, train.batch_size, side, tokens)
-        wide = _batch(model, 2 * min(drawn, MOST_IMAGES), side, tokens)
+        fake = _model(model, config, adapters, placement)
+        moving = {name: p for name, p in fake.named_parameters() if p.requires_grad}
+        batch = _batch(model, train.batch_size, (side[0], side[1]), tokens)
         peak = _Peak()
-        with peak:
-            objective.losses(fake, batch).sum().backward()
-        gradients = 4 * parameters
-        with_activations = peak.peak - gradients
-        for parameter in fake.parameters():
+        with peak, torch.autocast("cpu", enabled=False):  # casts are kept for a step, as in training
+            for _ in range(min(train.accumulate, 2)):  # the second begins with gradients
+                objective.losses(fake, batch).sum().backward()
+        moved = _bytes(moving.values())
+        of_gradients = peak.peak - moved
+        for parameter in moving.values():
             parameter.grad = None
-        sampling = _Peak()
-        with sampling, torch.no_grad():
-            objective.losses(fake, wide)
+        of_step = _step_peak(moving, optim)
+
+        def sampled(images: int) -> int:
+            with _Peak() as sampling, torch.no_grad():
+                objective.losses(fake, _batch(model, 2 * images, (side[0], side[1]), tokens))
+            return sampling.peak
+
+        of_one, of_all = sampled(1), sampled(min(drawn, MOST_IMAGES))
     shards = placement.world.size if train.parallel == "fsdp" else 1
-    moments = 4 * optimizer_numbers(fake.named_parameters(), config.optim)
-    copy = 4 * parameters if placement.world.size > 1 and shards == 1 else 0  # DDP's buckets
-    whole = 4 * parameters if shards > 1 else 0  # rank 0 samples with all weights
+    weights = _bytes(fake.parameters())
+    average = 4 * sum(p.numel() for p in moving.values()) if optim.ema_decay is not None else 0
+    in_use = 0
+    if optim.ema_device == "cpu" and device.type != "cpu":
+        in_use, average = (moved if average else 0), 0  # while samples are drawn, without gradients
+    copy = moved if placement.world.size > 1 and shards == 1 else 0  # DDP's buckets
+    whole = weights if shards > 1 else 0  # rank 0 samples with all weights
     read = min(1.0, train.steps * train.batch_size * train.accumulate / len(dataset))
-    return Memory(
+    held = Memory(
         program=program,
-        weights=4 * parameters // shards,
-        gradients=gradients // shards + copy,
-        average=0 if config.optim.ema_decay is None else 4 * parameters // shards,
-        optimizer=moments // shards,
-        activations=max(with_activations, sampling.peak + whole - gradients, 0),
+        weights=weights // shards,
+        gradients=moved // shards + copy,
+        average=average // shards,
+        optimizer=optimizer_bytes(moving.items(), optim) // shards,
+        activations=0,
         dataset=0 if device.type == "cuda" else int(read * dataset.bytes),
     )
+    room = of_all if available is None else int(SHARE_OF_FREE_MEMORY * max(0, available - held.total))
+    of_samples = max(of_one, min(of_all, room)) + in_use + whole - moved
+    return replace(held, activations=max(of_gradients, of_samples, of_step, 0))
+
+
+def _model(
+    model: Architecture, config: Config, adapters: Mapping[str, Tensor], placement: Placement
+) -> SanaTransformer:
+    """A model whose parameters have the types and the adapters that training gives them."""
+    fake = SanaTransformer(model)
+    trainable = Trainable(is_adapter) if config.adapter.on else Trainable()
+    if config.adapter.on:
+        if placement.precision == "bf16" and has_native_bf16(placement.device):
+            Trainable().to_bf16(fake)  # frozen matrices
+        tensors = {name: torch.empty(tensor.shape) for name, tensor in adapters.items()}
+        attach(fake, changes_from(tensors, scale=1.0), config.adapter.dropout)
+    trainable.freeze_others(fake)
+    if config.train.weights == "bf16":
+        trainable.to_bf16(fake)
+    fake.train().activation_checkpointing = config.train.activation_checkpointing
+    return fake
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _step_peak(moving: Mapping[str, nn.Parameter], optim: OptimConfig) -> int:
+    """Bytes that an optimizer step takes beside state and gradients: parameters move one after another."""
+    name, largest = max(moving.items(), key=lambda item: item[1].numel())
+    optimizer = Optimizer({name: largest}, optim, torch.device("cpu"))
+    largest.grad = torch.empty_like(largest)
+    optimizer.step(0.0)  # makes the state
+    largest.grad = torch.empty_like(largest)
+    with _Peak() as peak:
+        optimizer.step(0.0)
+    largest.grad = None
+    return peak.peak
+
+
+# --- what would fit ---------------------------------------------------------------------------
+
+
+def smaller(config: Config, device: torch.device) -> Iterator[Config]:
+    """A config with changes that take less memory, mildest first, each with those before it."""
+    train, optim = config.train, config.optim
+    if not train.activation_checkpointing:
+        config = _but(config, train={"activation_checkpointing": True})
+        yield config
+    if train.batch_size > 1:
+        images = train.batch_size * train.accumulate
+        config = _but(config, train={"batch_size": 1, "accumulate": images})
+        yield config
+    if train.parallel == "ddp" and device.type != "cpu" and optim.ema_decay is not None:
+        config = _but(config, optim={"ema_device": "cpu"})
+        yield config
+    if config.adapter.on:
+        return
+    if train.parallel == "ddp" and train.precision != "fp32" and has_native_bf16(device):
+        yield _but(config, train={"weights": "bf16"}, optim={"optimizer": "came"})
+    if train.init_from is not None and train.weights == "fp32":
+        yield _but(config, adapter={"kind": "lora"})
+
+
+def _but(config: Config, **sections: Mapping[str, Any]) -> Config:
+    changed = {name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()}
+    return config.model_copy(update=changed)

@@ -1,26 +1,41 @@
-"""The weights that a run begins with: drawn from its seed, or those of another SANA."""
+"""The weights that a run begins with: drawn from its seed, or those of another SANA, with or without adapters."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sana_cli.adapters import attach, changes_from, matching, new_changes, scale_of
 from sana_cli.config.keys import Architecture, Config
 from sana_cli.dataset.match import differences
 from sana_cli.errors import SanaError
-from sana_cli.model import SanaTransformer, build
+from sana_cli.model import SanaTransformer, build, is_matrix
+from sana_cli.runtime import hub
+from sana_cli.runtime.records import Base
+from sana_cli.sampling.pipeline import open_pipeline
 from sana_cli.weights import checkpoint
 from sana_cli.weights.reader import read_weights
+from sana_cli.weights.stored import StoredWeights
 
 
-def foreign_weights(path: Path, model: Architecture, prediction_type: str) -> Mapping[str, Tensor]:
+def foreign_weights(path: Path, model: Architecture, prediction_type: str) -> StoredWeights:
     """The weights of another SANA, of any format, to start from (`train.init_from`).
 
     Raises:
         SanaError: it has another architecture, or its output or time mean something else; names each field.
     """
-    source = checkpoint.find_checkpoint(path)
+    try:
+        source = checkpoint.find_checkpoint(path)
+    except SanaError as error:
+        first, *rest = str(error).splitlines()
+        raise SanaError(f"train.init_from: {first}", *rest, exit_code=error.exit_code) from error
+    if checkpoint.has_adapters_alone(source):
+        raise SanaError(
+            f"train.init_from: {source} has adapters alone",
+            "merge them into their model first, with: sana merge",
+        )
     found = read_weights(checkpoint.transformer_path(source))
     free = {"dropout"} | ({"sample_size"} if model.interpolation_scale is None else set())
     wrong = [
@@ -34,7 +49,46 @@ def foreign_weights(path: Path, model: Architecture, prediction_type: str) -> Ma
         raise SanaError(
             f"train.init_from: {path} is not the model of this config:", *wrong, "set these as it has them"
         )
-    return found.tensors
+    return found
+
+
+def with_base_recipe(config: Config) -> Config:
+    """A config that leaves the shift of noise levels to its base, with that of the base's scheduler."""
+    if config.objective.flow_shift is not None:
+        return config
+    assert config.train.init_from is not None, "the config is whole"
+    shift = open_pipeline(checkpoint.find_checkpoint(config.train.init_from)).sample.flow_shift
+    sections: dict[str, Any] = {"objective": config.objective.model_copy(update={"flow_shift": shift})}
+    if "flow_shift" not in config.sample.model_fields_set:
+        sections["sample"] = config.sample.model_copy(update={"flow_shift": shift})
+    return config.model_copy(update=sections)
+
+
+def notes_on_base(config: Config, weights: StoredWeights) -> list[str]:
+    """What a person should know of the model that a run begins with."""
+    notes, where = [], config.train.init_from
+    if weights.dtypes == ("float16",):
+        notes.append(
+            f"train.init_from: {where} is stored in fp16, in which SANA overflows; if there is a bf16 one, take that"
+        )
+    assert where is not None
+    own, shift = (
+        open_pipeline(checkpoint.find_checkpoint(where), weights=weights),
+        config.objective.flow_shift,
+    )
+    if own.sample.flow_shift != shift:
+        notes.append(
+            f"objective.flow_shift: {shift:g}, and the scheduler of {where} has {own.sample.flow_shift:g}; "
+            "null takes that"
+        )
+    return notes
+
+
+def base_record(path: Path, weights: StoredWeights) -> Base:
+    """What checkpoints of adapters remember of the model that they are for."""
+    return Base(
+        name=hub.model_name(str(path)), sha256=hub.hash_tensors(weights.tensors), origin=weights.origin
+    )
 
 
 def model_with(weights: Mapping[str, Tensor] | None, model: Architecture, config: Config) -> SanaTransformer:
@@ -43,4 +97,33 @@ def model_with(weights: Mapping[str, Tensor] | None, model: Architecture, config
     if weights is not None:
         copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
         made.load_state_dict(copies, assign=True)
+    return made
+
+
+def adapted_model(
+    base: Mapping[str, Tensor],
+    adapters: Mapping[str, Tensor] | None,
+    model: Architecture,
+    config: Config,
+    half: bool,
+) -> SanaTransformer:
+    """A frozen copy of a base's weights, with the adapters of a config on it: those given by name, or new ones.
+
+    With `half` matrices are kept in bf16, which is what autocast would make of them: the result is the same.
+    """
+    made, wanted = build(model, seed=None), config.adapter
+
+    def copied(name: str, weight: Tensor) -> Tensor:
+        return weight.to(torch.bfloat16 if half and is_matrix(name, weight) else torch.float32, copy=True)
+
+    made.load_state_dict({name: copied(name, weight) for name, weight in base.items()}, assign=True)
+    made.requires_grad_(False)
+    if adapters is None:
+        generator = torch.Generator().manual_seed(config.train.seed)
+        names, dora = matching(made, wanted.targets), wanted.kind == "dora"
+        changes = new_changes(made, names, wanted.rank, scale_of(wanted), dora, generator)
+    else:
+        copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in adapters.items()}
+        changes = changes_from(copies, scale_of(wanted))
+    attach(made, changes, wanted.dropout)
     return made

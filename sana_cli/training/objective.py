@@ -86,6 +86,7 @@ class RectifiedFlow:
         sigma = flow.uniform(normal)
         if self.config.sigma_density == "logit_normal":
             sigma = flow.logit_normal(normal, self.config.logit_mean, self.config.logit_std)
+        assert self.config.flow_shift is not None, "taken from the base when the run began"
         return flow.shift_sigma(sigma, self.config.flow_shift)
 
     def losses(self, transformer: nn.Module, batch: MicroBatch) -> Tensor:

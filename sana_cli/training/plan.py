@@ -1,27 +1,37 @@
 """What a training run would do: sizes, time and memory, found on the meta device and without writing."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sana_cli.choices import PredictionType
+from sana_cli.config.document import yaml_value
 from sana_cli.config.keys import Architecture, Config
 from sana_cli.dataset.match import check_matches, resolve_architecture
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.model import build
-from sana_cli.runtime.device import has_native_bf16, resolve_device, resolve_precision
+from sana_cli.runtime.device import (
+    free_memory,
+    has_native_bf16,
+    resident_memory,
+    resolve_device,
+    resolve_precision,
+)
 from sana_cli.runtime.distributed import World
 from sana_cli.runtime.launch import launch
 from sana_cli.training import metrics
-from sana_cli.training.optim import optimizer_numbers
+from sana_cli.training.optim import optimizer_bytes
 from sana_cli.training.prompts import GRID_CAPTIONS
-from sana_cli.training.task import make_objective
+from sana_cli.training.task import make_objective, make_train_set
+from sana_cli.training.trainable import Trainable
 from sana_cli.training.trainer import Placement
-from sana_cli.weights.checkpoint import parameter_count
+from sana_cli.units import human_bytes
+from sana_cli.weights.checkpoint import adapter_parameters, parameter_count
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class MemoryPlan:
 
     total: int
     parts: Mapping[str, int]
+    available: int | None  # on the device; None: unknown
+    advice: str | None  # what would fit, where this does not
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class TrainPlan:
 
     run: Path
     dataset: Path
-    images: int
+    images: int  # of an epoch
     held_out: Path | None
     held_out_images: int
     steps: int
@@ -48,6 +60,7 @@ class TrainPlan:
     batch: int  # images of a step, over all of them
     epochs: float
     parameters: int
+    trained: int  # of them, or of adapters beside them
     device: str
     precision: str
     precision_reason: str
@@ -98,6 +111,7 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
         metrics.check_tensorboard()
     device = choose_device(config)
     precision, native = resolve_precision(train.precision, device), has_native_bf16(device)
+    _check_bf16(config, device, precision)
     reason = (
         f"{device.type} {'has' if native else 'lacks'} native bf16"
         if train.precision == "auto"
@@ -107,8 +121,8 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
     parameters = parameter_count(empty.parameters())
     processes = launch().size
     batch = train.batch_size * train.accumulate * processes
-    copies = 1 if config.optim.ema_decay is None else 2  # raw weights, and their average
-    one = 4 * (copies * parameters + optimizer_numbers(empty.named_parameters(), config.optim))  # float32
+    each = make_train_set(config, dataset).images_per_epoch
+    one = _checkpoint_bytes(config, model)
     placement = Placement(device, precision, World(launch().rank, processes))
     existing = next(
         path for path in (config.run.dir.absolute(), *config.run.dir.absolute().parents) if path.exists()
@@ -116,7 +130,7 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
     return TrainPlan(
         run=config.run.dir,
         dataset=config.data.dir,
-        images=len(dataset),
+        images=max(1, round(each)),
         held_out=None if held_out is None else held_out.directory,
         held_out_images=0 if held_out is None else min(config.log.held_out_images, len(held_out)),
         steps=train.steps,
@@ -124,8 +138,11 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
         micro_batch=train.batch_size,
         micro_batches=train.accumulate,
         batch=batch,
-        epochs=train.steps * batch / len(dataset),
+        epochs=train.steps * batch / each,
         parameters=parameters,
+        trained=parameter_count(adapter_parameters(model, config.adapter).values())
+        if config.adapter.on
+        else parameters,
         device=str(device),
         precision=precision,
         precision_reason=reason,
@@ -138,11 +155,71 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
     )
 
 
-def _memory(config: Config, dataset: Dataset, model: Architecture, placement: Placement) -> MemoryPlan:
-    from sana_cli.training.estimate import (
-        training_memory,
-    )  # it is slow to import, and training has no use for it
+def _check_bf16(config: Config, device: torch.device, precision: str) -> None:
+    """Refuse bf16 weights where arithmetic would not be bf16, or would be emulated.
 
-    objective = make_objective(config, model, placement.precision)
-    found = training_memory(model, config, objective, dataset, placement, GRID_CAPTIONS)
-    return MemoryPlan(found.total, dict(vars(found)))
+    Raises:
+        SanaError: so it is.
+    """
+    if config.train.weights == "bf16" and not (precision == "bf16" and has_native_bf16(device)):
+        raise SanaError(
+            f"train.weights: bf16 needs a device with native bf16, and {device} has none",
+            "use train.weights=fp32",
+            exit_code=2,
+        )
+
+
+def _checkpoint_bytes(config: Config, model: Architecture) -> int:
+    """The tensors of a checkpoint: what moves, its average in float32, and the optimizer's state."""
+    moving: dict[str, Tensor]
+    if config.adapter.on:
+        moving = adapter_parameters(model, config.adapter)
+    else:
+        empty = build(model, seed=None)
+        if config.train.weights == "bf16":
+            Trainable().to_bf16(empty)
+        moving = dict(empty.named_parameters())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in moving.values())
+    average = 4 * parameter_count(moving.values())
+    if config.adapter.on:
+        average *= 2 if config.optim.ema_decay is not None else 1  # the file for diffusers has a copy
+    elif config.optim.ema_decay is None:
+        average = 0
+    return weights + average + optimizer_bytes(moving.items(), config.optim)
+
+
+def _memory(config: Config, dataset: Dataset, model: Architecture, placement: Placement) -> MemoryPlan:
+    from sana_cli.training import estimate  # slow to import, and training has no use for it
+
+    objective, device = make_objective(config, model, placement.precision), placement.device
+    available = free_memory(device)
+    if available is not None and device.type != "cuda":
+        available += resident_memory()  # the estimate counts what this process holds already
+
+    def needed(config: Config) -> estimate.Memory:
+        return estimate.training_memory(
+            model, config, objective, dataset, placement, GRID_CAPTIONS, available
+        )
+
+    memory = needed(config)
+    advice = None
+    if available is not None and memory.total > available:
+        advice = f"more than the {human_bytes(available)} that {device} has free"
+        for smaller in estimate.smaller(config, device):
+            total = needed(smaller).total
+            options = " ".join(f"--set {key}={value}" for key, value in _changes(config, smaller))
+            if total <= available:
+                advice += f"; {human_bytes(total)} would do with {options}"
+                break
+        else:
+            advice += "; no setting makes it fit"
+    return MemoryPlan(memory.total, vars(memory), available, advice)
+
+
+def _changes(config: Config, other: Config) -> Iterator[tuple[str, str]]:
+    """Keys whose values another config changes, with those, as `--set` takes them."""
+    before = config.to_dict()
+    for section, values in other.to_dict().items():
+        for key, value in values.items():
+            if value != before[section][key]:
+                yield f"{section}.{key}", yaml_value(value)

@@ -21,6 +21,7 @@ class Progress:
         self.last = {"lr": 0.0, "grad_norm": 0.0} | (saved.last if saved is not None else {})
         self.step: Step | None = None  # the latest of this process
         self.held_out_loss: float | None = None
+        self.movement = dict[str, float]()  # of adapters, by kind of layer, at the latest line
         self.steps = 0  # of this process
         self.seconds = 0.0  # in its steps
         self._at_line = (0, 0.0, 0.0)  # steps, seconds, and seconds without data, at the line before

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from sana_cli.config.keys import Config
+from sana_cli.dataset.match import open_also
 from sana_cli.dataset.reader import Dataset
+from sana_cli.dataset.trainset import Shape
 from sana_cli.runtime.device import release_memory
 from sana_cli.runtime.records import Encoder
 from sana_cli.sampling.pictures import Cell, grid_cells, prompt_rows
@@ -18,6 +20,7 @@ from sana_cli.units import natural
 from sana_cli.weights.checkpoint import MOST_EXAMPLES
 
 GRID_CAPTIONS = 20  # captions of the dataset in a sample grid
+GRID_SHAPES = 4  # of images in it: the most common ones take turns
 MOST_WORDS = 20_000  # of all captions, that a checkpoint remembers; of more, it remembers none
 ROWS_ASKED = 1000  # for the class that belongs to a caption
 
@@ -27,7 +30,8 @@ class GridPrompts:
     """A grid that is sampled again and again, and the caption states for it."""
 
     cells: list[list[Cell]]
-    states: list[Tensor]  # (L, D) of each cell, row by row
+    shapes: list[Shape]  # of the sample of each cell, row by row
+    states: list[Tensor]  # (L, D), likewise
     null_caption: Tensor  # (L, D)
     encoder: Encoder  # the fingerprint that checkpoints record
     examples: list[str]  # captions that checkpoints record
@@ -41,7 +45,8 @@ def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> Gr
     index, notes = dataset.index, []
     cells = grid_cells(_rows(config, dataset, texts), 1, config.sample.seed)
     fingerprint = index.encoder.as_json()
-    words = {word for text in texts for word in words_of(text)}
+    further = [text for other, _ in open_also(config, dataset) for text in other.texts()]
+    words = {word for text in (*texts, *further) for word in words_of(text)}
     prompts = [cell.prompt for row in cells for cell in row]
     states = {prompt: dataset.states([texts[prompt]])[0] for prompt in prompts if prompt in texts}
     unknown = [prompt for prompt in prompts if prompt not in texts]
@@ -60,6 +65,7 @@ def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> Gr
         release_memory(device)
     return GridPrompts(
         cells=cells,
+        shapes=_shapes(dataset, len(prompts)),
         states=[states[prompt] for prompt in prompts],
         null_caption=dataset.states([index.null_caption])[0],
         encoder=Encoder.model_validate(fingerprint),
@@ -67,6 +73,12 @@ def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> Gr
         words=sorted(words) if len(words) <= MOST_WORDS else None,
         notes=tuple(notes),
     )
+
+
+def _shapes(dataset: Dataset, count: int) -> list[Shape]:
+    """The shapes of `count` samples: the most common ones of the dataset take turns, the most common first."""
+    common = sorted(dataset.shapes, key=lambda shape: -dataset.shapes[shape])[:GRID_SHAPES]
+    return [common[number % len(common)] for number in range(count)]
 
 
 def _rows(config: Config, dataset: Dataset, texts: Mapping[str, int]) -> list[tuple[str, ...]]:

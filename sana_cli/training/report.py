@@ -13,10 +13,11 @@ from typing import Any
 from PIL import Image
 
 from sana_cli import __version__
+from sana_cli.config.file import load_run_config
 from sana_cli.config.keys import Architecture
 from sana_cli.errors import SanaError, first_line
 from sana_cli.model import build, module_rows
-from sana_cli.runtime import files
+from sana_cli.runtime import files, hub
 from sana_cli.training import metrics
 from sana_cli.training.grids import grids
 from sana_cli.weights.checkpoint import parameter_count
@@ -65,7 +66,17 @@ def collect(run: Path, model: Architecture) -> dict[str, Any]:
         "grids": [{"step": step, "image": _embedded(path)} for step, path in shown],
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "modules": [list(row) for row in module_rows(empty)],
+        "begins_with": _begins_with(run),
     }
+
+
+def _begins_with(run: Path) -> str | None:
+    """The model that a run began with, whose pictures are those of step 0; None: it began at random."""
+    try:
+        init_from = load_run_config(run).train.init_from
+    except SanaError:
+        return None
+    return None if init_from is None else hub.model_name(str(init_from))
 
 
 def _evenly(rows: list[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:

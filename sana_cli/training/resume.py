@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sana_cli.config.keys import Architecture, Config, may_change
+from sana_cli.config.keys import AdapterConfig, Architecture, Config, may_change
 from sana_cli.dataset.match import differences
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
@@ -15,11 +15,12 @@ from sana_cli.model import build
 from sana_cli.runtime import files
 from sana_cli.runtime.records import State
 from sana_cli.training.plan import TrainPlan
+from sana_cli.training.task import make_train_set
 from sana_cli.weights import checkpoint
 from sana_cli.weights.configs import WEIGHTS
 from sana_cli.weights.stored import check_tensors
 
-COMPARED = ("model", "objective", "optim", "train")  # sections that make a step what it is
+COMPARED = ("model", "objective", "optim", "adapter", "train")  # sections that make a step what it is
 FORMER_WARMUP = 50  # steps of warm-up in a checkpoint whose config does not say
 MISNAMED = ("latest", "last", "newest", "true", "yes", "on")  # what other tools call `auto`
 
@@ -112,8 +113,12 @@ def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainP
         for key, before, after in differences(_recorded(state, config, section), now[section]):
             if not may_change(section, key):
                 wrong.append(f"{section}.{key}: the run has {before!r}, not {after!r}")
-    if state.dataset_sha256 != dataset.index.sha256:
-        wrong.append(f"data.dir: {dataset.directory} is not the dataset that the run was trained on")
+    if state.dataset_sha256 != make_train_set(config, dataset).record().sha256:
+        wrong.append(
+            f"data.dir: {dataset.directory} is not the dataset that the run was trained on"
+            if not config.data.also and config.data.repeats == 1
+            else "data.dir, data.also, data.repeats: not the datasets that the run was trained on, or not as often"
+        )
     if state.precision != plan.precision:
         wrong.append(
             f"train.precision: the run used {state.precision}, and here it would be {plan.precision}"
@@ -142,20 +147,26 @@ def check_resumable(saved: Saved, config: Config, dataset: Dataset, plan: TrainP
     )
 
 
-def load_saved(folder: Path, model: Architecture) -> SavedTensors:
+def load_saved(folder: Path, model: Architecture, adapter: AdapterConfig) -> SavedTensors:
     """The tensors of a step folder, memory-mapped, found to fit the architecture.
 
     Raises:
         SanaError: a file is missing or damaged, or does not fit.
     """
-    empty, used = build(model, seed=None), folder / "transformer" / WEIGHTS
     raw, objective = folder / checkpoint.RAW_WEIGHTS, folder / checkpoint.OBJECTIVE
     optimizer = files.read_tensors(folder / checkpoint.OPTIMIZER)
-    weights = files.read_tensors(used)
-    check_tensors(weights, empty, used, "this config")
     learned = files.read_tensors(objective) if objective.is_file() else {}
-    if not raw.is_file():
-        return SavedTensors(weights, None, optimizer, learned)
-    moved = files.read_tensors(raw)
-    check_tensors(moved, empty, raw, "this config")
-    return SavedTensors(moved, weights, optimizer, learned)
+    if adapter.on:
+        expected, used = checkpoint.adapter_parameters(model, adapter), folder / checkpoint.AVERAGE
+    else:
+        expected, used = build(model, seed=None).state_dict(), folder / "transformer" / WEIGHTS
+    averages = not adapter.on or used.is_file()  # adapters without an average are in `raw` alone
+    average = files.read_tensors(used) if averages else None
+    moved = files.read_tensors(raw) if raw.is_file() else None
+    for tensors, path in ((average, used), (moved, raw)):
+        if tensors is not None:
+            check_tensors(tensors, expected, path, "this config")
+    if moved is not None:
+        return SavedTensors(moved, average, optimizer, learned)
+    assert average is not None  # of whole weights; one file serves as both
+    return SavedTensors(average, None, optimizer, learned)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is on record in each, its model card, and which step is saved."""
+"""Checkpoints of a run: what is on record in each, and which step is saved."""
 
 import hashlib
 import json
@@ -6,19 +6,27 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from sana_cli import __version__
+from sana_cli.adapters import scale_of
 from sana_cli.config.keys import Config
 from sana_cli.dataset.reader import Dataset
-from sana_cli.runtime.records import CheckpointRecord, State
+from sana_cli.runtime.records import Base, CheckpointRecord, State
 from sana_cli.training.grids import newest_grid
-from sana_cli.training.objective import Objective
 from sana_cli.training.plan import TrainPlan
 from sana_cli.training.progress import Progress
 from sana_cli.training.prompts import GridPrompts
 from sana_cli.training.trainer import Trainer
-from sana_cli.weights import checkpoint
+from sana_cli.weights import card, checkpoint
 
-RECORDED = ("model", "objective", "optim", "train", "log", "save", "sample")  # sections of the config
-PREDICTS = {"flow_prediction": "noise - data", "sample": "the data (x_0)"}
+RECORDED = (
+    "model",
+    "objective",
+    "optim",
+    "adapter",
+    "train",
+    "log",
+    "save",
+    "sample",
+)  # sections of the config
 
 
 class Saver:
@@ -32,8 +40,13 @@ class Saver:
         prompts: GridPrompts | None,
         saved: Path | None,
         step: int,
+        base: Base | None = None,
     ) -> None:
-        """`prompts` is there at rank 0; `saved` is what the run goes on from, after `step` steps."""
+        """`prompts` is there at rank 0; `saved` is what the run goes on from, after `step` steps.
+
+        `base` is what adapters are for.
+        """
+        self.base = base
         self.config, self.plan, self.dataset, self.prompts = config, plan, dataset, prompts
         self.folder, self.step = saved, step
 
@@ -72,10 +85,16 @@ class Saver:
             state=state,
             weights=raw if average is None else average,
             raw_weights=None if average is None else raw,
+            adapter_scale=None if self.base is None else scale_of(self.config.adapter),
             optimizer=optimizer,
             objective=objective,
             null_caption=self.prompts.null_caption,
-            card=_card(record, self.plan.batch, samples, trainer.task.objective),
+            card=card.card(
+                record,
+                predicted,
+                f"{trainer.task.objective.name}, {self.step:,} steps of {self.plan.batch}",
+                None if samples is None else samples[0],
+            ),
             samples=None if samples is None else samples[1],
             config_sha256=digest,
         )
@@ -97,34 +116,5 @@ class Saver:
             sample=settings,
             dataset=trainer.task.train_set.record(),
         )
+        record = record if self.base is None else record.but(base=self.base)
         return record if prompts.words is None else record.but(words=prompts.words)
-
-
-def _card(
-    record: CheckpointRecord, batch: int, samples: tuple[int, Path] | None, objective: Objective
-) -> str:
-    """The model card of a step folder."""
-    image, shown = record.image, ""
-    if samples is not None:
-        step, _ = samples
-        shown = (
-            f"![Samples at step {step:,}, by prompt]({checkpoint.SAMPLES})\n\nSampled at step {step:,}.\n\n"
-        )
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [sana, flow-matching]
----
-# A SANA of {record.parameters:,} parameters
-
-{shown}Trained on {record.dataset.images:,} images of {image.channels} x {image.height} x {image.width} with {objective.name},
-{record.step:,} steps of {batch}. Captions are encoded by `{record.encoder.encoder}`; `sana.json` has every
-setting. Made by {record.made_by}.
-
-    sana sample --checkpoint . {" ".join(json.dumps(caption) for caption in record.example_captions[:3])}
-
-The transformer alone, with diffusers (it predicts {PREDICTS[objective.prediction_type]}; `timestep = 1000 sigma`):
-
-    from diffusers import SanaTransformer2DModel
-    transformer = SanaTransformer2DModel.from_pretrained(".", subfolder="transformer")
-"""

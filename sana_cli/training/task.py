@@ -5,9 +5,11 @@ The next objective, train set or adapter is a class in a file of its own, its ke
 
 from dataclasses import dataclass, field
 
+from sana_cli.adapters import is_adapter
 from sana_cli.config.keys import Architecture, Config
+from sana_cli.dataset.match import open_also
 from sana_cli.dataset.reader import Dataset
-from sana_cli.dataset.trainset import SingleDataset, TrainSet
+from sana_cli.dataset.trainset import Mixture, Part, SingleDataset, TrainSet
 from sana_cli.training.objective import Objective, RectifiedFlow
 from sana_cli.training.trainable import Trainable
 
@@ -27,9 +29,15 @@ def make_objective(config: Config, model: Architecture, precision: str) -> Objec
     return RectifiedFlow(config.objective, model.timestep_scale, precision)
 
 
-def make_train_set(config: Config, dataset: Dataset) -> TrainSet:
-    """The rows and shapes of a dataset, in the order of `train.seed`."""
-    return SingleDataset(dataset, config.train.seed)
+def make_train_set(config: Config, dataset: Dataset) -> Mixture:
+    """The rows and shapes of a dataset and of `data.also`, in the order of `train.seed`.
+
+    Raises:
+        SanaError: a further dataset is missing or does not fit.
+    """
+    further = [Part(other, times) for other, times in open_also(config, dataset)]
+    further.sort(key=lambda part: (part.dataset.index.sha256, part.times))  # wherever they lie
+    return Mixture([Part(dataset, config.data.repeats), *further], config.train.seed, config.train.chunk)
 
 
 def make_task(
@@ -39,5 +47,6 @@ def make_task(
     return Task(
         objective=make_objective(config, model, precision),
         train_set=make_train_set(config, dataset),
-        held_out=None if held_out is None else make_train_set(config, held_out),
+        held_out=None if held_out is None else SingleDataset(held_out, config.train.seed),
+        trainable=Trainable(is_adapter) if config.adapter.on else Trainable(),
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sana_cli.model import SanaTransformer
+from sana_cli.model import SanaTransformer, is_matrix
 from sana_cli.runtime.distributed import shard_like
 
 
@@ -28,25 +28,45 @@ class Trainable:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.moves(name))
 
+    def to_bf16(self, model: nn.Module) -> None:
+        """Keep the matrices and convolutions that move in bf16. Biases, norms and tables stay as they are."""
+        for name, parameter in model.named_parameters():
+            if self.moves(name) and is_matrix(name, parameter):
+                parameter.data = parameter.data.to(torch.bfloat16)
+
     def of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that move, by name."""
         return {name: tensor for name, tensor in state.items() if self.moves(name)}
 
 
 class WeightAverage:
-    """The exponential moving average of what moves in a model: the weights to sample with.
+    """The exponential moving average of what moves in a model, float32: the weights to sample with.
 
     It begins as a copy of the model; what does not move is the model's own memory. If nothing is
     `averaged` it is the model itself.
     """
 
-    def __init__(self, model: SanaTransformer, trainable: Trainable, averaged: bool = True) -> None:
+    def __init__(
+        self,
+        model: SanaTransformer,
+        trainable: Trainable,
+        averaged: bool = True,
+        home: torch.device | None = None,
+    ) -> None:
+        """`home` is the device that the averages lie on; None: that of the weights."""
         self.weights_of, self.trainable, self.averaged = model, trainable, averaged
         self.model = model
         if averaged:
-            still = {id(p): p for name, p in model.named_parameters() if not trainable.moves(name)}
-            self.model = deepcopy(model, still).requires_grad_(False).eval()
-        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None  # walking modules takes milliseconds
+
+            def averaged_of(name: str, weight: nn.Parameter) -> nn.Parameter:
+                if not trainable.moves(name):
+                    return weight
+                copy = weight.detach().to(home or weight.device, torch.float32, copy=True)
+                return nn.Parameter(copy, requires_grad=False)
+
+            memo = {id(p): averaged_of(name, p) for name, p in model.named_parameters()}
+            self.model = deepcopy(model, memo).requires_grad_(False).eval()
+        self._known: list[tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def of_shards(
@@ -64,7 +84,10 @@ class WeightAverage:
         average.averaged, average.model = averaged, copy
         if averaged:
             shard(copy)
-            weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            weights = {
+                name: tensor.detach().clone() if trainable.moves(name) else tensor.detach()
+                for name, tensor in model.state_dict().items()
+            }
             copy.load_state_dict(weights, assign=True)
             copy.requires_grad_(False)
         return average
@@ -75,21 +98,42 @@ class WeightAverage:
             if name in average:
                 tensor.copy_(shard_like(tensor, average[name]))
 
+    @property
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The average and the weight of each parameter that moves."""
+        if self._known is None:  # walking modules takes milliseconds
+            weights = dict(self.weights_of.named_parameters())
+            named = self.model.named_parameters() if self.averaged else ()
+            self._known = [(average, weights[name]) for name, average in named if self.trainable.moves(name)]
+        return self._known
+
+    @torch.no_grad()
     def update(self, decay: float) -> None:
         """average = decay * average + (1 - decay) * weights, for what moves."""
-        if not self.averaged:
-            return
-        if self._pairs is None:
-            averages, weights = dict(self.model.named_parameters()), dict(self.weights_of.named_parameters())
-            names = [name for name in averages if self.trainable.moves(name)]
-            self._pairs = [averages[name] for name in names], [weights[name] for name in names]
-        get_ema_multi_avg_fn(decay)(*self._pairs, torch.tensor(1))  # no gradient is recorded in there
+        alike = [pair for pair in self._pairs if _is_like(*pair)]
+        if alike:
+            averages, weights = map(list, zip(*alike, strict=True))
+            get_ema_multi_avg_fn(decay)(averages, weights, torch.tensor(1))
+        for average, weight in self._pairs:
+            if not _is_like(average, weight):  # one at a time: a copy of all weights would need room
+                average.lerp_(weight.to(average), 1 - decay)
 
     @contextmanager
     def in_use(self) -> Iterator[SanaTransformer]:
-        """The model with these weights, for drawing and judging."""
-        was_training = self.model.training
+        """The model with these weights, for drawing and judging: on the weights' device, in their type."""
+        was_training, at_home = self.model.training, []
         try:
+            for average, weight in self._pairs:
+                if not _is_like(average, weight):
+                    at_home.append((average, average.data))
+                    average.data = average.data.to(weight)
             yield self.model.eval()
         finally:
+            for average, data in at_home:
+                average.data = data
             self.model.train(was_training)
+
+
+def _is_like(average: Tensor, weight: Tensor) -> bool:
+    """Whether an average lies where its weight does, in the same type."""
+    return (average.device, average.dtype) == (weight.device, weight.dtype)

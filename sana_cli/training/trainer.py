@@ -84,10 +84,10 @@ class Trainer:
         images: int,
         average: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Train `model`, float32 on the CPU, which is moved and may be sharded.
+        """Train `model`, on the CPU, which is moved and may be sharded.
 
         Args:
-            model: with the weights to begin with.
+            model: with the weights to begin with, float32 except what is frozen.
             task: what is learned.
             config: `optim`, `train` and `log` of it.
             placement: device, precision and processes.
@@ -98,8 +98,10 @@ class Trainer:
         self.step = 0
         train, world, device = config.train, placement.world, placement.device
         self.sharded = world.size > 1 and train.parallel == "fsdp"
-        model = model.to("cpu" if self.sharded else device)  # shards go to the device block by block
         task.trainable.freeze_others(model)
+        if train.weights == "bf16":
+            task.trainable.to_bf16(model)
+        model = model.to("cpu" if self.sharded else device)  # shards go to the device block by block
         model.train().activation_checkpointing = train.activation_checkpointing
         if train.compile:
             for layer in model.transformer_blocks:
@@ -112,7 +114,8 @@ class Trainer:
             for module in task.objective.modules.values():
                 shard(module, [], device)
         else:
-            self.average = WeightAverage(model, task.trainable, averaged)
+            home = torch.device("cpu") if config.optim.ema_device == "cpu" else None
+            self.average = WeightAverage(model, task.trainable, averaged, home)
         if average is not None:
             self.average.load(average)
         self.model = model
@@ -125,7 +128,7 @@ class Trainer:
             f"{OBJECTIVE}{name}": p for name, p in self.loss_module.objective_modules.named_parameters()
         }
         self.parameters = list(named.values())
-        self.optimizer = Optimizer(named, config.optim, device)
+        self.optimizer = Optimizer(named, config.optim, device, train.seed)
         self.batches = StepBatches(
             task.train_set, task.objective, train.seed, images, train.batch_size, world
         )
@@ -178,6 +181,7 @@ class Trainer:
                 for m, (part, batch) in enumerate(of_step):
                     if m:
                         self._check_stop(stop)
+                    self._seed_dropout(part)
                     with self.replicas.gradients(last=m + 1 == rounds):
                         losses = self.replicas.model(batch.to(device))
                         share = 0.0 if part.padding else world.size / self.images  # gradients are averaged
@@ -188,6 +192,16 @@ class Trainer:
             self.optimizer.zero_grad()
             raise
         return self._collect(found, self.images)
+
+    def _seed_dropout(self, part: Slice) -> None:
+        """Draw the dropout of adapters from the seed and a micro-batch's first image alone.
+
+        So a resumed run draws the same. It is the one thing that depends on how a step is cut.
+        """
+        if self.config.adapter.dropout:
+            first = self.step * self.images + int(part.numbers[0])
+            draw = np.random.Generator(np.random.Philox(key=[self.config.train.seed, first]))
+            torch.manual_seed(int(draw.integers(2**63)))
 
     def _weights_cast_once(self) -> AbstractContextManager[object]:
         """Keep autocast's casts of parameters for all micro-batches of a step.
@@ -268,6 +282,10 @@ class Trainer:
     def average_weights(self) -> dict[str, Tensor]:
         """The weights to use, of what moves, at rank 0."""
         return self._gathered(self.task.trainable.of(self.average.model.state_dict()).items())
+
+    def whole_average(self) -> dict[str, Tensor]:
+        """All weights to use, those that do not move included, at rank 0."""
+        return self._gathered(self.average.model.state_dict().items())
 
     def objective_weights(self) -> dict[str, Tensor]:
         """What the objective has learned beside the transformer, at rank 0."""

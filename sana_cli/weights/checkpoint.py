@@ -10,6 +10,10 @@ A step folder is a diffusers folder too.
       manifest.json                                sizes and sha256; written last, so a folder
                                                    without one is no checkpoint
 
+Where adapters alone were trained, there is no model_index.json and transformer/ has its config
+alone: pytorch_lora_weights.safetensors has the adapters, in diffusers' form, and sana.json says
+whose weights they are for.
+
 A step folder is written in a sibling of `checkpoints/` and renamed. It has no absolute path and
 can be copied anywhere. No pickle is written. `load_transformer` also loads other people's
 files, which `reader.py` reads. This module knows no trainer and no sampler.
@@ -18,7 +22,8 @@ files, which `reader.py` reads. This module knows no trainer and no sampler.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -27,22 +32,33 @@ import torch
 from torch import Tensor
 
 from sana_cli import __version__
+from sana_cli.adapters import (
+    Change,
+    attach,
+    changes_from,
+    empty_changes,
+    matching,
+    named_parameters,
+    scale_of,
+)
 from sana_cli.choices import PredictionType, Weights
-from sana_cli.config.keys import Architecture, SampleConfig
+from sana_cli.config.file import RUN_CONFIG, load_run_config
+from sana_cli.config.keys import AdapterConfig, Architecture, SampleConfig
 from sana_cli.config.renamed import in_new_names
 from sana_cli.errors import SanaError
-from sana_cli.model import SanaTransformer, build
-from sana_cli.runtime import files, records
-from sana_cli.runtime.records import CheckpointRecord, State
-from sana_cli.weights import configs, strangers
+from sana_cli.model import SanaTransformer, build, is_matrix
+from sana_cli.runtime import files, hub, records
+from sana_cli.runtime.records import Base, CheckpointRecord, State
+from sana_cli.weights import adapters, card, configs, strangers
 from sana_cli.weights.reader import read_weights
-from sana_cli.weights.stored import check_tensors
+from sana_cli.weights.stored import StoredWeights, check_tensors
 
 MANIFEST = "manifest.json"
-SAMPLES = "samples.png"
+CARD = "README.md"
 RECORD = "sana.json"
 NULL_CAPTION = "null_caption.safetensors"
 RAW_WEIGHTS = Path("training/raw.safetensors")
+AVERAGE = Path("training/average.safetensors")  # of adapters, by the names of their parameters
 OPTIMIZER = Path("training/optimizer.safetensors")
 OBJECTIVE = Path("training/objective.safetensors")
 STATE = Path("training/state.json")
@@ -103,6 +119,7 @@ class Checkpoint:
     state: State
     weights: Mapping[str, Tensor]  # the weights to use: the average, if there is one
     raw_weights: Mapping[str, Tensor] | None  # those that the optimizer updates, if they differ
+    adapter_scale: float | None  # None: the weights are a whole transformer's; else its adapters'
     optimizer: Mapping[str, Tensor]  # flat, as `state.name`
     objective: Mapping[str, Tensor]  # what the objective learned beside the transformer
     null_caption: Tensor  # (L, D)
@@ -150,13 +167,17 @@ def _write(folder: Path, checkpoint: Checkpoint, run_name: str) -> None:
     _write_pipeline(folder, checkpoint, metadata)
     files.write_json(folder / RECORD, checkpoint.record.as_json())
     files.write_tensors(folder / NULL_CAPTION, {"states": checkpoint.null_caption})
-    files.write_text(folder / "README.md", checkpoint.card)
+    files.write_text(folder / CARD, checkpoint.card)
     if checkpoint.samples is not None:
-        shutil.copyfile(checkpoint.samples, folder / SAMPLES)
-        files.sync(folder / SAMPLES)
+        shutil.copyfile(checkpoint.samples, folder / card.SAMPLES)
+        files.sync(folder / card.SAMPLES)
     (folder / "training").mkdir()
-    if checkpoint.raw_weights is not None:
-        files.write_tensors(folder / RAW_WEIGHTS, checkpoint.raw_weights, metadata)
+    raw, average = checkpoint.raw_weights, None
+    if checkpoint.adapter_scale is not None:
+        raw, average = raw or checkpoint.weights, None if raw is None else checkpoint.weights
+    for name, tensors in ((RAW_WEIGHTS, raw), (AVERAGE, average)):
+        if tensors is not None:
+            files.write_tensors(folder / name, tensors, metadata)
     if checkpoint.objective:
         files.write_tensors(folder / OBJECTIVE, checkpoint.objective)
     files.write_tensors(folder / OPTIMIZER, checkpoint.optimizer)
@@ -179,7 +200,7 @@ def _metadata(checkpoint: Checkpoint, run_name: str) -> dict[str, str]:
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"{run_name} {step_name(checkpoint.step)}",
         "modelspec.resolution": f"{record.image.width}x{record.image.height}",
-    }
+    } | ({} if record.base is None else {"base": record.base.name, "base_sha256": record.base.sha256})
 
 
 def _write_pipeline(folder: Path, checkpoint: Checkpoint, metadata: Mapping[str, str]) -> None:
@@ -188,13 +209,27 @@ def _write_pipeline(folder: Path, checkpoint: Checkpoint, metadata: Mapping[str,
         (folder / name).mkdir()
     model = configs.diffusers_config(checkpoint.model, checkpoint.prediction_type)
     scheduler = configs.scheduler_config(checkpoint.sample, checkpoint.prediction_type)
-    files.write_tensors(folder / "transformer" / configs.WEIGHTS, checkpoint.weights, metadata)
     files.write_json(folder / "transformer" / "config.json", model)
     files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    if checkpoint.adapter_scale is not None:
+        changes = changes_from(checkpoint.weights, checkpoint.adapter_scale)
+        adapters.write_adapter(
+            folder / card.ADAPTER_WEIGHTS,
+            changes,
+            adapters.shapes_of(build(checkpoint.model, seed=None)),
+            metadata,
+        )
+        return
+    files.write_tensors(folder / "transformer" / configs.WEIGHTS, checkpoint.weights, metadata)
+    _write_index(folder, scheduler["_class_name"])
+
+
+def _write_index(folder: Path, scheduler: str) -> None:
+    """Write the index of a diffusers pipeline whose transformer and scheduler are there."""
     index = {
         "_class_name": "SanaPipeline",
         "_diffusers_version": configs.DIFFUSERS_VERSION,
-        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": [None, None],
         "tokenizer": [None, None],
         "transformer": ["diffusers", "SanaTransformer2DModel"],
@@ -239,6 +274,41 @@ def release(source: Path, target: Path, sample: Mapping[str, Any], more: Mapping
         half = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
         files.write_tensors(folder / weights, half, files.read_metadata(source / weights))
         files.write_json(folder / RECORD, given)
+        _seal(folder)
+    return target
+
+
+def write_merged(source: Path, target: Path, tensors: Mapping[str, Tensor], merged: Sequence[Any]) -> Path:
+    """A copy of a step folder with other weights, and without training/ and adapters.
+
+    Args:
+        source: the step folder.
+        target: the new one.
+        tensors: its weights.
+        merged: what was worked into them, for the record.
+    """
+    record = read_record(source)
+    given = record.as_json() | {"base": None, "merged": list(merged)}
+    if (source / STATE).is_file():
+        given["config"] = read_state(source).config
+    left_out = (MANIFEST, RECORD, CARD, card.SAMPLES, configs.WEIGHTS, card.ADAPTER_WEIGHTS)
+    with files.whole_folder(target, target.with_name(target.name + ".partial")) as folder:
+        for path in sorted(source.rglob("*")):
+            name = path.relative_to(source)
+            if path.is_file() and name.parts[0] != "training" and name.name not in left_out:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
+        model, predicts = configs.read_model_config(source / "transformer")
+        metadata = {"format": "pt", "made_by": f"sana {__version__}"}
+        metadata["model"] = json.dumps(configs.diffusers_config(model))
+        files.write_tensors(folder / "transformer" / configs.WEIGHTS, tensors, metadata)
+        scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
+        _write_index(folder, scheduler["_class_name"])
+        files.write_json(folder / RECORD, given)
+        made = records.checked(CheckpointRecord, given, folder / RECORD)
+        parts = [source.name if record.base is None else record.base.name]
+        parts += [f"{one['name']} x {one['scale']:g}" for one in merged]
+        files.write_text(folder / CARD, card.card(made, predicts, made_of=" and ".join(parts)))
         _seal(folder)
     return target
 
@@ -405,11 +475,110 @@ def transformer_path(source: Path) -> Path:
     return inner if inner.is_dir() else source
 
 
+def has_adapters_alone(source: Path) -> bool:
+    """Whether what `find_checkpoint` found is a step folder without a transformer's own weights."""
+    return (source / RECORD).is_file() and (source / card.ADAPTER_WEIGHTS).is_file()
+
+
+def find_base(folder: Path) -> Path:
+    """The model that a step folder's adapters are for: where the run's config says, or the record.
+
+    Raises:
+        SanaError: it is not there; says what it was, and how to say where it is now.
+    """
+    base = read_record(folder).base
+    if base is None:
+        raise SanaError(f"{folder / RECORD} is damaged: it does not say what its adapters are for")
+    places = [Path(base.name)]
+    if (folder.resolve().parents[1] / RUN_CONFIG).is_file():
+        with suppress(SanaError):  # a config that cannot be read says nothing
+            init_from = load_run_config(folder.resolve().parents[1]).train.init_from
+            places = [init_from, *places] if init_from is not None else places
+    for place in places:
+        if place.exists() or named_shipped(place) is not None:
+            return find_checkpoint(place)
+    raise SanaError(
+        f"{folder} has adapters alone, and the model that they are for, {base.name}, is not at {places[0]}",
+        f"put it there, or say where it is: sana sample --checkpoint BASE --adapter {folder}",
+        f"it is a model of {base.origin} format, whose tensors have the sha256 {base.sha256[:12]}...",
+    )
+
+
+def check_base(tensors: Mapping[str, Tensor], base: Base, place: Path, what: str) -> None:
+    """Refuse a model that is not the one whose adapters `what` has.
+
+    Raises:
+        SanaError: its tensors are others.
+    """
+    if (found := hub.hash_tensors(tensors)) != base.sha256:
+        raise SanaError(
+            f"{place} is not the model that {what} was trained on: its tensors have the sha256 {found[:12]}..., "
+            f"not {base.sha256[:12]}...",
+            f"put the model there that was {base.name}",
+        )
+
+
+def read_transformer(
+    source: Path, weights: Weights = "ema"
+) -> tuple[StoredWeights, tuple[Mapping[str, Change], ...]]:
+    """The transformer of what `find_checkpoint` found, and the adapters that it wears.
+
+    Raises:
+        SanaError: files are missing, damaged, or do not fit; or the base of adapters is not there.
+    """
+    if has_adapters_alone(source):
+        base, record = find_base(source), read_record(source).base
+        if has_adapters_alone(base):
+            raise SanaError(f"{base}, which the adapters of {source} are for, has adapters alone itself")
+        found = read_weights(transformer_path(base))
+        assert record is not None  # found by it
+        check_base(found.tensors, record, base, str(source))
+        return found, (_own_adapters(source, found.model, weights),)
+    found = read_weights(transformer_path(source), weights if source.is_file() else "ema")
+    only_raw = (source / STATE).is_file() and not (source / RAW_WEIGHTS).is_file()  # a run without an average
+    if weights == "raw" and source.is_dir() and not only_raw:
+        file = _raw_weights(source)
+        found = replace(found, path=file, tensors=files.read_tensors(file))
+        check_tensors(found.tensors, build(found.model, seed=None).state_dict(), file, found.compared_to)
+    return found, ()
+
+
+def _raw_weights(folder: Path) -> Path:
+    """The raw weights of a step folder.
+
+    Raises:
+        SanaError: there are none.
+    """
+    file = folder / RAW_WEIGHTS  # in step folders only
+    if not file.is_file():
+        raise SanaError(f"{folder} has no raw weights ({RAW_WEIGHTS})", "leave out `weights` raw")
+    return file
+
+
+def _own_adapters(folder: Path, model: Architecture, weights: Weights) -> Mapping[str, Change]:
+    """The adapters of a step folder."""
+    if weights == "ema":
+        return adapters.read_adapter(folder, adapters.shapes_of(build(model, seed=None))).layers
+    file = _raw_weights(folder)
+    tensors = files.read_tensors(file)
+    config = AdapterConfig.model_validate(read_state(folder).config["adapter"], strict=False)
+    check_tensors(tensors, adapter_parameters(model, config), file, "the run that it is of")
+    return changes_from(tensors, scale_of(config))
+
+
+def adapter_parameters(model: Architecture, config: AdapterConfig) -> dict[str, Tensor]:
+    """The parameters of the adapters of a config, on the meta device, by name."""
+    empty = build(model, seed=None)
+    names = matching(empty, config.targets)
+    return named_parameters(empty_changes(empty, names, config.rank, scale_of(config), config.kind == "dora"))
+
+
 def load_transformer(
     path: str | Path,
     weights: Weights = "ema",
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
+    worn: Sequence[Mapping[str, Change]] = (),
 ) -> SanaTransformer:
     """Load the transformer of a checkpoint, a diffusers folder or a file of weights.
 
@@ -419,29 +588,30 @@ def load_transformer(
         weights: "ema", or "raw" for those that the optimizer updates, in step folders and in
             trainers' files that have both.
         device: of the model.
-        dtype: of its parameters. None: as stored, but float32 for fp16, where SANA overflows.
+        dtype: of its parameters, except adapters, which are float32. None: as stored, but float32
+            for fp16, where SANA overflows, and under adapters of ours for all but matrices.
+        worn: adapters to put on it, beside those that a step folder has.
 
     Raises:
-        SanaError: there is none, or its files are missing, damaged, or do not fit its config.
+        SanaError: there is none, or its files are missing, damaged, or do not fit its config. Or
+            the model of a step folder's adapters is not where it was.
     """
     if weights not in get_args(Weights):
         raise SanaError(f"`weights`: {weights!r} is not one of {', '.join(get_args(Weights))}", exit_code=2)
     source = find_checkpoint(Path(path))
-    found = read_weights(transformer_path(source), weights if source.is_file() else "ema")
-    only_raw = (source / STATE).is_file() and not (source / RAW_WEIGHTS).is_file()  # a run without an average
-    if weights == "raw" and source.is_dir() and not only_raw:
-        file = source / RAW_WEIGHTS  # in step folders only
-        if not file.is_file():
-            raise SanaError(f"{source} has no raw weights ({RAW_WEIGHTS})", "leave out `weights` raw")
-        found = replace(found, path=file, tensors=files.read_tensors(file))
-        check_tensors(found.tensors, build(found.model, seed=None), file, found.compared_to)
+    found, own = read_transformer(source, weights)
     model = build(found.model, seed=None)
 
-    def kept(stored: torch.dtype) -> torch.dtype:
-        return dtype or (torch.bfloat16 if stored == torch.bfloat16 else torch.float32)
+    def kept(name: str, tensor: Tensor) -> torch.dtype:
+        if dtype is not None:
+            return dtype
+        half = tensor.dtype == torch.bfloat16 and (not own or is_matrix(name, tensor))
+        return torch.bfloat16 if half else torch.float32
 
-    state = {name: tensor.to(device, kept(tensor.dtype), copy=True) for name, tensor in found.tensors.items()}
+    state = {name: tensor.to(device, kept(name, tensor), copy=True) for name, tensor in found.tensors.items()}
     model.load_state_dict(state, assign=True)
+    for changes in (*own, *worn):
+        attach(model, {name: change.to(device, torch.float32) for name, change in changes.items()})
     return model.eval()
 
 

@@ -51,7 +51,7 @@ def convert_lesson(content: Mapping[str, Any], path: Path) -> StoredWeights:
         ) from error
     config = infer_config(tensors, path, **known, timestep_scale=0.001)
     compared_to = "the model in its config"
-    check_tensors(tensors, build(config, seed=None), path, compared_to)
+    check_tensors(tensors, build(config, seed=None).state_dict(), path, compared_to)
     first = "time_embed.emb.timestep_embedder.linear_1.weight"
     tensors[first] = _of_reversed_time(tensors[first])
     for name in ("proj_out.weight", "proj_out.bias"):

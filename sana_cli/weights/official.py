@@ -13,7 +13,7 @@ from sana_cli.errors import SanaError
 from sana_cli.model import positions
 from sana_cli.weights.stored import StoredWeights, infer_config
 
-_MODULES = {  # as diffusers' conversion script has them
+MODULES = {  # as diffusers' conversion script has them
     "x_embedder.proj": "patch_embed.proj",
     "y_embedder.y_proj.fc1": "caption_projection.linear_1",
     "y_embedder.y_proj.fc2": "caption_projection.linear_2",
@@ -23,7 +23,7 @@ _MODULES = {  # as diffusers' conversion script has them
     "t_block.1": "time_embed.linear",
     "final_layer.linear": "proj_out",
 }
-_MODULES_OF_A_BLOCK = {
+MODULES_OF_A_BLOCK = {
     "attn.q_norm": "attn1.norm_q",
     "attn.k_norm": "attn1.norm_k",
     "attn.proj": "attn1.to_out.0",
@@ -35,7 +35,7 @@ _MODULES_OF_A_BLOCK = {
     "mlp.depth_conv.conv": "ff.conv_depth",
     "mlp.point_conv.conv": "ff.conv_point",
 }
-_FUSED = {  # one matrix to several, cut along its rows
+FUSED = {  # one matrix to several, cut along its rows
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
 }
@@ -49,7 +49,7 @@ def convert_official(tensors: Mapping[str, Tensor], path: Path) -> StoredWeights
         SanaError: a fused matrix does not split, or shapes leave a size open.
     """
     time = "time_embed" if any(name.startswith("cfg_embedder.") for name in tensors) else "time_embed.emb"
-    modules = _MODULES | {
+    modules = MODULES | {
         "t_embedder.mlp.0": f"{time}.timestep_embedder.linear_1",
         "t_embedder.mlp.2": f"{time}.timestep_embedder.linear_2",
     }
@@ -60,8 +60,8 @@ def convert_official(tensors: Mapping[str, Tensor], path: Path) -> StoredWeights
         module, _, leaf = name.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)(?:\.(.+))?", module)
         prefix, part = (f"transformer_blocks.{block[1]}", block[2] or "") if block else ("", "")
-        if part in _FUSED:
-            parts = _FUSED[part]
+        if part in FUSED:
+            parts = FUSED[part]
             if tensor.ndim == 0 or tensor.shape[0] % len(parts):
                 raise SanaError(
                     f"{path}: {name} is {tuple(tensor.shape)}, which does not split into {len(parts)}"
@@ -69,7 +69,7 @@ def convert_official(tensors: Mapping[str, Tensor], path: Path) -> StoredWeights
             for to, chunk in zip(parts, tensor.chunk(len(parts)), strict=True):
                 renamed[f"{prefix}.{to}.{leaf}"] = chunk
         elif block:
-            renamed[".".join(filter(None, (prefix, _MODULES_OF_A_BLOCK.get(part, part), leaf)))] = tensor
+            renamed[".".join(filter(None, (prefix, MODULES_OF_A_BLOCK.get(part, part), leaf)))] = tensor
         elif name == "final_layer.scale_shift_table":
             renamed["scale_shift_table"] = tensor
         else:

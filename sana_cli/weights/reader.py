@@ -71,7 +71,7 @@ def read_weights(path: Path, which: Weights = "ema") -> StoredWeights:
         found = StoredWeights("diffusers", path, model, tensors, config, prediction_type=predicted)
     else:
         found = _read_file(path, which)
-    check_tensors(found.tensors, build(found.model, seed=None), path, found.compared_to)
+    check_tensors(found.tensors, build(found.model, seed=None).state_dict(), path, found.compared_to)
     return found
 
 
@@ -123,7 +123,7 @@ def _read_file(path: Path, which: Weights) -> StoredWeights:
         raise SanaError(*other)
     recorded = None
     if files.is_safetensors(path):
-        content: dict[Any, Any] = {**_read_safetensors(path)}
+        content: dict[Any, Any] = {**read_safetensors(path)}
         recorded = _recorded_config(path)
     else:
         content = pickles.read_pickle(path)
@@ -175,7 +175,7 @@ def _recorded_config(path: Path) -> dict[str, Any] | None:
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, after checking its beginning and its header.
 
     Raises:
@@ -227,14 +227,14 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         if not path.is_file():
             continue
         if path.suffix != ".json":
-            return _read_safetensors(path)
+            return read_safetensors(path)
         shards = strangers.read_json(path).get("weight_map")
         names = list(dict.fromkeys(map(str, shards.values()))) if isinstance(shards, dict) else []
         if not names or any(
             Path(shard).name != shard or not shard.endswith(".safetensors") for shard in names
         ):
             raise SanaError(f"{path} does not list the shards beside it")
-        return {key: tensor for shard in names for key, tensor in _read_safetensors(folder / shard).items()}
+        return {key: tensor for shard in names for key, tensor in read_safetensors(folder / shard).items()}
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         raise SanaError(

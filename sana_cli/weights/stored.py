@@ -16,7 +16,6 @@ from torch import Tensor
 from sana_cli.choices import PredictionType
 from sana_cli.config.keys import Architecture
 from sana_cli.errors import SanaError, listed
-from sana_cli.model import SanaTransformer
 from sana_cli.weights import pickles, strangers
 from sana_cli.weights.configs import PUBLISHED_PREDICTION, validated
 
@@ -113,14 +112,15 @@ def _published_heads(width: int, path: Path) -> dict[str, int]:
     }
 
 
-def check_tensors(found: Mapping[str, Tensor], model: SanaTransformer, where: Path, compared_to: str) -> None:
-    """Refuse weights that are not exactly the model's.
+def check_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: Path, compared_to: str
+) -> None:
+    """Refuse tensors that have other names or shapes than those expected, which may be on `meta`.
 
     Raises:
         SanaError: lists what is missing, unexpected or of another shape.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if problems := list(_misfits(found, expected)):
+    if problems := list(_misfits(found, {name: tuple(tensor.shape) for name, tensor in expected.items()})):
         raise SanaError(f"{where} does not fit {compared_to}:", *listed(problems))
 
 

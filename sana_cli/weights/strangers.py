@@ -32,10 +32,6 @@ _AGAIN = "download or copy it again"
 _SAFETENSORS = "get its weights as safetensors or as a .pth"
 SANAS = "sana reads Sana, Sana 1.5 and Sana-Sprint, in diffusers' format or NVlabs/Sana's"
 _UNPACK = "unpack it, and name the file of weights in it"
-_MERGE = (
-    "adapters are not applied by this sana; merge it into its model first, e.g. with diffusers' "
-    "load_lora_weights, fuse_lora, unload_lora_weights and save_pretrained"
-)
 _FIRST_BYTES = (  # first bytes, what the file is, what to do
     (b"GGUF", "GGUF, quantised weights for llama.cpp and ComfyUI, which are not read", "get the safetensors"),
     (b"\x89HDF\r\n\x1a\n", "HDF5, as Keras and TensorFlow save weights, which is not read", _SAFETENSORS),
@@ -242,7 +238,7 @@ def _pieces(folder: Path, paths: Sequence[Path]) -> tuple[str, ...] | None:
     adapters = r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\.(safetensors|bin)"
     deepspeed = r"zero_to_fp32\.py|(zero_pp_rank_\d+_)?mp_rank_\d+_.*states\.pt|global_step\d+"
     if adapter := _first(paths, adapters):
-        return f"{adapter.parent} is a LoRA: changes to a model, without the model", _MERGE
+        return _adapter("LoRA", adapter.parent)
     if piece := _first(paths, r".*\.distcp"):
         pieces = piece.parent
         return (
@@ -258,6 +254,15 @@ def _pieces(folder: Path, paths: Sequence[Path]) -> tuple[str, ...] | None:
             "where the optimizer alone is in pieces (ZeRO-1 and 2), name its mp_rank_00_model_states.pt",
         )
     return None
+
+
+def _adapter(kind: str, path: Path) -> tuple[str, str]:
+    """The message for an adapter given as a model."""
+    return (
+        f"{path} is a {kind}: changes to a model, without the model",
+        "give its base as the checkpoint and it as an adapter: "
+        f"sana sample --checkpoint BASE --adapter {path}",
+    )
 
 
 # Names are searched as one text, a name a line. A text with all parts of a row is of its kind.
@@ -319,6 +324,11 @@ _HELPERS = (  # what it is, the setting that takes one, parts of its names
 )
 
 
+def adapter_kind(names: str) -> str | None:
+    """What kind of adapter has tensors of these names, a line each; None: no known one."""
+    return next((kind for kind, mark in _ADAPTERS if mark in names), None)
+
+
 def refuse_packed(names: Iterable[str], path: Path) -> None:
     """Refuse quantised weights, by the names of their tensors.
 
@@ -343,9 +353,8 @@ def refuse_other_model(names: Iterable[str], path: Path) -> None:
             f"{path} holds a model with a LoRA that is not merged into it",
             "merge it where it was made, with peft's merge_and_unload, and save it again",
         )
-    for kind, mark in _ADAPTERS:
-        if mark in text:
-            raise SanaError(f"{path} is a {kind}: changes to a model, without the model", _MERGE)
+    if kind := adapter_kind(text):
+        raise SanaError(*_adapter(kind, path))
     packed = "diffusion_model." in text and any(f"\n{part}." in text for part in PARTS)
     of = "an all-in-one file of " if packed else ""
     for kind, marks in _MODELS:

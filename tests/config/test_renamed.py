@@ -44,7 +44,8 @@ def test_a_runs_config_is_read_by_its_old_keys(tmp_path: Path) -> None:
     )
     config = parse_config(sections, "c.yaml", ["run.dir=elsewhere"])
     old = in_old_names(config.to_dict())
-    assert {"objective", "optim", "log", "save"}.isdisjoint(old)
+    assert {"objective", "log", "save"}.isdisjoint(old)
+    assert set(old["optim"]) == {"ema_device"}, "newer than the new names"
     assert (old["model"]["prediction_type"], old["train"]["save_every"], old["train"]["keep"]) == (
         "sample",
         11,

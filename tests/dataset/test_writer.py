@@ -56,13 +56,20 @@ def test_any_dataset_comes_back(
         )
         nothing = [None] * len(captions)
         images = writer.Images(
-            torch.from_numpy(pixels[-1]), names, captions, nothing, shown[-1], said[-1], known
+            torch.from_numpy(pixels[-1]),
+            [(number + 1, 7)] * len(names),
+            names,
+            captions,
+            nothing,
+            shown[-1],
+            said[-1],
+            known,
         )
         windows.append(([fresh] if fresh else [], images))
     for number in reversed(range(windows_count)):  # in any order, by any writer with the same plan
         into = writer.DatasetWriter(folder, plan)
         shards = [into.write_captions(number, at, fresh) for at, fresh in enumerate(windows[number][0])]
-        into.write(number, shards, windows[number][1], ids, [])
+        into.write(number, shards, [windows[number][1]], ids, [])
     image = {"kind": "pixels", "channels": channels, "height": 2, "width": 3}
     encoder = {"encoder": "drawn", "architecture": "none", "weights": "", "dtype": "fp32"}
     attributes = {name: ["0", "1", "2"] for name in NAMES}
@@ -87,4 +94,8 @@ def test_any_dataset_comes_back(
     assert [[dataset.texts()[i] for i in ids] for ids in dataset.caption_ids(backwards)] == (
         captions * windows_count
     )[::-1]
+    assert dataset.original_sizes().tolist() == [
+        [number + 1, 7] for number in range(windows_count) for _ in captions
+    ]
+    assert dataset.shapes == {(channels, 2, 3): len(dataset)}
     assert dataset.sample_ids(backwards)[0] == f"é/{windows_count - 1}-{len(captions) - 1}"

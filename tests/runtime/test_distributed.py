@@ -173,6 +173,34 @@ def test_any_number_of_processes_resumes(
     assert_near(config.run.dir / "checkpoints" / "step-000004", expected.checkpoint)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_do_not_depend_on_the_number_of_processes(config: Config, kind: str) -> None:
+    """Sharded or copied: weights, average, optimizer, movement, the file for diffusers, and a resume."""
+    base = config.run.dir.with_name("base")
+    trained(again(config, "train.steps=2", "optim.lr=0.02", f"run.dir={base}"))
+
+    def cut(name: str, size: int, *more: str) -> Config:
+        return again(
+            config, f"run.dir={config.run.dir}-{name}", f"train.batch_size={size}", f"train.init_from={base}",
+            f"adapter.kind={kind}", "adapter.rank=2", "optim.lr=1e-3", "save.every=2", "log.sample_every=4", *more,
+        )  # fmt: skip
+
+    alone = trained(cut("alone", 6))
+    for parallel in ("ddp", "fsdp"):
+        there = cut(parallel, 3, f"train.parallel={parallel}", "train.steps=2", "optim.warmup_steps=1")
+        in_processes(2, lambda there=there: trained(there))  # type: ignore[misc]
+        longer = cut(parallel, 3, f"train.parallel={parallel}")
+        in_processes(2, lambda longer=longer: trained(longer, resume="auto"))  # type: ignore[misc]
+        last = there.run.dir / "checkpoints" / "step-000004"
+        names = ("pytorch_lora_weights", "training/raw", "training/average", "training/optimizer")
+        for name in names:
+            one, two = (load_file(folder / f"{name}.safetensors") for folder in (last, alone.checkpoint))
+            assert error(one, two) < 2e-5, (parallel, name)
+        found, expected = metrics_lines(there.run.dir)[-1], metrics_lines(alone.run)[-1]
+        assert found["adapter_movement"] == pytest.approx(expected["adapter_movement"], rel=1e-4)
+        assert (there.run.dir / "samples" / "step-000004.png").is_file()
+
+
 def test_a_problem_of_one_process_is_reported_once() -> None:
     """A problem in one process ends all of them, and only rank 0 reports it."""
 

@@ -220,14 +220,14 @@ def test_a_transformer_alone_is_given_the_rest(
 ) -> None:
     alone = tmp_path / "transformer-alone"
     shutil.copytree(pipelines["dpm++"] / "transformer", alone)
-    from sana_cli.sampling.pipeline import DIFFUSERS_INSTRUCTION
+    from sana_cli.config.instructions import DIFFUSERS
 
     with pytest.raises(
         SanaError,
         match="draws latents of 8 channels, and which autoencoder they are of is not on record\n.*`autoencoder` PATH",
     ):
         ours(alone)
-    given = {"autoencoder": str(pipelines["dpm++"] / "vae"), "instruction": DIFFUSERS_INSTRUCTION}
+    given = {"autoencoder": str(pipelines["dpm++"] / "vae"), "instruction": DIFFUSERS}
     with pytest.raises(
         SanaError, match="takes caption states 32 wide, and whose they are is not on record\n.*`encoder` PATH"
     ):

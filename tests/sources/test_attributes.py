@@ -107,7 +107,7 @@ def test_attributes_come_from_each_source(tmp_path: Path, kind: str) -> None:
     config = small_config(tmp_path, *given)
     assert finished(config).skipped == 0
     assert in_dataset(config) == (SHOWN, SAID)
-    assert Dataset(config.data.dir).index.format_version == 2
+    assert Dataset(config.data.dir).index.format_version == 3
     without = small_config(tmp_path / "without", *given, "data.attribute_field=null")
     finished(without)
     assert in_dataset(without) == ([{}] * 4, [[set()] * count for count in (2, 1, 1, 1)])

@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, TiffImagePlugin, features
 from sana_cli import sources as data
 from sana_cli.errors import SanaError
 from sana_cli.sources import colour, containers, images
+from sana_cli.sources.entry import Encoded
 
 ORDERS: tuple[Literal["<", ">"], ...] = ("<", ">")
 
@@ -894,12 +895,14 @@ def test_every_suffix_is_read_or_said_not_to_be(tmp_path: Path) -> None:
 
 
 def test_many_pictures_one_of_them_a_phones(tmp_path: Path) -> None:
-    found = images.decode_all(
-        [png(LEVELS), b"<html>", tmp_path / "none.png", png(DARK // 4, 16), LEVELS], (4, 4), 1, "crop"
-    )  # fmt: skip
-    assert [type(one) for one in found] == [np.ndarray, str, str, str, np.ndarray]
-    assert found[2] == "cannot be read: No such file or directory"
-    assert np.array_equal(found[0], found[4])
+    given: list[Encoded] = [png(LEVELS), b"<html>", tmp_path / "none.png", png(DARK // 4, 16), LEVELS]
+    first, *reasons, last = images.decode_all(given, images.Fitting((4, 4), 1))
+    assert [type(reason) for reason in reasons] == [str, str, str]
+    assert reasons[1] == "cannot be read: No such file or directory"
+    assert isinstance(first, images.Fitted)
+    assert isinstance(last, images.Fitted)
+    assert np.array_equal(first.pixels, last.pixels)
+    assert first.original == last.original == LEVELS.shape[:2]
 
 
 # --- fitting ------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from sana_cli.config.file import load_config
 from sana_cli.config.keys import Config
 from sana_cli.dataset.match import resolve_architecture
 from sana_cli.dataset.reader import Dataset
-from sana_cli.model import build
+from sana_cli.model import build, is_matrix
 from sana_cli.training import estimate
 from sana_cli.training.objective import RectifiedFlow
 from sana_cli.training.optim import Optimizer
 from sana_cli.training.trainer import Placement
+from sana_cli.weights.checkpoint import adapter_parameters
 
 
 def test_the_peak_of_a_known_computation() -> None:
@@ -31,16 +32,26 @@ def test_the_peak_of_a_known_computation() -> None:
         assert peak.live == 0
 
 
-def on_cuda(config: Config, dataset: Dataset, images: int) -> estimate.Memory:
+def on_cuda(config: Config, dataset: Dataset, images: int, precision: str = "fp32") -> estimate.Memory:
     """The estimate for a GPU, in a run that samples this many images at once."""
     model = resolve_architecture(config, dataset)
-    objective = RectifiedFlow(config.objective, model.timestep_scale, "fp32")
+    objective = RectifiedFlow(config.objective, model.timestep_scale, precision)
     return estimate.training_memory(
-        model, config, objective, dataset, Placement(torch.device("cuda"), "fp32"), images
+        model, config, objective, dataset, Placement(torch.device("cuda"), precision), images
     )
 
 
-@pytest.mark.parametrize(("optimizer", "checkpointing"), [("adamw", False), ("muon", True)])
+def test_what_was_there_before_is_not_counted() -> None:
+    with FakeTensorMode():
+        weight = torch.empty(10, 20)
+        with estimate._Peak() as peak:
+            made = torch.empty(5, 20) @ weight.t()  # a view of the weight
+            assert peak.peak == 4 * (100 + 50)
+            del made
+            assert peak.live == 0
+
+
+@pytest.mark.parametrize(("optimizer", "checkpointing"), [("adamw", False), ("muon", True), ("came", True)])
 def test_what_training_holds_is_counted(config: Config, optimizer: str, checkpointing: bool) -> None:
     wider = (
         "model.num_layers=4",
@@ -65,6 +76,34 @@ def test_what_training_holds_is_counted(config: Config, optimizer: str, checkpoi
     moments.step(0.0)
     assert found.optimizer == sum(4 * tensor.numel() for _, tensor in moments.state())
     assert (on_cuda(cut(True), dataset, 1).activations < found.activations) != checkpointing
+
+
+def test_bf16_weights_and_adapters_are_counted(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "has_native_bf16", lambda _: True)
+    dataset = Dataset(config.data.dir)
+    model = build(resolve_architecture(config, dataset))
+    matrices = sum(p.numel() for name, p in model.named_parameters() if is_matrix(name, p))
+    rest = sum(p.numel() for p in model.parameters()) - matrices
+    half = on_cuda(again(config, "train.weights=bf16", "train.precision=bf16"), dataset, 1, "bf16")
+    assert half.weights == half.gradients == 2 * matrices + 4 * rest
+    assert half.average == 4 * (matrices + rest)
+    assert half.optimizer == 8 * (matrices + rest)
+    away = on_cuda(again(config, "optim.ema_device=cpu"), dataset, 1)
+    assert away.average == 0
+    lora = ("adapter.kind=lora", "adapter.rank=2", "train.init_from=any")
+    adapters = adapter_parameters(model.config, again(config, *lora).adapter)
+    moved = sum(tensor.numel() for tensor in adapters.values())
+    for precision, base in (("bf16", half.weights), ("fp32", 4 * (matrices + rest))):
+        found = on_cuda(again(config, *lora, f"train.precision={precision}"), dataset, 1, precision)
+        assert found.weights == base + 4 * moved
+        assert found.gradients == found.average == 4 * moved
+        assert found.optimizer == 8 * moved
+
+
+def test_a_step_of_several_micro_batches_holds_gradients_while_it_computes(config: Config) -> None:
+    dataset = Dataset(config.data.dir)
+    one, many = (on_cuda(again(config, f"train.accumulate={n}"), dataset, 1) for n in (1, 5))
+    assert many.total > one.total
 
 
 def test_the_estimated_memory_is_what_is_then_measured(

@@ -13,6 +13,7 @@ import torch
 from helpers import embedded, small_config
 from torch import Tensor, nn
 
+from sana_cli.adapters import attach, is_adapter, layers_of, matching, new_changes
 from sana_cli.commands.train import TrainOptions, TrainSummary, train
 from sana_cli.config.keys import Architecture, Config
 from sana_cli.dataset.match import resolve_architecture
@@ -237,48 +238,14 @@ def test_two_sizes_are_trained_and_resumed_like_one(two_sizes: tuple[Config, Two
     again.close()
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-
-class LowRank(nn.Module):
-    """A frozen layer wrapped with a low-rank branch (LoRA, arXiv 2106.09685)."""
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> None:
-        super().__init__()
-        self.base, self.scale = layer, scale
-        into, out = layer.weight.shape[1], layer.weight.shape[0]
-        if isinstance(layer, nn.Conv2d):
-            self.lora_down: nn.Module = nn.Conv2d(into, 2, 1, bias=False)
-            self.lora_up: nn.Module = nn.Conv2d(2, out, 1, bias=False)
-        else:
-            self.lora_down, self.lora_up = nn.Linear(into, 2, bias=False), nn.Linear(2, out, bias=False)
-        for n, branch in enumerate((self.lora_down, self.lora_up)):
-            nn.init.normal_(next(branch.parameters()), std=0.1, generator=torch.Generator().manual_seed(n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scale * self.lora_up(self.lora_down(x))
-
-
-def adaptable(model: SanaTransformer) -> list[str]:
-    """The names of all linear layers and 1x1 convolutions."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
-    ]
-
-
-def wrapped(model: SanaTransformer, names: Iterable[str], scale: float = 1.0) -> SanaTransformer:
-    for name in names:
-        model.set_submodule(name, LowRank(model.get_submodule(name), scale))  # type: ignore[arg-type]
-    return model
+# --- adapters, and other things on layers ----------------------------------------------------------------------------
 
 
 ARCHITECTURE = Architecture(
     sample_size=8, caption_channels=12, in_channels=3, patch_size=1, num_layers=1, num_attention_heads=2, attention_head_dim=8,
     num_cross_attention_heads=2, cross_attention_head_dim=8, qk_norm="rms_norm_across_heads",
 )  # fmt: skip
-LAYERS = adaptable(build(ARCHITECTURE, seed=None))
+LAYERS = list(layers_of(build(ARCHITECTURE, seed=None)))
 
 
 def output(model: SanaTransformer) -> Tensor:
@@ -286,16 +253,6 @@ def output(model: SanaTransformer) -> Tensor:
     x, states = torch.randn(2, 3, 8, 8, generator=generator), torch.randn(2, 5, 12, generator=generator)
     with torch.no_grad():
         return model(x, states, torch.tensor([300.0, 700.0]))
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_an_adapter_around_any_layer_acts(name: str) -> None:
-    plain = output(build(ARCHITECTURE, seed=0))
-    assert not torch.allclose(output(wrapped(build(ARCHITECTURE, seed=0), [name])), plain, atol=1e-4), (
-        "it changes nothing"
-    )
-    # scale 0: the layer alone
-    torch.testing.assert_close(output(wrapped(build(ARCHITECTURE, seed=0), [name], 0.0)), plain)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -325,21 +282,22 @@ def test_hooks_parametrizations_and_replaced_forwards_act(name: str) -> None:
 
     plain = output(build(ARCHITECTURE, seed=0))
     ways: list[Callable[[nn.Module], None]] = [hook, parametrize, replace]
-    for attach in ways:
+    for change in ways:
         model = build(ARCHITECTURE, seed=0)
-        attach(model.get_submodule(name))
-        assert not torch.allclose(output(model), plain, atol=1e-5), attach.__name__
+        change(model.get_submodule(name))
+        assert not torch.allclose(output(model), plain, atol=1e-5), change.__name__
 
 
 def test_adapters_alone_move_are_averaged_and_are_what_a_checkpoint_is_given(config: Config) -> None:
     dataset = Dataset(config.data.dir)
     model = resolve_architecture(config, dataset)
-    adapted = wrapped(build(model, 0), [name for name in adaptable(build(model, None)) if ".attn" in name])
+    adapted = build(model, 0)
+    attach(
+        adapted, new_changes(adapted, matching(adapted, ["to_q", "to_v"]), 2, 1.0, False, torch.Generator())
+    )
     base = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if "lora" not in name}
     objective: Objective = make_objective(config, model, "fp32")
-    adapters = Task(
-        objective, SingleDataset(dataset, 0), trainable=Trainable(moves=lambda name: "lora" in name)
-    )
+    adapters = Task(objective, SingleDataset(dataset, 0), trainable=Trainable(is_adapter))
     trainer = Trainer(adapted, adapters, config, CPU, 8)
     for _ in range(3):
         trainer.advance()

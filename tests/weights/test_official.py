@@ -8,9 +8,10 @@ from helpers.sanas import PUBLISHED, extras, hollow, official, published, refere
 from safetensors.torch import save_file
 
 from sana_cli.commands.inspect import InspectOptions, inspect
+from sana_cli.config.instructions import OFFICIAL
 from sana_cli.errors import SanaError
 from sana_cli.model import build
-from sana_cli.sampling.pipeline import DC_AE, OFFICIAL_INSTRUCTION, open_pipeline
+from sana_cli.sampling.pipeline import DC_AE, open_pipeline
 from sana_cli.weights import checkpoint, configs
 from sana_cli.weights.reader import identify, read_weights
 from sana_cli.weights.stored import check_tensors
@@ -29,7 +30,7 @@ def test_published_models_are_recognised(name: str, with_extras: bool, tmp_path:
     path = tmp_path / "called-anything.bin"
     torch.save({"epoch": 1, "state_dict": state}, path)
     found = read_weights(path)
-    check_tensors(found.tensors, model, path, "the published model")
+    check_tensors(found.tensors, model.state_dict(), path, "the published model")
     assert found.model == config
     assert (found.origin, configs.family(found.model)) == ("official", name)
     report = inspect(InspectOptions(str(path)))
@@ -85,7 +86,7 @@ def test_resolution_is_read_off_the_positions(
         4.5,
     )
     assert pipeline.text is not None
-    assert pipeline.text.instruction == OFFICIAL_INSTRUCTION
+    assert pipeline.text.instruction == OFFICIAL
 
 
 def test_other_positions_are_refused() -> None:

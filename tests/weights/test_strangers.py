@@ -136,17 +136,25 @@ ADAPTERS = {
 }
 
 
+def no_model(path: Path, *parts: str) -> None:
+    """An adapter given as a model: `sana inspect` describes it, and nothing else takes it."""
+    with pytest.raises(SanaError) as caught:
+        checkpoint.load_transformer(path)
+    for part in (str(path), *parts):
+        assert part in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("zipped", [False, True])
 def test_an_adapter_is_no_model(kind: str, zipped: bool, tmp_path: Path) -> None:
     path, tensors = tmp_path / "adapter", {name: torch.zeros(2, 2) for name in ADAPTERS[kind]}
     torch.save(tensors, path) if zipped else save_file(tensors, path)
-    refused(
+    no_model(
         path,
         "is a LoRA",
         f"({kind})" if kind in ("LoKr", "LoHa", "DoRA") else "",
         "changes to a model",
-        "merge it into its model",
+        f"sana sample --checkpoint BASE --adapter {path}",
     )
 
 
@@ -362,11 +370,6 @@ def folder_of(place: Path, files: Mapping[str, bytes]) -> Path:
 
 
 FOLDERS: dict[str, tuple[dict[str, bytes], tuple[str, ...]]] = {
-    "LoRA of diffusers": (
-        {"pytorch_lora_weights.safetensors": b"x"},
-        ("is a LoRA", "merge it into its model"),
-    ),
-    "LoRA of peft": ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, ("is a LoRA",)),
     "FSDP": ({".metadata": b"x", "__0_0.distcp": b"x"}, ("holds the pieces of a checkpoint", "dcp_to_torch")),
     "FSDP of accelerate": (
         {"pytorch_model_fsdp_0/__0_0.distcp": b"x"},
@@ -400,6 +403,14 @@ FOLDERS: dict[str, tuple[dict[str, bytes], tuple[str, ...]]] = {
         ("name one of them", "model/pytorch_model_fsdp.bin"),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin"]
+)
+def test_a_folder_of_an_adapter_is_no_model(name: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "x", {name: b"x"})
+    no_model(folder, "is a LoRA", f"sana sample --checkpoint BASE --adapter {folder}")
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
