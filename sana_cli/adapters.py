@@ -8,7 +8,7 @@ Shapes: r rank, i o numbers that a layer's matrix takes and gives; a convolution
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,7 +138,7 @@ class Adapter(nn.Module):
         if self.lora_magnitude_vector is None:
             return out + change.to(out.dtype)
         gain = self.lora_magnitude_vector / self._norms(layer.weight)
-        if dropped is not x:
+        if self.training and self.dropout:
             plain = product(_as(dropped, layer.weight), layer.weight.flatten(1))
         else:
             plain = out if layer.bias is None else out - layer.bias
@@ -366,20 +366,19 @@ def kind_of(name: str) -> str:
     return ".".join(parts[2:]) if parts[0] == "transformer_blocks" else name
 
 
-def squared_norms(
-    changes: Mapping[str, Change], weights: Mapping[str, Tensor]
-) -> Iterator[tuple[str, float]]:
-    """Name, and the squared Frobenius norm of what each change adds to its layer's matrix (o, i).
+def squared_norm(change: Change, weight: Tensor | None) -> float:
+    """The squared Frobenius norm of what a change adds to its layer's matrix (o, i).
 
-    A low-rank one needs no (o, i) matrix: |B A|^2 is the trace of (B^T B)(A A^T). One with a magnitude does.
+    A low-rank one needs no (o, i) matrix: |B A|^2 is the trace of (B^T B)(A A^T). One with a magnitude does, and
+    needs the layer's `weight`. Sums are float64, which MPS lacks, so they are taken on the CPU.
     """
-    for name, change in changes.items():
-        if isinstance(change, Dense):
-            square = float(change.delta().double().square().sum())
-        elif change.magnitude is None:
-            down, up = change.lora_A.double(), change.lora_B.double()
-            square = float(((up.T @ up) * (down @ down.T)).sum()) * change.scale**2
-        else:
-            weight = weights[name].flatten(1)
-            square = float((merged(weight, [change]) - weight.float()).double().square().sum())
-        yield name, max(square, 0.0)
+    if isinstance(change, Dense):
+        square = change.delta().cpu().double().square().sum()
+    elif change.magnitude is None:
+        down, up = change.lora_A.cpu().double(), change.lora_B.cpu().double()
+        square = ((up.T @ up) * (down @ down.T)).sum() * change.scale**2
+    else:
+        assert weight is not None
+        moved = merged(weight.flatten(1), [change]) - weight.flatten(1).float()
+        square = moved.cpu().double().square().sum()
+    return max(float(square), 0.0)

@@ -87,5 +87,5 @@ def _print_summary(summary: "MergeSummary") -> None:
     console.note(f"{summary.layers} layers moved by {summary.update:.2%} of their norm, as a {summary.kind}")
     if summary.dtype == "bf16":
         lost = f"{summary.lost:.0%} as much" if summary.lost < 1 else f"{summary.lost:.1f} times as much"
-        console.note(f"rounding to bf16 moved them by {lost}, at random; --dtype fp32 does not")
+        console.note(f"rounding to bf16 moved them by {lost}; --dtype fp32 does not")
     console.result(str(summary.folder))

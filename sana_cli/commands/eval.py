@@ -348,7 +348,8 @@ def _draw(
 ) -> Iterator[_Pictures | EvalStep]:
     """Draw pictures at each of `settings`; yields progress in between."""
     precision = resolve_precision(options.precision or pipeline.precision, device)
-    model = checkpoint.load_transformer(pipeline.place, options.weights, device)
+    dtype = torch.float32 if precision == "fp32" else None
+    model = checkpoint.load_transformer(pipeline.place, options.weights, device, dtype)
     null = prompts[0].dataset.states([prompts[0].dataset.index.null_caption])[0]
     chosen = [
         group.as_frequent(count)

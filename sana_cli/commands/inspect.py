@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sana_cli import __version__
-from sana_cli.adapters import Dense, LowRank, kind_of, squared_norms
+from sana_cli.adapters import Dense, LowRank, kind_of, squared_norm
 from sana_cli.choices import PredictionType
 from sana_cli.config.file import find_config, load_config, load_run_config, packaged_configs
 from sana_cli.config.keys import Architecture, Config
@@ -37,7 +37,7 @@ from sana_cli.sampling.pipeline import INDEX, Pipeline, open_pipeline
 from sana_cli.text import text_config
 from sana_cli.units import human_bytes
 from sana_cli.weights import checkpoint, configs, strangers
-from sana_cli.weights.adapters import StoredAdapter, is_adapter, read_adapter
+from sana_cli.weights.adapters import StoredAdapter, is_adapter_file, read_adapter
 from sana_cli.weights.card import ADAPTER_WEIGHTS
 from sana_cli.weights.reader import read_weights
 
@@ -94,7 +94,7 @@ def inspect(options: InspectOptions) -> Description:
             return _dataset(path, options.verify)
         if (path / "checkpoints").is_dir() or (path / checkpoint.RECORD).is_file():
             return _checkpoint(path, options.verify)
-        if is_adapter(path):
+        if is_adapter_file(path):
             return _adapter(path)
         if (path / "transformer").is_dir() or (path / "config.json").is_file():
             return _transformer(path)
@@ -107,7 +107,7 @@ def inspect(options: InspectOptions) -> Description:
         )
     if other := strangers.other_file(path):
         raise SanaError(*other)
-    if is_adapter(path):
+    if is_adapter_file(path):
         return _adapter(path)
     beginning = strangers.read_beginning(path) if path.is_file() else b""
     if beginning.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF")) or path.suffix.lower() in outputs.PICTURES:
@@ -247,7 +247,6 @@ def _config(path: Path) -> Description:
         "dataset": str(config.data.dir)
         + ("" if layout.is_dataset(config.data.dir) else " (not embedded yet)"),
         "training": f"{train.steps:,} steps of {batch} "
-        f""
         f"({train.batch_size} x {train.accumulate} accumulated), lr {config.optim.lr:g}",
         "sampling": config.sample.in_words,
     }
@@ -338,12 +337,11 @@ def _adapter(path: Path) -> Description:
     stored = read_adapter(path)
     sizes, ranks = Counter[str](), defaultdict[str, set[int]](set)
     moved = defaultdict[str, float](float)
-    norms = dict(squared_norms({n: c for n, c in stored.layers.items() if c.magnitude is None}, {}))
     for name, change in stored.layers.items():
         kind = kind_of(name)
         sizes[kind] += 1
         ranks[kind].add(change.rank if isinstance(change, LowRank) else 0)
-        moved[kind] += norms.get(name, math.nan)
+        moved[kind] += squared_norm(change, None) if change.magnitude is None else math.nan
     facts: dict[str, Any] = {
         "adapts": f"{len(stored.layers)} layers",
         "form": stored.form,

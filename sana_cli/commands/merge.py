@@ -17,10 +17,10 @@ from sana_cli import __version__
 from sana_cli.adapters import Change, merged
 from sana_cli.choices import Weights
 from sana_cli.errors import SanaError
-from sana_cli.runtime import files, hub
+from sana_cli.runtime import files
 from sana_cli.weights import checkpoint, configs
+from sana_cli.weights.applied import Applied, read_applied
 from sana_cli.weights.stored import StoredWeights
-from sana_cli.weights.worn import Worn, read_worn
 
 INDEX = "model_index.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,8 +69,8 @@ def merge(options: MergeOptions) -> Iterator[MergeStep | MergeSummary]:
     """
     place = checkpoint.find_checkpoint(options.checkpoint)
     found, own = checkpoint.read_transformer(place, options.weights)
-    worn = read_worn(options.adapter, found.model)
-    if not own and not worn:
+    applied = read_applied(options.adapter, found.model, options.weights)
+    if not own and not applied:
         raise SanaError(
             f"`adapter`: {place} has no adapters of its own, and none is given",
             "give one: FILE or FILE:SCALE",
@@ -78,9 +78,11 @@ def merge(options: MergeOptions) -> Iterator[MergeStep | MergeSummary]:
         )
     if options.out.exists():
         raise SanaError(f"`out`: {options.out} is there already", "choose another folder", exit_code=2)
-    notes = _notes(found, worn)
+    if place.is_dir() and options.out.resolve().is_relative_to(place.resolve()):
+        raise SanaError(f"`out`: {options.out} is inside {place}", "choose another folder", exit_code=2)
+    notes = _notes(found, applied)
     tensors, changed, squares = dict[str, Tensor](), 0, torch.zeros(3, dtype=torch.float64)
-    layers = [*own, *(one.changes for one in worn)]
+    layers = [*own, *(one.changes for one in applied)]
     for number, (name, tensor) in enumerate(found.tensors.items()):
         changes = [
             of[layer] for of in layers if (layer := name.removesuffix(".weight")) in of and layer != name
@@ -90,9 +92,9 @@ def merge(options: MergeOptions) -> Iterator[MergeStep | MergeSummary]:
         if changes:
             changed, squares = changed + 1, squares + sizes
         yield MergeStep(number + 1, len(found.tensors))
-    record = [one.record for one in worn]
+    record = [one.record for one in applied]
     if own:
-        record = [{"name": place.name, "scale": 1.0}, *record]
+        record = [{"name": place.name, "scale": 1.0, "weights": options.weights}, *record]
     try:
         kind = _write(place, options.out, found, tensors, record)
     except OSError as error:
@@ -109,12 +111,10 @@ def merge(options: MergeOptions) -> Iterator[MergeStep | MergeSummary]:
     )
 
 
-def _notes(found: StoredWeights, worn: tuple[Worn, ...]) -> tuple[str, ...]:
+def _notes(found: StoredWeights, applied: tuple[Applied, ...]) -> tuple[str, ...]:
     """Which adapters were trained on another model."""
-    if not any("base_sha256" in one.stored.metadata for one in worn):
-        return ()
-    base = hub.hash_tensors(found.tensors)
-    return tuple(note for one in worn if (note := one.note(base)) is not None)
+    base = found.sha256 if any(one.records_base for one in applied) else ""
+    return tuple(note for one in applied for note in one.notes(base))
 
 
 def _merged(tensor: Tensor, changes: list[Change], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -123,6 +123,8 @@ def _merged(tensor: Tensor, changes: list[Change], dtype: torch.dtype) -> tuple[
         return tensor.to(dtype, copy=True), torch.zeros(3, dtype=torch.float64)
     before = tensor.flatten(1).float()
     after = merged(before, changes)
+    if not after.isfinite().all():
+        raise SanaError("a merged weight is not finite", "choose smaller scales", exit_code=2)
     rounded = after.to(dtype)
     parts = (before, after - before, rounded.float() - after)
     return rounded.view(tensor.shape), torch.stack([part.double().square().sum() for part in parts])
@@ -136,9 +138,11 @@ def _write(
         checkpoint.write_merged(place, out, tensors, record)
         return "checkpoint"
     model = configs.diffusers_config(found.model, found.prediction_type)
+    if found.origin == "official" and not (place / INDEX).is_file():
+        model |= {configs.ORIGIN: found.origin}  # whose text and noise levels it was trained with
     metadata = {"format": "pt", "made_by": f"sana {__version__}", "merged": json.dumps(record)}
     is_pipeline = (place / INDEX).is_file()
-    with files.whole_folder(out, out.with_name(out.name + ".partial")) as folder:
+    with files.whole_folder(out, out.with_name(f".{out.name}.sana-partial")) as folder:
         transformer = folder
         if is_pipeline:
             _copy_others(place, folder)

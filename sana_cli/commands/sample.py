@@ -27,7 +27,7 @@ from sana_cli.sampling.conditioning import load_pipeline_encoder, prompt_notes, 
 from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
 from sana_cli.sampling.tables import Table, check_single_words, parse_table
 from sana_cli.weights import checkpoint
-from sana_cli.weights.worn import Worn, read_worn
+from sana_cli.weights.applied import Applied, read_applied
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
         pixels=pixels,
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(job.device),
-        notes=(*notes, *_base_notes(job), *more),
+        notes=(*notes, *_adapter_notes(job), *more),
     )
 
 
@@ -139,7 +139,7 @@ class _Job:
     settings: SampleConfig
     cells: list[list[pictures.Cell]]  # the grid
     table: Table | None  # its labels, if it is a table
-    worn: tuple[Worn, ...]  # adapters
+    applied: tuple[Applied, ...]  # adapters
     decoder: AutoencoderInfo | None  # None: samples are pixels
     shape: tuple[int, int, int]  # channels, height and width of a sample
     outputs: _Outputs
@@ -174,7 +174,7 @@ def _prepare(options: SampleOptions) -> _Job:
     pipeline = open_pipeline(place, options.encoder, options.instruction, options.autoencoder)
     if pipeline.adapters:
         checkpoint.find_base(place)  # whether it is there
-    worn = _worn(options, pipeline)
+    applied = _applied(options, pipeline)
     settings = _settings(options, pipeline)
     cells = _cells(options, pipeline, table, settings.seed)
     decoder = _autoencoder(pipeline)
@@ -192,11 +192,23 @@ def _prepare(options: SampleOptions) -> _Job:
     precision = resolve_precision(options.precision or pipeline.precision, device)
     stage = Stage(device, options.offload != "none", options.report)
     return _Job(
-        options, place, pipeline, settings, cells, table, worn, decoder, shape, to, device, precision, stage
+        options,
+        place,
+        pipeline,
+        settings,
+        cells,
+        table,
+        applied,
+        decoder,
+        shape,
+        to,
+        device,
+        precision,
+        stage,
     )
 
 
-def _worn(options: SampleOptions, pipeline: Pipeline) -> tuple[Worn, ...]:
+def _applied(options: SampleOptions, pipeline: Pipeline) -> tuple[Applied, ...]:
     """The adapters that are asked for."""
     if options.adapter and options.checkpoint is None:
         raise SanaError(
@@ -204,7 +216,7 @@ def _worn(options: SampleOptions, pipeline: Pipeline) -> tuple[Worn, ...]:
             "give it with `checkpoint` BASE; a run of adapters is drawn from with `checkpoint` RUN alone",
             exit_code=2,
         )
-    return read_worn(options.adapter, pipeline.model)
+    return read_applied(options.adapter, pipeline.model, options.weights)
 
 
 def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
@@ -385,12 +397,13 @@ def _encode(job: _Job) -> tuple[list[Tensor], list[Tensor], tuple[str, ...]]:
 # --- drawing and decoding ---------------------------------------------------------------------
 
 
-def _base_notes(job: _Job) -> list[str]:
-    """Which adapters were trained on another model than this."""
-    if not any("base_sha256" in worn.stored.metadata for worn in job.worn):
-        return []  # hashing a large model takes seconds
-    base = hub.hash_tensors(checkpoint.read_transformer(job.place)[0].tensors)
-    return [note for worn in job.worn if (note := worn.note(base)) is not None]
+def _adapter_notes(job: _Job) -> list[str]:
+    """Which adapters were trained on another model than this, or with other text."""
+    base = ""
+    if any(one.records_base for one in job.applied):  # hashing a large model takes seconds
+        own = checkpoint.base_record(job.place)
+        base = own.sha256 if own else checkpoint.read_transformer(job.place)[0].sha256
+    return [note for one in job.applied for note in one.notes(base, job.pipeline.text)]
 
 
 def _draw(
@@ -404,13 +417,11 @@ def _draw(
     """
     last: dict[int, sampler.SampledStep] = {}  # by first image of the batch
     frames: dict[int, dict[int, Tensor]] = {}  # by solver step, by first image of the batch
-    # ours were trained in float32 under autocast; others, and bases of adapters, are held as they are stored
-    whole = job.pipeline.kind == "checkpoint" and not job.pipeline.adapters
-    dtype = torch.float32 if whole or job.precision == "fp32" else None
+    dtype = torch.float32 if job.precision == "fp32" else None
 
     def load() -> Any:
-        worn = [one.changes for one in job.worn]
-        return checkpoint.load_transformer(job.place, job.options.weights, job.device, dtype, worn)
+        applied = [one.changes for one in job.applied]
+        return checkpoint.load_transformer(job.place, job.options.weights, job.device, dtype, applied)
 
     with job.stage.hold("transformer", load) as model:
         drawn = sampler.sample_images(model, captions, nulls, job.seeds, job.recipe)
@@ -499,8 +510,10 @@ def _facts(job: _Job, pixels: Tensor) -> dict[str, Any]:
         facts["weights_sha256"] = digest
     if options.negative_prompt:
         facts["negative_prompt"] = options.negative_prompt
-    if job.worn:
-        facts["adapters"] = [worn.record for worn in job.worn]
+    if (base := checkpoint.base_record(job.place)) is not None:
+        facts["base"] = {"name": base.name, "sha256": base.sha256}
+    if job.applied:
+        facts["adapters"] = [applied.record for applied in job.applied]
     return {"name": _beside(job.place)[1], **facts}
 
 

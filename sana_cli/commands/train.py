@@ -30,6 +30,7 @@ from sana_cli.training.grids import GridSampler, grid_path
 from sana_cli.training.initial import (
     adapted_model,
     base_record,
+    find_base_model,
     foreign_weights,
     model_with,
     notes_on_base,
@@ -42,7 +43,7 @@ from sana_cli.training.prompts import encode_prompts
 from sana_cli.training.saver import Saver
 from sana_cli.training.task import make_task, make_train_set
 from sana_cli.training.trainer import NotFiniteError, Placement, Trainer
-from sana_cli.weights.checkpoint import check_base, read_record, read_state
+from sana_cli.weights.checkpoint import check_base, read_record, read_state, step_of_base
 from sana_cli.weights.stored import StoredWeights
 
 
@@ -113,6 +114,8 @@ def plan(options: TrainOptions) -> TrainPlan:
     if folder is not None:
         saved = resume.Saved(folder, read_state(folder))
         resume.check_resumable(saved, resume.with_recorded_warmup(saved, config), dataset, found)
+        if config.adapter.on and config.train.init_from is not None:
+            find_base_model(config.train.init_from)
         return found.with_images(saved.state.images)
     if config.train.init_from is not None:
         foreign_weights(config.train.init_from, found.model, config.objective.prediction_type)
@@ -247,6 +250,8 @@ def _trainer(
         if saved is not None:
             tensors = resume.load_saved(saved.folder, model, config.adapter)
         if init_from is not None and (saved is None or config.adapter.on):
+            own = None if saved is None else read_record(saved.folder).base
+            init_from = init_from if own is None else step_of_base(init_from, own)
             given = foreign_weights(init_from, model, config.objective.prediction_type)
             notes = notes_on_base(config, given)
         if config.adapter.on and here.first:
@@ -283,7 +288,7 @@ def _base(init_from: Path, weights: StoredWeights, saved: resume.Saved | None) -
         raise SanaError(
             f"{saved.folder} has no adapters to go on with", "start another run: --set run.dir=DIR"
         )
-    check_base(weights.tensors, base, init_from, str(saved.folder))
+    check_base(weights, base, init_from, str(saved.folder))
     return base
 
 
@@ -411,7 +416,7 @@ def _diverged(run: _Run, error: NotFiniteError) -> NotFiniteError:
         saver.save(trainer, run.progress)
     lr = f"--set optim.lr={run.config.optim.lr / 4:g}"
     again = f"start again with another --set train.seed, or {lr}"
-    if saver.folder is not None:
+    if saver.folder is not None and not run.config.adapter.on:
         again = f"start another run from it: --set train.init_from={saver.folder} --set run.dir=DIR {lr}"
     saved = [f"step {trainer.step} is saved in {saver.folder}"] if saver.folder else []
     stopped = NotFiniteError(*str(error).splitlines(), *saved, again)

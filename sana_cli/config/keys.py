@@ -607,10 +607,16 @@ class Config(Section):
         yield from self._memory_problems()
         if self.objective.flow_shift is None and self.train.init_from is None:
             yield "objective.flow_shift: null is that of train.init_from, and there is none"
+        yield from self._adapter_problems()
         if self.adapter.on and self.train.init_from is None:
             yield "train.init_from: adapters need the model that they are for"
         if os.path.realpath(self.run.dir) == os.path.realpath(self.data.dir):
             yield f"run.dir: {self.run.dir} is data.dir as well; a run needs a directory of its own"
+
+    def _adapter_problems(self) -> Iterator[str]:
+        if "kind" not in self.adapter.model_fields_set:
+            for key in sorted(self.adapter.model_fields_set):
+                yield f"adapter.{key}: is given, and adapter.kind is not; say lora, dora or none"
 
     def _memory_problems(self) -> Iterator[str]:
         if self.train.weights == "bf16":

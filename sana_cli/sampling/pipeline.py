@@ -172,7 +172,7 @@ def _from_record(place: Path, folder: Path, record: CheckpointRecord) -> Pipelin
 
 def _whereabouts(folder: Path, what: str, name: str) -> str:
     """Where a recorded encoder or autoencoder lies: as the run's config beside the checkpoint says, or as it is called."""
-    path = folder.resolve().parents[1] / "config.yaml"
+    path = folder.resolve().parent.parent / "config.yaml"
     if name != "tiny" and path.is_file():
         try:
             config = load_run_config(path.parent)

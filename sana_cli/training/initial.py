@@ -16,8 +16,28 @@ from sana_cli.runtime import hub
 from sana_cli.runtime.records import Base
 from sana_cli.sampling.pipeline import open_pipeline
 from sana_cli.weights import checkpoint
+from sana_cli.weights.adapters import is_adapter_file
 from sana_cli.weights.reader import read_weights
 from sana_cli.weights.stored import StoredWeights
+
+
+def find_base_model(path: Path) -> Path:
+    """What `checkpoint.find_checkpoint` finds for `train.init_from`.
+
+    Raises:
+        SanaError: there is none, or it has adapters alone.
+    """
+    try:
+        source = checkpoint.find_checkpoint(path)
+    except SanaError as error:
+        first, *rest = str(error).splitlines()
+        raise SanaError(f"train.init_from: {first}", *rest, exit_code=error.exit_code) from error
+    if checkpoint.has_adapters_alone(source) or is_adapter_file(source):
+        raise SanaError(
+            f"train.init_from: {source} has adapters alone",
+            "merge them into their model first, with: sana merge",
+        )
+    return source
 
 
 def foreign_weights(path: Path, model: Architecture, prediction_type: str) -> StoredWeights:
@@ -26,16 +46,7 @@ def foreign_weights(path: Path, model: Architecture, prediction_type: str) -> St
     Raises:
         SanaError: it has another architecture, or its output or time mean something else; names each field.
     """
-    try:
-        source = checkpoint.find_checkpoint(path)
-    except SanaError as error:
-        first, *rest = str(error).splitlines()
-        raise SanaError(f"train.init_from: {first}", *rest, exit_code=error.exit_code) from error
-    if checkpoint.has_adapters_alone(source):
-        raise SanaError(
-            f"train.init_from: {source} has adapters alone",
-            "merge them into their model first, with: sana merge",
-        )
+    source = find_base_model(path)
     found = read_weights(checkpoint.transformer_path(source))
     free = {"dropout"} | ({"sample_size"} if model.interpolation_scale is None else set())
     wrong = [
@@ -57,7 +68,14 @@ def with_base_recipe(config: Config) -> Config:
     if config.objective.flow_shift is not None:
         return config
     assert config.train.init_from is not None, "the config is whole"
-    shift = open_pipeline(checkpoint.find_checkpoint(config.train.init_from)).sample.flow_shift
+    base = open_pipeline(find_base_model(config.train.init_from))
+    if base.unknown_scheduler is not None:
+        first, *_ = str(base.unknown_scheduler).splitlines()
+        raise SanaError(
+            f"objective.flow_shift: null is that of the base's scheduler, which is not known: {first}",
+            "say the shift: --set objective.flow_shift=3",
+        )
+    shift = base.sample.flow_shift
     sections: dict[str, Any] = {"objective": config.objective.model_copy(update={"flow_shift": shift})}
     if "flow_shift" not in config.sample.model_fields_set:
         sections["sample"] = config.sample.model_copy(update={"flow_shift": shift})
@@ -73,7 +91,7 @@ def notes_on_base(config: Config, weights: StoredWeights) -> list[str]:
         )
     assert where is not None
     own, shift = (
-        open_pipeline(checkpoint.find_checkpoint(where), weights=weights),
+        open_pipeline(find_base_model(where), weights=weights),
         config.objective.flow_shift,
     )
     if own.sample.flow_shift != shift:
@@ -86,9 +104,10 @@ def notes_on_base(config: Config, weights: StoredWeights) -> list[str]:
 
 def base_record(path: Path, weights: StoredWeights) -> Base:
     """What checkpoints of adapters remember of the model that they are for."""
-    return Base(
-        name=hub.model_name(str(path)), sha256=hub.hash_tensors(weights.tensors), origin=weights.origin
-    )
+    name, source = hub.model_name(str(path)), find_base_model(path)
+    if source != path and source.parent.name == checkpoint.CHECKPOINTS:
+        name = f"{name}/{checkpoint.CHECKPOINTS}/{source.name}"  # of a run that may go on
+    return Base(name=name, sha256=weights.sha256, origin=weights.origin)
 
 
 def model_with(weights: Mapping[str, Tensor] | None, model: Architecture, config: Config) -> SanaTransformer:

@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from sana_cli.adapters import Change, LowRank, adapted_layers, changes_of, kind_of, squared_norms
+from sana_cli.adapters import Change, LowRank, adapted_layers, changes_of, kind_of, squared_norm
 from sana_cli.runtime.distributed import whole
 
 TOTAL = "all"
@@ -27,12 +27,15 @@ class Movement:
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """|update| / |weights| of each kind of layer, and of all; empty without adapters."""
-        changes = {name: _whole(change) for name, change in changes_of(self.model).items()}
-        layers = adapted_layers(self.model)
-        dora = [name for name, change in changes.items() if change.magnitude is not None]
-        weights = {name: whole(layers[name].weight.detach()) for name in dora}
-        moved, own = defaultdict[str, float](float), defaultdict[str, float](float)
-        for name, square in squared_norms(changes, weights):
+        layers, moved, own = (
+            adapted_layers(self.model),
+            defaultdict[str, float](float),
+            defaultdict[str, float](float),
+        )
+        for name, sharded in changes_of(self.model).items():
+            change = _whole(sharded)
+            weight = None if change.magnitude is None else whole(layers[name].weight.detach())
+            square = squared_norm(change, weight)
             for kind in (kind_of(name), TOTAL):
                 moved[kind] += square
                 own[kind] += self.squares[name]

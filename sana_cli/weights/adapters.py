@@ -63,7 +63,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(layer.weight.shape) for name, layer in layers_of(model).items()}
 
 
-def is_adapter(path: Path) -> bool:
+def is_adapter_file(path: Path) -> bool:
     """Whether a file or folder is an adapter's, by the names of the files or tensors."""
     if path.is_dir():
         return any((path / name).is_file() for name in (ADAPTER_WEIGHTS, _PEFT_WEIGHTS))
@@ -155,8 +155,8 @@ def read_adapter(path: Path, shapes: Shapes | None = None) -> StoredAdapter:
     """
     file = _adapter_file(path)
     tensors, metadata = _read_file(file)
-    config = _read_config(file, metadata)
     groups, problems, forms = _grouped(tensors, shapes)
+    config = _read_config(file, metadata, file.name == _PEFT_WEIGHTS or "peft" in forms)
     if not groups:
         raise _no_adapter(file, tensors, problems)
     changes: dict[str, Change] = {}
@@ -336,8 +336,8 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {  # others are refused, if they say any
 }
 
 
-def _read_config(path: Path, metadata: Mapping[str, str]) -> _Config | None:
-    """The config in a file's metadata (diffusers) or beside it (peft), if there is one.
+def _read_config(path: Path, metadata: Mapping[str, str], of_peft: bool) -> _Config | None:
+    """The config in a file's metadata (diffusers) or, of peft's names, beside it, if there is one.
 
     Raises:
         SanaError: it cannot be read, or asks for something that is not implemented.
@@ -355,7 +355,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> _Config | None:
             raise SanaError(f"{where} is of more than a transformer:", *listed(odd), _READ)
         return _config({key.removeprefix("transformer."): value for key, value in own.items()}, where)
     beside = path.with_name(_PEFT_CONFIG)
-    if path.name == _PEFT_WEIGHTS and beside.exists():
+    if of_peft and beside.exists():
         return _config(strangers.read_json(beside), str(beside))
     return None
 

@@ -47,7 +47,8 @@ from sana_cli.config.keys import AdapterConfig, Architecture, SampleConfig
 from sana_cli.config.renamed import in_new_names
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer, build, is_matrix
-from sana_cli.runtime import files, hub, records
+from sana_cli.runtime import files, records
+from sana_cli.runtime.device import has_native_bf16
 from sana_cli.runtime.records import Base, CheckpointRecord, State
 from sana_cli.weights import adapters, card, configs, strangers
 from sana_cli.weights.reader import read_weights
@@ -62,7 +63,10 @@ AVERAGE = Path("training/average.safetensors")  # of adapters, by the names of t
 OPTIMIZER = Path("training/optimizer.safetensors")
 OBJECTIVE = Path("training/objective.safetensors")
 STATE = Path("training/state.json")
+CHECKPOINTS = "checkpoints"
 RECORD_VERSION = 1
+TEXT_SETTINGS = "text"  # in the metadata of an adapter: how captions were encoded, as JSON
+TEXT_KEYS = ("instruction", "lowercase", "template", "max_length")
 MOST_EXAMPLES = 20  # captions on a record
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = "shipped"  # in place of a path, as `SHIPPED:NAME`: a checkpoint that comes with the package
@@ -196,11 +200,18 @@ def _metadata(checkpoint: Checkpoint, run_name: str) -> dict[str, str]:
         "model": json.dumps(model),  # for the file without its folder
         "encoder": record.encoder.encoder,
         "modelspec.sai_model_spec": "1.0.1",  # github.com/Stability-AI/ModelSpec: what model managers show
-        "modelspec.architecture": "sana",
+        "modelspec.architecture": "sana" if record.base is None else "sana/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"{run_name} {step_name(checkpoint.step)}",
         "modelspec.resolution": f"{record.image.width}x{record.image.height}",
-    } | ({} if record.base is None else {"base": record.base.name, "base_sha256": record.base.sha256})
+    } | (_of_adapters(record, record.base) if record.base is not None else {})
+
+
+def _of_adapters(record: CheckpointRecord, base: Base) -> dict[str, str]:
+    """What the metadata of adapters say besides: whose they are, and how captions were encoded."""
+    encoder = record.encoder.as_json()
+    text = {key: encoder[key] for key in TEXT_KEYS if key in encoder}
+    return {"base": base.name, "base_sha256": base.sha256, TEXT_SETTINGS: json.dumps(text)}
 
 
 def _write_pipeline(folder: Path, checkpoint: Checkpoint, metadata: Mapping[str, str]) -> None:
@@ -288,11 +299,12 @@ def write_merged(source: Path, target: Path, tensors: Mapping[str, Tensor], merg
         merged: what was worked into them, for the record.
     """
     record = read_record(source)
-    given = record.as_json() | {"base": None, "merged": list(merged)}
+    earlier = record.as_json().get("merged", [])
+    given = record.as_json() | {"base": None, "score": None, "merged": [*earlier, *merged]}
     if (source / STATE).is_file():
         given["config"] = read_state(source).config
     left_out = (MANIFEST, RECORD, CARD, card.SAMPLES, configs.WEIGHTS, card.ADAPTER_WEIGHTS)
-    with files.whole_folder(target, target.with_name(target.name + ".partial")) as folder:
+    with files.whole_folder(target, target.with_name(f".{target.name}.sana-partial")) as folder:
         for path in sorted(source.rglob("*")):
             name = path.relative_to(source)
             if path.is_file() and name.parts[0] != "training" and name.name not in left_out:
@@ -300,7 +312,7 @@ def write_merged(source: Path, target: Path, tensors: Mapping[str, Tensor], merg
                 shutil.copyfile(path, folder / name)
         model, predicts = configs.read_model_config(source / "transformer")
         metadata = {"format": "pt", "made_by": f"sana {__version__}"}
-        metadata["model"] = json.dumps(configs.diffusers_config(model))
+        metadata["model"] = json.dumps(configs.diffusers_config(model, predicts))
         files.write_tensors(folder / "transformer" / configs.WEIGHTS, tensors, metadata)
         scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
         _write_index(folder, scheduler["_class_name"])
@@ -361,7 +373,10 @@ def weights_sha256(folder: Path, which: str = "ema") -> str | None:
     """The hash of a step folder's "ema" or "raw" weights, by its manifest, if it has one."""
     if not (folder / MANIFEST).is_file():
         return None
-    name = RAW_WEIGHTS if which == "raw" else Path("transformer") / configs.WEIGHTS
+    used = Path("transformer") / configs.WEIGHTS
+    if has_adapters_alone(folder):
+        used = Path(card.ADAPTER_WEIGHTS)
+    name = RAW_WEIGHTS if which == "raw" else used
     entry = _listing(folder).get(name.as_posix())
     return None if entry is None else entry.sha256
 
@@ -397,6 +412,9 @@ def find_checkpoint(path: Path | None) -> Path:
         return _newest(runs, "runs/*/checkpoints") if any(steps(run) for run in runs) else shipped()
     if (named := named_shipped(path)) is not None:
         return named
+    inside = path.name in (card.ADAPTER_WEIGHTS, "transformer")
+    if inside and path.exists() and has_adapters_alone(path.absolute().parent):
+        return find_checkpoint(path.parent if path.is_absolute() else path.absolute().parent)
     if (path / "checkpoints").is_dir():
         # other trainers' folders have the same name
         if not steps(path) and (other := strangers.other_folder(path / "checkpoints")):
@@ -480,39 +498,50 @@ def has_adapters_alone(source: Path) -> bool:
     return (source / RECORD).is_file() and (source / card.ADAPTER_WEIGHTS).is_file()
 
 
+def base_record(source: Path) -> Base | None:
+    """What the adapters of a step folder are for; None: it is another kind of checkpoint."""
+    return read_record(source).base if has_adapters_alone(source) else None
+
+
 def find_base(folder: Path) -> Path:
     """The model that a step folder's adapters are for: where the run's config says, or the record.
 
     Raises:
         SanaError: it is not there; says what it was, and how to say where it is now.
     """
-    base = read_record(folder).base
+    base = base_record(folder)
     if base is None:
         raise SanaError(f"{folder / RECORD} is damaged: it does not say what its adapters are for")
-    places = [Path(base.name)]
-    if (folder.resolve().parents[1] / RUN_CONFIG).is_file():
+    places, run = [Path(base.name)], folder.resolve().parent.parent
+    if (run / RUN_CONFIG).is_file():
         with suppress(SanaError):  # a config that cannot be read says nothing
-            init_from = load_run_config(folder.resolve().parents[1]).train.init_from
+            init_from = load_run_config(run).train.init_from
             places = [init_from, *places] if init_from is not None else places
     for place in places:
         if place.exists() or named_shipped(place) is not None:
-            return find_checkpoint(place)
+            return find_checkpoint(step_of_base(place, base))
     raise SanaError(
         f"{folder} has adapters alone, and the model that they are for, {base.name}, is not at {places[0]}",
-        f"put it there, or say where it is: sana sample --checkpoint BASE --adapter {folder}",
+        f"put it there, or say where it is: sana sample (or sana merge) with BASE and --adapter {folder}",
         f"it is a model of {base.origin} format, whose tensors have the sha256 {base.sha256[:12]}...",
     )
 
 
-def check_base(tensors: Mapping[str, Tensor], base: Base, place: Path, what: str) -> None:
+def step_of_base(place: Path, base: Base) -> Path:
+    """Of a run, which may have gone on since, the step folder that adapters were for; else the place itself."""
+    step = place / CHECKPOINTS / Path(base.name).name
+    return step if step.is_dir() else place
+
+
+def check_base(found: StoredWeights, base: Base, place: Path, what: str) -> None:
     """Refuse a model that is not the one whose adapters `what` has.
 
     Raises:
         SanaError: its tensors are others.
     """
-    if (found := hub.hash_tensors(tensors)) != base.sha256:
+    if found.sha256 != base.sha256:
         raise SanaError(
-            f"{place} is not the model that {what} was trained on: its tensors have the sha256 {found[:12]}..., "
+            f"{place} is not the model that {what} was trained on: its tensors have the sha256 {found.sha256[:12]}..., "
             f"not {base.sha256[:12]}...",
             f"put the model there that was {base.name}",
         )
@@ -532,8 +561,8 @@ def read_transformer(
             raise SanaError(f"{base}, which the adapters of {source} are for, has adapters alone itself")
         found = read_weights(transformer_path(base))
         assert record is not None  # found by it
-        check_base(found.tensors, record, base, str(source))
-        return found, (_own_adapters(source, found.model, weights),)
+        check_base(found, record, base, str(source))
+        return found, (own_adapters(source, found.model, weights),)
     found = read_weights(transformer_path(source), weights if source.is_file() else "ema")
     only_raw = (source / STATE).is_file() and not (source / RAW_WEIGHTS).is_file()  # a run without an average
     if weights == "raw" and source.is_dir() and not only_raw:
@@ -555,7 +584,7 @@ def _raw_weights(folder: Path) -> Path:
     return file
 
 
-def _own_adapters(folder: Path, model: Architecture, weights: Weights) -> Mapping[str, Change]:
+def own_adapters(folder: Path, model: Architecture, weights: Weights) -> Mapping[str, Change]:
     """The adapters of a step folder."""
     if weights == "ema":
         return adapters.read_adapter(folder, adapters.shapes_of(build(model, seed=None))).layers
@@ -578,7 +607,7 @@ def load_transformer(
     weights: Weights = "ema",
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
-    worn: Sequence[Mapping[str, Change]] = (),
+    applied: Sequence[Mapping[str, Change]] = (),
 ) -> SanaTransformer:
     """Load the transformer of a checkpoint, a diffusers folder or a file of weights.
 
@@ -589,8 +618,9 @@ def load_transformer(
             trainers' files that have both.
         device: of the model.
         dtype: of its parameters, except adapters, which are float32. None: as stored, but float32
-            for fp16, where SANA overflows, and under adapters of ours for all but matrices.
-        worn: adapters to put on it, beside those that a step folder has.
+            for fp16, where SANA overflows. In step folders matrices alone are bf16: where they are
+            stored so, or are the base of adapters, and the device has native bf16.
+        applied: adapters to put on it, beside those that a step folder has.
 
     Raises:
         SanaError: there is none, or its files are missing, damaged, or do not fit its config. Or
@@ -602,15 +632,19 @@ def load_transformer(
     found, own = read_transformer(source, weights)
     model = build(found.model, seed=None)
 
+    ours, native = (source / RECORD).is_file(), has_native_bf16(torch.device(device))
+
     def kept(name: str, tensor: Tensor) -> torch.dtype:
         if dtype is not None:
             return dtype
-        half = tensor.dtype == torch.bfloat16 and (not own or is_matrix(name, tensor))
+        half = tensor.dtype == torch.bfloat16
+        if ours:  # what autocast makes of them in training
+            half = native and is_matrix(name, tensor) and (half or bool(own))
         return torch.bfloat16 if half else torch.float32
 
     state = {name: tensor.to(device, kept(name, tensor), copy=True) for name, tensor in found.tensors.items()}
     model.load_state_dict(state, assign=True)
-    for changes in (*own, *worn):
+    for changes in (*own, *applied):
         attach(model, {name: change.to(device, torch.float32) for name, change in changes.items()})
     return model.eval()
 

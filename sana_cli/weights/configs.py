@@ -19,6 +19,7 @@ from sana_cli.weights import strangers
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_VERSION = "0.42.1"  # the version whose format is written
 PUBLISHED_PREDICTION: PredictionType = "flow_prediction"  # of every published model
+ORIGIN = "_sana_origin"  # in a merged model's config.json: "official"; diffusers passes such keys over
 LATENT_CHANNELS = 32  # of the published models' DC-AE
 
 

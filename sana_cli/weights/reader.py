@@ -27,7 +27,7 @@ from sana_cli.errors import SanaError, one_line
 from sana_cli.model import build
 from sana_cli.runtime import files
 from sana_cli.weights import pickles, strangers
-from sana_cli.weights.configs import WEIGHTS, model_config, read_model_config
+from sana_cli.weights.configs import ORIGIN, WEIGHTS, model_config, read_model_config
 from sana_cli.weights.inside import (
     FEED_FORWARD,
     FIRST_LAYERS,
@@ -68,7 +68,9 @@ def read_weights(path: Path, which: Weights = "ema") -> StoredWeights:
             raise SanaError(*other)
         (model, predicted), tensors = read_model_config(path), plain_tensors(_read_folder(path), path)
         config = str(path / "config.json")
-        found = StoredWeights("diffusers", path, model, tensors, config, prediction_type=predicted)
+        is_official = files.read_json(path / "config.json").get(ORIGIN) == "official"
+        origin = "official" if is_official else "diffusers"
+        found = StoredWeights(origin, path, model, tensors, config, prediction_type=predicted)
     else:
         found = _read_file(path, which)
     check_tensors(found.tensors, build(found.model, seed=None).state_dict(), path, found.compared_to)

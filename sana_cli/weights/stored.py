@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from sana_cli.choices import PredictionType
 from sana_cli.config.keys import Architecture
 from sana_cli.errors import SanaError, listed
+from sana_cli.runtime import hub
 from sana_cli.weights import pickles, strangers
 from sana_cli.weights.configs import PUBLISHED_PREDICTION, validated
 
@@ -34,6 +36,11 @@ class StoredWeights:
     choice: str | None = None  # which of the file's sets of weights this is, if it has several
     prediction_type: PredictionType = PUBLISHED_PREDICTION
     other_parts: tuple[str, ...] = ()  # whole models in the file, each with its number of tensors
+
+    @cached_property
+    def sha256(self) -> str:
+        """`hub.hash_tensors` of the tensors. It takes seconds for gigabytes."""
+        return hub.hash_tensors(self.tensors)
 
     @property
     def dtypes(self) -> tuple[str, ...]:

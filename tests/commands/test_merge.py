@@ -1,20 +1,25 @@
 """`sana merge`: adapters worked into their model, against the side branches that they were."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import again, embedded, invoke, sampled, trained
+from helpers.sanas import official, published
 from safetensors.torch import load_file
 
 from sana_cli.adapters import LowRank
 from sana_cli.commands.merge import MergeOptions, MergeSummary, merge
 from sana_cli.config.keys import Config
 from sana_cli.errors import SanaError
+from sana_cli.model import build
+from sana_cli.sampling.pipeline import open_pipeline
 from sana_cli.weights import checkpoint
 from sana_cli.weights.adapters import shapes_of, write_adapter
+from sana_cli.weights.reader import read_weights
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -79,10 +84,10 @@ def test_scales_and_several_adapters_are_merged_as_they_are_worn(
     write_adapter(tmp_path / "second.safetensors", second, shapes)
     given = (f"{run}:0.5", f"{tmp_path / 'second.safetensors'}:-2")
     merging(base, tmp_path / "both", adapter=given)
-    from sana_cli.weights.worn import read_worn
+    from sana_cli.weights.applied import read_applied
 
-    worn = [one.changes for one in read_worn(given, model.config)]
-    torch.testing.assert_close(output(tmp_path / "both"), output(base, worn=worn), rtol=0, atol=5e-6)
+    applied = [one.changes for one in read_applied(given, model.config)]
+    torch.testing.assert_close(output(tmp_path / "both"), output(base, applied=applied), rtol=0, atol=5e-6)
     assert not torch.allclose(output(tmp_path / "both"), output(base), atol=1e-3)
 
 
@@ -117,6 +122,8 @@ def test_what_cannot_be_merged_is_said(adapted: tuple[Path, Path], tmp_path: Pat
     for place, out, adapter, match in (
         (base, new, (), "has no adapters of its own"),
         (run, base, (), "is there already"),
+        (checkpoint.steps(run)[-1], checkpoint.steps(run)[-1] / "in", (), "is inside"),
+        (base, new, (f"{run}:1e39",), "not finite"),
         (base, new, ("nowhere",), "no file or folder nowhere"),
         (base, new, (f"{run}:nan",), "not a finite number"),
         (base, new, (str(base),), "trained all weights, not adapters"),
@@ -133,8 +140,46 @@ def test_an_adapter_is_described(adapted: tuple[Path, Path]) -> None:
     step = checkpoint.steps(run)[-1]
     file = step / "pytorch_lora_weights.safetensors"
     found = json.loads(invoke("inspect", "--json", str(file)).stdout)
-    assert (found["kind"], found["form"], found["of"]) == ("adapter", "diffusers (DoRA)", "base")
+    assert (found["kind"], found["form"], found["of"]) == (
+        "adapter",
+        "diffusers (DoRA)",
+        "base/checkpoints/step-000002",
+    )
     assert {row["layer"] for row in found["table"]} >= {"attn1.to_q", "ff.conv_inverted"}
     whole = json.loads(invoke("inspect", "--json", str(run)).stdout)
     assert whole["adapters"] == "DoRA of rank 2 on 10 layers"
-    assert whole["of"].startswith("base (diffusers, ")
+    assert whole["of"].startswith("base/checkpoints/step-000002 (diffusers, ")
+
+
+def test_a_merged_model_keeps_what_it_predicts_and_no_score(config: Config, tmp_path: Path) -> None:
+    embedded(config)
+    base = config.run.dir.with_name("base")
+    own = ("objective.prediction_type=sample", "optim.lr=0.02")
+    trained(again(config, "train.steps=2", f"run.dir={base}", *own))
+    trained(again(config, f"train.init_from={base}", "adapter.kind=lora", *own))
+    precious = tmp_path / "m.partial" / "mine.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    merging(config.run.dir, tmp_path / "m")
+    assert precious.read_text() == "mine"
+    alone = tmp_path / "alone.safetensors"
+    shutil.copyfile(tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors", alone)
+    assert read_weights(alone).prediction_type == "sample"
+    record = checkpoint.read_record(tmp_path / "m")
+    assert (record.base, record.score) == (None, None)
+    assert "lora" not in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_a_merged_official_model_keeps_its_text(tmp_path: Path) -> None:
+    """Official models were trained under another instruction than diffusers sends, and without lower case."""
+    model = build(published("Sana 0.6B", num_layers=1), seed=0)
+    file = tmp_path / "sana.pth"
+    torch.save({"state_dict": official(model.state_dict(), False)}, file)
+    shapes = shapes_of(model)
+    name = "transformer_blocks.0.attn1.to_q"
+    change = LowRank(torch.ones(1, shapes[name][1]), torch.ones(shapes[name][0], 1) * 1e-3)
+    write_adapter(tmp_path / "a.safetensors", {name: change}, shapes)
+    merging(file, tmp_path / "merged", adapter=(str(tmp_path / "a.safetensors"),))
+    before, after = open_pipeline(file), open_pipeline(tmp_path / "merged")
+    assert (after.text, after.sample, after.origin) == (before.text, before.sample, "official")
+    diffusers.SanaTransformer2DModel.from_pretrained(tmp_path / "merged")

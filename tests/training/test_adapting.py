@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +31,12 @@ from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.kernels import arithmetic_as_asked
 from sana_cli.model import build
-from sana_cli.runtime import files
+from sana_cli.runtime import device, files
 from sana_cli.runtime.hub import hash_tensors
+from sana_cli.sampling.pictures import read_record
 from sana_cli.training.initial import adapted_model, foreign_weights, with_base_recipe
 from sana_cli.training.movement import Movement
+from sana_cli.training.objective import RectifiedFlow
 from sana_cli.weights import checkpoint
 from sana_cli.weights.adapters import read_adapter, shapes_of
 
@@ -329,3 +332,129 @@ def test_what_a_base_was_made_with_is_noted(config: Config, base: Path) -> None:
     files.write_tensors(alone / "diffusion_pytorch_model.safetensors", half)
     start = next(iter(train(TrainOptions(adapting(config, alone)))))
     assert any("is stored in fp16" in note for note in start.notes)  # type: ignore[union-attr]
+
+
+def halved(base: Path, place: Path) -> Path:
+    """The transformer of a run in bf16, on its own."""
+    step = checkpoint.steps(base)[-1] / "transformer"
+    shutil.copytree(step, place)
+    tensors = load_file(step / "diffusion_pytorch_model.safetensors")
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    files.write_tensors(place / "diffusion_pytorch_model.safetensors", half)
+    return place
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+def test_bf16_runs_draw_as_they_drew_and_elsewhere_too(
+    config: Config, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stored: str
+) -> None:
+    """On a machine with bf16 arithmetic to the pixel; on one without, nearly."""
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
+    place = base if stored == "fp32" else halved(base, config.run.dir.with_name("half"))
+    run = adapting(config, place, "train.precision=bf16", f"adapter.kind={kind}", "optim.lr=0.05")
+    trained(run)
+    drawn = np.asarray(Image.open(run.run.dir / "samples" / "step-000004.png")).astype(int)
+    sampled(run.run.dir, "4 two", out=tmp_path / "a.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")).astype(int), drawn)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: False)
+    sampled(run.run.dir, "4 two", out=tmp_path / "b.png")
+    assert np.abs(np.asarray(Image.open(tmp_path / "b.png")).astype(int) - drawn).max() < 16
+
+
+def test_a_base_that_has_gone_on_is_still_found(config: Config, base: Path, tmp_path: Path) -> None:
+    run = adapting(config, base)
+    trained(run)
+    trained(again(config, *BASE, "train.steps=3", f"run.dir={base}"), resume="auto")
+    sampled(run.run.dir, "4", out=tmp_path / "a.png")
+    trained(adapting(config, base, "train.steps=5"), resume="auto")
+
+
+def test_a_step_folder_is_meant_by_what_is_in_it(config: Config, base: Path, tmp_path: Path) -> None:
+    run = adapting(config, base)
+    trained(run)
+    step = last_step(run)
+    whole = sampled(step, "4", out=tmp_path / "a.png").pixels
+    for inside in ("pytorch_lora_weights.safetensors", "transformer"):
+        assert torch.equal(sampled(step / inside, "4", out=tmp_path / "b.png").pixels, whole)
+
+
+def test_a_picture_remembers_adapters_and_base(config: Config, base: Path, tmp_path: Path) -> None:
+    run = adapting(config, base)
+    trained(run)
+    sampled(run.run.dir, "4", out=tmp_path / "a.png")
+    record = read_record(tmp_path / "a.png").as_json()
+    own = last_step(run) / "pytorch_lora_weights.safetensors"
+    assert record["weights_sha256"] == files.sha256_file(own)
+    assert record["base"]["name"] == "base/checkpoints/step-000002"
+    sampled(base, "4", out=tmp_path / "b.png", adapter=(f"{run.run.dir}:0.5",))
+    (adapter,) = read_record(tmp_path / "b.png").as_json()["adapters"]
+    assert (adapter["scale"], adapter["sha256"]) == (0.5, files.sha256_file(own))
+
+
+def test_dora_at_scale_0_is_off(config: Config, base: Path, tmp_path: Path) -> None:
+    run = adapting(config, base, "adapter.kind=dora", "optim.lr=0.05")
+    trained(run)
+    off = sampled(base, "4", out=tmp_path / "a.png", adapter=(f"{run.run.dir}:0",)).pixels
+    assert torch.equal(off, sampled(base, "4", out=tmp_path / "b.png").pixels)
+
+
+def test_raw_adapters_are_the_raw_ones(config: Config, base: Path, tmp_path: Path) -> None:
+    run = adapting(config, base, "optim.lr=0.05", "optim.ema_decay=0.999")
+    trained(run)
+    of_run = sampled(run.run.dir, "4", out=tmp_path / "a.png", weights="raw").pixels
+    on_base = sampled(checkpoint.steps(base)[-1], "4", out=tmp_path / "b.png", weights="raw",
+                      adapter=(str(run.run.dir),)).pixels  # fmt: skip
+    averaged = sampled(run.run.dir, "4", out=tmp_path / "c.png").pixels
+    assert not torch.equal(of_run, averaged)
+    assert not torch.equal(on_base, averaged)
+
+
+def test_other_text_than_an_adapter_was_trained_with_is_noted(
+    config: Config, base: Path, tmp_path: Path
+) -> None:
+    lower = ("text.lowercase=true", f"data.dir={config.run.dir.with_name('lower')}")
+    embedded(again(config, *lower))
+    run = adapting(config, base, *lower)
+    trained(run)
+    notes = sampled(base, "4", out=tmp_path / "a.png", adapter=(str(run.run.dir),)).notes
+    assert any("was trained with another text.lowercase" in note for note in notes)
+    assert not sampled(run.run.dir, "4", out=tmp_path / "b.png").notes
+
+
+def test_a_scheduler_that_is_not_known_gives_no_shift(config: Config, base: Path) -> None:
+    place = config.run.dir.with_name("pipeline")
+    shutil.copytree(checkpoint.steps(base)[-1], place)
+    for name in ("sana.json", "manifest.json"):  # a diffusers pipeline
+        (place / name).unlink()
+    path = place / "scheduler" / "scheduler_config.json"
+    content = files.read_json(path) | {"flow_shift": 5.0}
+    files.write_json(path, content)
+    found = with_base_recipe(adapting(config, place, "objective.flow_shift=null"))
+    assert found.objective.flow_shift == 5
+    files.write_json(path, content | {"use_karras_sigmas": True})
+    with pytest.raises(SanaError, match="the base's scheduler, which is not known"):
+        with_base_recipe(adapting(config, place, "objective.flow_shift=null"))
+
+
+def test_keys_of_adapters_without_a_kind_are_named(config: Config) -> None:
+    with pytest.raises(SanaError, match="adapter.rank: is given, and adapter.kind is not"):
+        again(config, "adapter.rank=4")
+    assert not again(config, "adapter.kind=none", "adapter.rank=4").adapter.on
+
+
+def test_a_run_of_adapters_that_diverges_is_not_told_to_begin_from_them(
+    config: Config, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = adapting(config, base)
+    straight = RectifiedFlow.losses
+    calls = []
+
+    def broken(self: RectifiedFlow, *given: Any) -> torch.Tensor:
+        calls.append(1)
+        return straight(self, *given) * (float("nan") if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(RectifiedFlow, "losses", broken)
+    with pytest.raises(SanaError, match=r"start again with another") as caught:
+        trained(run)
+    assert "init_from" not in str(caught.value)

@@ -20,7 +20,7 @@ from sana_cli.model import build
 from sana_cli.weights.adapter_names import parse
 from sana_cli.weights.adapters import (
     StoredAdapter,
-    is_adapter,
+    is_adapter_file,
     read_adapter,
     shapes_of,
     write_adapter,
@@ -597,13 +597,13 @@ def test_hostile_files_give_one_message(tmp_path: Path) -> None:
 
 def test_adapters_are_told_from_models_by_their_names(tmp_path: Path) -> None:
     for tensors, _ in FORMS.values():
-        assert is_adapter(saved(tmp_path, tensors))
-    assert not is_adapter(saved(tmp_path, {"proj_out.weight": torch.ones(1)}))
-    assert not is_adapter(
+        assert is_adapter_file(saved(tmp_path, tensors))
+    assert not is_adapter_file(saved(tmp_path, {"proj_out.weight": torch.ones(1)}))
+    assert not is_adapter_file(
         saved(tmp_path, ONE | {"base_model.model.x.base_layer.weight": torch.ones(1)})
     )  # unmerged
     (tmp_path / "bad.safetensors").write_bytes(bytes(8) + b"{")
-    assert not is_adapter(tmp_path / "bad.safetensors")
-    assert not is_adapter(tmp_path)
+    assert not is_adapter_file(tmp_path / "bad.safetensors")
+    assert not is_adapter_file(tmp_path)
     save_file(ONE, tmp_path / ADAPTER_WEIGHTS)
-    assert is_adapter(tmp_path)
+    assert is_adapter_file(tmp_path)

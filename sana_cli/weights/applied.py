@@ -3,23 +3,29 @@
 It knows no form of file (`adapters.py`) and no prompts.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sana_cli.adapters import Change
-from sana_cli.config.keys import Architecture
+from sana_cli.choices import Weights
+from sana_cli.config.keys import Architecture, TextConfig
 from sana_cli.errors import SanaError
 from sana_cli.model import build
 from sana_cli.runtime import files, hub
 from sana_cli.weights import checkpoint
 from sana_cli.weights.adapters import StoredAdapter, read_adapter, shapes_of
 
+TEXT_SETTINGS = checkpoint.TEXT_SETTINGS
+TEXT_KEYS = checkpoint.TEXT_KEYS
+
 
 @dataclass(frozen=True)
-class Worn:
+class Applied:
     """An adapter, and how strongly it acts."""
 
     path: Path
@@ -29,6 +35,8 @@ class Worn:
     @property
     def changes(self) -> Mapping[str, Change]:
         """The changes of layers, by name, at this scale."""
+        if self.scale == 0:  # a DoRA would keep its norms
+            return {}
         return {name: change.scaled(self.scale) for name, change in self.stored.layers.items()}
 
     @property
@@ -41,26 +49,53 @@ class Worn:
             "sha256": files.sha256_file(file),
         }
 
-    def note(self, base_sha256: str) -> str | None:
-        """What a person should know of it: that it was trained on another model than the one with this hash."""
-        own = self.stored.metadata.get("base_sha256")
-        if own is None or own == base_sha256:
-            return None
-        return f"{self.path} was trained on another model, {self.stored.metadata.get('base', 'one of another name')}"
+    def notes(self, base_sha256: str, text: TextConfig | None = None) -> list[str]:
+        """What a person should know of it.
+
+        Args:
+            base_sha256: of the model that it is put on; "" where the adapter does not record its own.
+            text: how prompts will be encoded; None: they will not.
+        """
+        found, own = list(self.stored.notes), self.stored.metadata
+        if own.get("base_sha256", base_sha256) != base_sha256:
+            found.append(f"was trained on another model, {own.get('base', 'one of another name')}")
+        with suppress(ValueError, RecursionError):  # of an untrusted file
+            asked = json.loads(own.get(TEXT_SETTINGS, "null"))
+            if text is not None and isinstance(asked, dict):
+                odd = [key for key in TEXT_KEYS if key in asked and asked[key] != getattr(text, key)]
+                if odd:
+                    found.append(
+                        f"was trained with another {', '.join(f'text.{key}' for key in odd)}; a run of adapters is "
+                        "drawn from as it was trained with `checkpoint` RUN"
+                    )
+        return [f"{self.path} {note}" for note in found]
+
+    @property
+    def records_base(self) -> bool:
+        """Whether it says which model it is for."""
+        return "base_sha256" in self.stored.metadata
 
 
-def read_worn(given: Sequence[str], model: Architecture) -> tuple[Worn, ...]:
-    """The adapters that are given, found to fit a model.
+def read_applied(given: Sequence[str], model: Architecture, weights: Weights = "ema") -> tuple[Applied, ...]:
+    """The adapters that are given, found to fit a model; of runs and step folders, these weights.
 
     Raises:
         SanaError: one is missing, damaged, of another model, or its scale is no number.
     """
     shapes = shapes_of(build(model, seed=None))
-    worn = []
+    applied = []
     for text in given:
         path, scale = _path_and_scale(text)
-        worn.append(Worn(path, scale, read_adapter(_file(path), shapes)))
-    return tuple(worn)
+        place = _place(path)
+        stored = read_adapter(place, shapes)
+        if weights == "raw" and place.is_dir() and checkpoint.has_adapters_alone(place):
+            stored = replace(
+                stored,
+                path=place / checkpoint.RAW_WEIGHTS,
+                layers=checkpoint.own_adapters(place, model, weights),
+            )
+        applied.append(Applied(path, scale, stored))
+    return tuple(applied)
 
 
 def _path_and_scale(text: str) -> tuple[Path, float]:
@@ -77,7 +112,7 @@ def _path_and_scale(text: str) -> tuple[Path, float]:
     return Path(head).expanduser(), scale
 
 
-def _file(path: Path) -> Path:
+def _place(path: Path) -> Path:
     """The step folder of a run, or what is named."""
     if not path.exists():
         raise SanaError(
