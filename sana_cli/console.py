@@ -25,7 +25,7 @@ from rich.text import Text
 
 from sana_cli.errors import SanaError, one_line
 from sana_cli.runtime.launch import Launch
-from sana_cli.units import as_json, human_bytes
+from sana_cli.units import as_json, human_bytes, human_factor
 
 if TYPE_CHECKING:
     from sana_cli.dataset.shapes import ShapeReport
@@ -312,7 +312,7 @@ def shapes(reports: Sequence["ShapeReport"], fit: str) -> None:
             one.mean_share,
             one.worst_share,
             len(one.enlarged),
-            f"x{one.enlarged[0].times:.2g}" if one.enlarged else "",
+            human_factor(one.enlarged[0].times) if one.enlarged else "",
         )
         for one in reports
     ]

@@ -34,3 +34,8 @@ def as_json(content: Any, indent: int | None = None) -> str:
     except UnicodeEncodeError:
         return json.dumps(content, indent=indent)
     return text
+
+
+def human_factor(times: float) -> str:
+    """How many times as large, such as x1.7."""
+    return f"x{times:.1f}" if times < 10 else f"x{times:,.0f}"

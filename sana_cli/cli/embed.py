@@ -82,7 +82,7 @@ def _print_plan(plan: "EmbedPlan") -> None:
         {
             "images": "as many as there are" if plan.images is None else plan.images,
             "each": " x ".join(map(str, plan.image_shape))
-            + (f", or as large in one of {plan.shapes} shapes" if plan.shapes > 1 else ""),
+            + (f", or another of {plan.shapes} shapes" if plan.shapes > 1 else ""),
             "image bytes": "unknown" if plan.image_bytes is None else human_bytes(plan.image_bytes),
             "source": str(plan.source["source"]),
             "encoder": plan.encoder["encoder"],

@@ -116,7 +116,7 @@ def _image(config: Config) -> dict[str, Any]:
         shape |= {"buckets": None, "height": height, "width": width}
     else:
         shape |= {"buckets": list(config.data.buckets)}
-    fit = {} if config.data.fit == "crop" else {"fit": config.data.fit}
+    fit = {"fit": config.data.fit}
     if config.data.autoencoder is None:
         return {"kind": "pixels", **shape, **fit}
     name = hub.model_name(config.data.autoencoder)

@@ -116,7 +116,16 @@ def _dataset(options: EvalOptions, place: Path | None) -> tuple[Dataset, Dataset
         raise SanaError(
             f"{directory} holds latents; sana eval judges pixels", "embed it without data.autoencoder"
         )
-    return dataset, Dataset(there) if there is not None and is_dataset(there) else None
+    held_out = Dataset(there) if there is not None and is_dataset(there) else None
+    shapes = {shape: one.directory for one in (dataset, held_out) if one is not None for shape in one.shapes}
+    if len(shapes) > 1:
+        _, height, width = list(shapes)[-1]
+        raise SanaError(
+            f"{directory}{'' if held_out is None else f', {there}'}: images of {len(shapes)} shapes, one of them "
+            f"{height}x{width}; sana eval judges images of one shape",
+            "embed them without data.buckets, and judge by that with `data` DIR",
+        )
+    return dataset, held_out
 
 
 def _data_config(place: Path) -> DataConfig:

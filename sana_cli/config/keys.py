@@ -28,6 +28,7 @@ from sana_cli.config.instructions import NAMED
 
 BUILT_IN = ("mnist", "critters")  # sources that read no path; both have the splits train and test
 MAX_WIDTH = 65536
+LARGEST_BUCKET = 32768
 WARMUP_STEPS, WARMUP_SHARE = 50, 0.1  # the default warm-up, and its largest share of a short run
 PATCH_SIZES = (8, 4, 2, 1)  # tried in this order where a config gives the image size and no patch
 
@@ -61,6 +62,8 @@ def _is_size(value: Any) -> Any:
 def _have_tables(sizes: tuple[int, ...]) -> tuple[int, ...]:
     for size in sizes:
         buckets.unit(size)
+        if size > LARGEST_BUCKET:
+            raise ValueError(f"{size} is too large; the most is {LARGEST_BUCKET}")
     return tuple(sorted(set(sizes)))
 
 
@@ -79,6 +82,12 @@ def _is_device(value: str) -> str:
     return value
 
 
+def _distinct_paths(value: Any) -> Any:
+    if isinstance(value, dict) and len({str(Path(str(key))) for key in value}) < len(value):
+        raise ValueError("names a folder twice")
+    return value
+
+
 def _named_instruction(value: Any) -> Any:
     return NAMED.get(value, value) if isinstance(value, str) else value
 
@@ -94,7 +103,7 @@ Prompts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Sizes = Annotated[
     tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_tuple), AfterValidator(_have_tables)
 ]
-Times = Annotated[float, Field(gt=0)]  # that an image is seen in an epoch
+Times = Annotated[float, Field(ge=1e-3)]  # that an image is seen in an epoch
 
 
 class Section(BaseModel):
@@ -172,10 +181,10 @@ class DataConfig(Section):
         "sizes of the published tables of shapes, such as [1024] or [512, 1024]: an image takes the shape closest to "
         "its own, of the largest size that does not enlarge it; null: all images have image_size",
     )
-    repeats: Times = free(
+    repeats: Times = fixed(
         1.0, "how often an epoch of training has each image; 0.5: half of the images, each time others"
     )
-    also: dict[PathField, Times] = free(
+    also: Annotated[dict[PathField, Times], BeforeValidator(_distinct_paths)] = fixed(
         {},
         "further datasets to train on, with how often an epoch has each of their images: {data/more: 0.5}",
     )
@@ -420,7 +429,8 @@ class TrainConfig(Section):
         "or down at random, so that small ones count too (needs native bf16); averages stay fp32",
     )
     chunk: PositiveInt = fixed(
-        1, "images of one shape that follow each other in the order (needs data.buckets); 1: a plain shuffle"
+        1,
+        "images of one shape that follow each other in the order, where there are several shapes; 1: a plain shuffle",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = fixed(
         0, "of the initial weights, the order of the data and every draw"
@@ -563,9 +573,13 @@ class Config(Section):
         if data.buckets is not None and data.source in BUILT_IN:
             yield f"data.buckets: are for images of many shapes; {data.source} has one, data.image_size"
         here = os.path.realpath(data.dir)
+        named = dict[str, Path]()
         for directory in data.also:
-            if os.path.realpath(directory) == here:
+            if (place := os.path.realpath(directory)) == here:
                 yield f"data.also: {directory} is data.dir as well; data.repeats says how often it is seen"
+            elif place in named:
+                yield f"data.also: {directory} is {named[place]} as well; keep one"
+            named[place] = directory
         if self.text.instruction is not None and self.text.template != "none":
             yield "text.instruction: and text.template exclude each other; keep one"
 

@@ -93,7 +93,23 @@ def open_also(config: Config, dataset: Dataset) -> list[tuple[Dataset, float]]:
     Raises:
         SanaError: one is missing, or its samples or captions are not those of the dataset; names the field.
     """
-    found = [(Dataset(directory), times) for directory, times in config.data.also.items()]
+    split = config.data.held_out
+    held_out = None if split is None else held_out_dir(config.data.dir, split).resolve()
+    found = []
+    for directory, times in config.data.also.items():
+        if directory.resolve() == held_out:
+            raise SanaError(
+                f"data.also: {directory} is what the held-out loss is taken of",
+                "leave it out, or set data.held_out_split=null",
+            )
+        try:
+            found.append((Dataset(directory), times))
+        except SanaError as error:
+            first, *_ = str(error).splitlines()
+            raise SanaError(
+                f"data.also: {first}",
+                f"embed it with: sana embed --set data.dir={directory} and its own data.path",
+            ) from error
     for other, _ in found:
         way_out = "embed it again with this config and another data.path, or leave it out of data.also"
         _check_alike("data.also", other, dataset, way_out, SHAPES)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sana_cli.dataset.reader import Dataset
+from sana_cli.units import human_factor
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,6 @@ def report(dataset: Dataset) -> tuple[ShapeReport, ...]:
 def most_enlarged(reports: tuple[ShapeReport, ...], count: int) -> tuple[str, ...]:
     """The names of the most enlarged images of all shapes, with how much."""
     found = [image for one in reports for image in one.enlarged]
-    return tuple(f"{one.name} x{one.times:.2g}" for one in sorted(found, key=lambda e: -e.times)[:count])
+    return tuple(
+        f"{one.name} {human_factor(one.times)}" for one in sorted(found, key=lambda e: -e.times)[:count]
+    )

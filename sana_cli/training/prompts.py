@@ -35,6 +35,7 @@ class GridPrompts:
     null_caption: Tensor  # (L, D)
     encoder: Encoder  # the fingerprint that checkpoints record
     examples: list[str]  # captions that checkpoints record
+    one_word: bool  # all captions are single words
     words: list[str] | None  # of all captions; None: too many
     notes: tuple[str, ...]  # what a person should know
 
@@ -43,9 +44,11 @@ def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> Gr
     """The prompts of `sample.prompts`, or captions of the dataset. Only unknown prompts need an encoder."""
     texts = {text: caption_id for caption_id, text in enumerate(dataset.texts())}
     index, notes = dataset.index, []
-    cells = grid_cells(_rows(config, dataset, texts), 1, config.sample.seed)
     fingerprint = index.encoder.as_json()
-    further = [text for other, _ in open_also(config, dataset) for text in other.texts()]
+    also = [other for other, _ in open_also(config, dataset)]
+    one_word = all(one.index.one_word_captions for one in (dataset, *also))
+    further = [text for other in also for text in other.texts()]
+    cells = grid_cells(_rows(config, dataset, texts, one_word), 1, config.sample.seed)
     words = {word for text in (*texts, *further) for word in words_of(text)}
     prompts = [cell.prompt for row in cells for cell in row]
     states = {prompt: dataset.states([texts[prompt]])[0] for prompt in prompts if prompt in texts}
@@ -70,6 +73,7 @@ def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> Gr
         null_caption=dataset.states([index.null_caption])[0],
         encoder=Encoder.model_validate(fingerprint),
         examples=[text for text in list(texts)[: MOST_EXAMPLES + 1] if text],
+        one_word=one_word,
         words=sorted(words) if len(words) <= MOST_WORDS else None,
         notes=tuple(notes),
     )
@@ -81,9 +85,11 @@ def _shapes(dataset: Dataset, count: int) -> list[Shape]:
     return [common[number % len(common)] for number in range(count)]
 
 
-def _rows(config: Config, dataset: Dataset, texts: Mapping[str, int]) -> list[tuple[str, ...]]:
+def _rows(
+    config: Config, dataset: Dataset, texts: Mapping[str, int], one_word: bool
+) -> list[tuple[str, ...]]:
     if config.sample.prompts is not None:
-        return prompt_rows(config.sample.prompts, dataset.index.one_word_captions)
+        return prompt_rows(config.sample.prompts, one_word)
     captions = _in_order(dataset, texts)
     captions = captions[:: max(1, len(captions) // GRID_CAPTIONS)][:GRID_CAPTIONS]
     return [tuple(captions[at : at + 10]) for at in range(0, len(captions), 10)]

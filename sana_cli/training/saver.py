@@ -108,7 +108,7 @@ class Saver:
             step=self.step,
             parameters=self.plan.parameters,
             encoder=prompts.encoder,
-            one_word_captions=index.one_word_captions,
+            one_word_captions=prompts.one_word,
             example_captions=prompts.examples,
             image=index.image,
             autoencoder=index.image.autoencoder,

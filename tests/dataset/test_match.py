@@ -9,6 +9,7 @@ from helpers import HELD_OUT, again, embedded, trained
 
 from sana_cli.commands.train import TrainOptions, TrainStart, train
 from sana_cli.config.keys import Config
+from sana_cli.dataset.match import open_also
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files
@@ -56,3 +57,13 @@ def test_a_held_out_split_that_is_missing_or_of_another_kind(config: Config) -> 
         SanaError, match=r"data\.held_out_split: .*data-test has encoder max_length 7, and .*data has 300"
     ):
         trained(watched)
+
+
+def test_the_held_out_part_is_not_trained_on(config: Config) -> None:
+    there = config.data.dir.with_name("data-test")
+    held = again(config, "data.held_out_split=test", f"data.also={{{there}: 1}}")
+    embedded(held)
+    with pytest.raises(SanaError, match=r"data\.also: .*data-test is what the held-out loss is taken of"):
+        open_also(held, Dataset(config.data.dir))
+    with pytest.raises(SanaError, match=r"data\.also: no dataset in nowhere\n.*data\.dir=nowhere"):
+        open_also(again(config, "data.also={nowhere: 1}"), Dataset(config.data.dir))

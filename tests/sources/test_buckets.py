@@ -96,8 +96,10 @@ def test_an_image_of_a_shape_keeps_it() -> None:
             "model.patch_size: shapes of size 512 .* 32 pixels, which 64 does not divide; .* is 1024",
         ),
         (["data.also={data/quickstart: 2}"], "data.also: data/quickstart is data.dir as well; data.repeats"),
-        (["data.also={data/other: 0}"], "data.also must be greater than 0"),
-        (["data.repeats=0"], "data.repeats must be greater than 0"),
+        (["data.also={data/other: 0}"], "data.also must be greater than or equal to 0.001"),
+        (["data.also={data/a: 1, ./data/a: 2}"], "data.also names a folder twice"),
+        (["data.buckets=[40000]"], "40000 is too large; the most is 32768"),
+        (["data.repeats=0"], "data.repeats must be greater than or equal to 0.001"),
     ],
 )
 def test_sizes_that_do_not_fit_are_one_message(overrides: list[str], message: str) -> None:
