@@ -141,12 +141,8 @@ class Embedder:
             )
 
     def _of_one_shape(self, entries: Sequence[Entry], images: Sequence[Fitted]) -> writer.Images:
-        parts = []
-        for begin in range(0, len(entries), IMAGES_AT_ONCE):
-            pixels = np.stack([image.pixels for image in images[begin : begin + IMAGES_AT_ONCE]])
-            parts.append(self._sample(torch.from_numpy(pixels), entries[begin].id))
         return writer.Images(
-            pixels=torch.cat(parts),
+            pixels=self._samples(entries, images),
             original_sizes=[image.original for image in images],
             sample_ids=[entry.id for entry in entries],
             captions=[entry.captions for entry in entries],
@@ -159,13 +155,19 @@ class Embedder:
             names=list(self.attributes),
         )
 
-    def _sample(self, pixels: Tensor, first: str) -> Tensor:
+    def _samples(self, entries: Sequence[Entry], images: Sequence[Fitted]) -> Tensor:
+        """Pixels (n, C, H, W) uint8 of images of one shape, or their latents."""
         if self.autoencoder is None:
-            return pixels
-        latents = self.autoencoder.encode(pixels.float() / 127.5 - 1)
-        if not latents.isfinite().all():
-            raise SanaError(f"the autoencoder gave latents that are not finite, from {first} on")
-        return latents
+            return _stacked(images)
+        parts = []
+        for begin in range(0, len(entries), IMAGES_AT_ONCE):
+            pixels = _stacked(images[begin : begin + IMAGES_AT_ONCE])
+            parts.append(self.autoencoder.encode(pixels.float() / 127.5 - 1))
+            if not parts[-1].isfinite().all():
+                raise SanaError(
+                    f"the autoencoder gave latents that are not finite, from {entries[begin].id} on"
+                )
+        return torch.cat(parts)
 
     def reasons(self) -> Iterator[str]:
         """Why entries were left out, a few of them."""
@@ -173,6 +175,10 @@ class Embedder:
         return (
             f"{entry.name}: {entry.reason}" for entry in (record.skipped[:FIRST_SKIPPED] if record else [])
         )
+
+
+def _stacked(images: Sequence[Fitted]) -> Tensor:
+    return torch.from_numpy(np.stack([image.pixels for image in images]))
 
 
 class _Background:

@@ -5,6 +5,7 @@ Shapes: B rows asked for, C H W of an image, D width of a caption state.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,10 +27,27 @@ from sana_cli.errors import SanaError
 from sana_cli.runtime import files, records
 
 S = TypeVar("S", bound=records.Shard)
+MOST_OPEN = 1024  # shards of a kind in a dataset; Linux lets a process map 65,530 files
+
+
+class _Shards:
+    """The tensors of shards of one kind, by number. The MOST_OPEN that were read last stay mapped."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._read = lru_cache(MOST_OPEN)(files.read_tensors)  # threads may share it
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return self._read(self._paths[number])
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return map(self._read, self._paths)
 
 
 class Dataset:
     """A finished dataset, memory-mapped: memory holds what is asked for, not the dataset.
+
+    Every file is checked when the dataset is opened. Of thousands, some are opened again when they are read.
 
     Raises:
         SanaError: there is none, it is of another version, or a file is missing, truncated or damaged.
@@ -56,8 +74,8 @@ class Dataset:
         ):
             if sum(shard.count for shard in shards) != count:
                 raise SanaError(f"{directory / INDEX}: {kind}: its shards do not have as many as it says")
-        self._captions = [self._open(shard, self._captions_fit) for shard in self.index.captions]
-        self._images = [self._open(shard, self._images_fit) for shard in self.index.images]
+        self._captions = self._open(self.index.captions, self._captions_fit)
+        self._images = self._open(self.index.images, self._images_fit)
         self.shapes = self.index.shapes  # with the number of images of each, largest shape first
         numbers = {shape: number for number, shape in enumerate(self.shapes)}
         channels = self.index.image.channels
@@ -66,17 +84,20 @@ class Dataset:
         self._caption_starts = np.cumsum([0, *(shard.count for shard in self.index.captions)])
         self._image_starts = np.cumsum([0, *(shard.count for shard in self.index.images)])
 
-    def _open(self, shard: S, fit: Callable[[dict[str, Tensor], S], bool]) -> dict[str, Tensor]:
-        path = self.directory / shard.file
-        files.check_size(path, shard.bytes)
-        tensors = files.read_tensors(path)
-        try:
-            whole = fit(tensors, shard)
-        except (KeyError, IndexError, RuntimeError):  # a tensor is missing or empty
-            whole = False
-        if not whole:
-            raise self._damaged(path)
-        return tensors
+    def _open(self, shards: Sequence[S], fit: Callable[[dict[str, Tensor], S], bool]) -> _Shards:
+        """Check every shard."""
+        paths = [self.directory / shard.file for shard in shards]
+        opened = _Shards(paths)
+        for path, shard in zip(paths, shards, strict=True):
+            files.check_size(path, shard.bytes)
+        for path, tensors, shard in zip(paths, opened, shards, strict=True):
+            try:
+                whole = fit(tensors, shard)
+            except (KeyError, IndexError, RuntimeError):  # a tensor is missing or empty
+                whole = False
+            if not whole:
+                raise self._damaged(path)
+        return opened
 
     def _damaged(self, path: Path) -> SanaError:
         return SanaError(
@@ -210,7 +231,8 @@ class Dataset:
 
     def original_sizes(self) -> np.ndarray:
         """Height and width of every image before it was fitted, (n, 2)."""
-        return torch.cat([shard["original_sizes"] for shard in self._images]).numpy()
+        # copies: what is read of a shard keeps its file mapped
+        return torch.cat([shard["original_sizes"].clone() for shard in self._images]).numpy()
 
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:
         """The ids of each image's captions, at least one."""
@@ -241,7 +263,7 @@ class Dataset:
         columns = len(self.attributes)
         if rows is None:
             parts = [
-                shard.get("attributes", torch.empty(entry.count, 0, dtype=torch.int32))
+                shard.get("attributes", torch.empty(entry.count, 0, dtype=torch.int32)).clone()
                 for shard, entry in zip(self._images, self.index.images, strict=True)
             ]
         else:
@@ -292,7 +314,7 @@ def _named(says: Tensor, ids: Tensor, shown: Tensor) -> bool:
 
 
 def _locate(
-    shards: Sequence[dict[str, Tensor]], starts: np.ndarray, rows: Sequence[int] | np.ndarray
+    shards: _Shards, starts: np.ndarray, rows: Sequence[int] | np.ndarray
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
     """The shard of each row, and the row inside it; `starts` are the first rows of shards."""
     numbers = np.searchsorted(starts, rows, side="right") - 1

@@ -90,12 +90,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a safetensors file, memory-mapped.
 
     Raises:
-        SanaError: it is missing or damaged.
+        SanaError: it is missing or damaged, or the system maps no more files.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError, TypeError, ValueError, OverflowError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        MemoryError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:
+        # ENOMEM: safetensors makes a MemoryError of it, and torch a RuntimeError
+        if isinstance(error, MemoryError) or "Cannot allocate memory" in str(error):
+            raise SanaError(
+                f"{path} cannot be mapped into memory: {one_line(str(error))}",
+                "free memory, or let a process map more files: sudo sysctl vm.max_map_count=1000000",
+            ) from error
         raise SanaError(f"{path} is damaged or missing: {error}") from error
 
 

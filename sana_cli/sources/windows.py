@@ -1,6 +1,7 @@
 """Read a source in windows (fixed runs of entries), decoded ahead by other processes.
 
-Memory holds one window, however large the source. It knows no encoder and no dataset.
+A window is read whole. Memory holds about three, however large the source: one that is read, one that
+is encoded and one that is written. It knows no encoder and no dataset.
 """
 
 import itertools

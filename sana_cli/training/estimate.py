@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from sana_cli.adapters import attach, changes_from, is_adapter
 from sana_cli.config.keys import Architecture, Config, OptimConfig
-from sana_cli.dataset.reader import Dataset
+from sana_cli.dataset.trainset import Mixture
 from sana_cli.kernels import arithmetic_as_asked
 from sana_cli.model import SanaTransformer, build
 from sana_cli.runtime.device import has_native_bf16, resident_memory
@@ -123,7 +123,7 @@ def training_memory(
     model: Architecture,
     config: Config,
     objective: Objective,
-    dataset: Dataset,
+    train_set: Mixture,
     placement: Placement,
     drawn: int,
     available: int | None = None,
@@ -134,13 +134,17 @@ def training_memory(
         model: the architecture.
         config: its `optim`, `adapter`, `train` and batch.
         objective: what a step minimises.
-        dataset: what is read, which stays mapped.
+        train_set: what is read, which stays mapped.
         placement: device, precision and processes.
         drawn: images of a sample grid, which are sampled at once where there is room.
         available: bytes that the device has for this process; None: as many as it takes.
     """
     train, optim, device = config.train, config.optim, placement.device
-    (_, *side), tokens = next(iter(dataset.shapes)), dataset.longest_caption()
+    datasets = [part.dataset for part in train_set.parts]
+    (_, *side), (_, *sampled_side) = train_set.shapes[0], next(iter(datasets[0].shapes))  # the largest
+    tokens = max(dataset.longest_caption() for dataset in datasets)
+    in_step = train.batch_size * train.accumulate
+    has_rounds = train.accumulate > 1 or (len(train_set.shapes) > 1 and in_step > 1)
     program = 0 if device.type == "cuda" else program_memory(model, config, placement.precision)
     as_asked = nullcontext() if device.type == "cpu" else arithmetic_as_asked()
     adapters = adapter_parameters(model, config.adapter) if config.adapter.on else {}
@@ -151,7 +155,7 @@ def training_memory(
         batch = _batch(model, train.batch_size, (side[0], side[1]), tokens)
         peak = _Peak()
         with peak, torch.autocast("cpu", enabled=False):  # casts are kept for a step, as in training
-            for _ in range(min(train.accumulate, 2)):  # the second begins with gradients
+            for _ in range(1 + has_rounds):  # the second begins with gradients
                 objective.losses(fake, batch).sum().backward()
         moved = _bytes(moving.values())
         of_gradients = peak.peak - moved
@@ -161,7 +165,7 @@ def training_memory(
 
         def sampled(images: int) -> int:
             with _Peak() as sampling, torch.no_grad():
-                objective.losses(fake, _batch(model, 2 * images, (side[0], side[1]), tokens))
+                objective.losses(fake, _batch(model, 2 * images, (sampled_side[0], sampled_side[1]), tokens))
             return sampling.peak
 
         of_one, of_all = sampled(1), sampled(min(drawn, MOST_IMAGES))
@@ -173,7 +177,8 @@ def training_memory(
         in_use, average = (moved if average else 0), 0  # while samples are drawn, without gradients
     copy = moved if placement.world.size > 1 and shards == 1 else 0  # DDP's buckets
     whole = weights if shards > 1 else 0  # rank 0 samples with all weights
-    read = min(1.0, train.steps * train.batch_size * train.accumulate / len(dataset))
+    epochs = train.steps * in_step / train_set.images_per_epoch
+    read = sum(min(1.0, epochs * part.times) * part.dataset.bytes for part in train_set.parts)
     held = Memory(
         program=program,
         weights=weights // shards,
@@ -181,7 +186,7 @@ def training_memory(
         average=average // shards,
         optimizer=optimizer_bytes(moving.items(), optim) // shards,
         activations=0,
-        dataset=0 if device.type == "cuda" else int(read * dataset.bytes),
+        dataset=0 if device.type == "cuda" else int(read),
     )
     room = of_all if available is None else int(SHARE_OF_FREE_MEMORY * max(0, available - held.total))
     of_samples = max(of_one, min(of_all, room)) + in_use + whole - moved

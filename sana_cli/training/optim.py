@@ -19,6 +19,7 @@ from sana_cli.runtime.distributed import replicate, replicate_like, shard_like
 INSTABILITY_DECAY = 0.9999  # CAME's third beta, as in the official configs
 EPS_SQUARE, EPS_INSTABILITY = 1e-30, 1e-16  # CAME's, as there
 CHUNK = 1 << 20  # numbers that are rounded at once
+EXPONENT = 0x7F800000  # its bits in a float32; all ones in NaNs and infinities
 RETURNED = 1 << 25  # bf16 numbers that move before the memory of their float32 copies is returned
 
 
@@ -104,14 +105,15 @@ class Came(torch.optim.Optimizer):
 
     def _move(self, parameter: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
         slots, lr, (of_update, of_square, of_instability) = self.state[parameter], group["lr"], group["betas"]
-        update = _inverse_root(slots, "exp_avg_sq", grad.square().add_(EPS_SQUARE), of_square).mul_(grad)
-        update.div_((torch.linalg.vector_norm(update) / update.numel() ** 0.5).clamp_(min=1.0))
+        update = _over_root(grad, slots, "exp_avg_sq", grad.square().add_(EPS_SQUARE), of_square)
+        size = replicate(torch.linalg.vector_norm(update)) / update.numel() ** 0.5
+        update.div_(size.clamp_(min=1.0))
         if "exp_avg" not in slots:
             slots["exp_avg"] = torch.zeros_like(parameter)
         average = slots["exp_avg"].mul_(of_update).add_(update, alpha=1 - of_update)
         if parameter.ndim == 2:
             instability = update.sub_(average).square_().add_(EPS_INSTABILITY)
-            update = _inverse_root(slots, "exp_avg_res", instability, of_instability).mul_(average)
+            update = _over_root(average, slots, "exp_avg_res", instability, of_instability)
         else:
             update = average.clone()
         if group["weight_decay"]:
@@ -119,13 +121,18 @@ class Came(torch.optim.Optimizer):
         parameter.sub_(update.mul_(lr))
 
 
-def _inverse_root(slots: dict[str, Tensor], kind: str, squares: Tensor, decay: float) -> Tensor:
-    """1 / sqrt of the running mean of squares; of a matrix (o, i), from the means of its rows and columns."""
+def _over_root(tensor: Tensor, slots: dict[str, Tensor], kind: str, squares: Tensor, decay: float) -> Tensor:
+    """A tensor / sqrt of the running mean of squares, sharded as the tensor is.
+
+    The mean of a matrix (o, i) comes from the means of its rows and columns.
+    """
     if squares.ndim != 2:
-        return _averaged(slots, kind, squares, decay).rsqrt()
+        return _averaged(slots, kind, squares, decay).rsqrt().mul_(tensor)
     row = _averaged(slots, f"{kind}_row", replicate(squares.mean(-1)), decay)
     col = _averaged(slots, f"{kind}_col", replicate(squares.mean(-2)), decay)
-    return (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+    of_rows = (row / row.mean(-1, keepdim=True)).rsqrt_()
+    # one after the other: their product would be whole in every process
+    return (tensor * of_rows.unsqueeze(-1)).mul_(col.rsqrt().unsqueeze(-2))
 
 
 def _averaged(slots: dict[str, Tensor], kind: str, value: Tensor, decay: float) -> Tensor:
@@ -151,7 +158,9 @@ def round_at_random(tensor: Tensor, into: Tensor, key: str) -> None:
         bits = numbers[at : at + CHUNK].view(torch.int32)
         noise = _hash(torch.arange(at, at + len(bits), dtype=torch.int32, device=bits.device), first, second)
         # bf16 is the upper half of float32: what the lower half and the noise carry over rounds up
-        rounded[at : at + CHUNK] = noise.add_(bits).bitwise_and_(-0x10000).view(torch.float32)
+        drawn = noise.add_(bits).bitwise_and_(-0x10000).view(torch.float32)
+        is_finite = (bits & EXPONENT) != EXPONENT  # what is added to a NaN may carry into its sign
+        rounded[at : at + CHUNK] = torch.where(is_finite, drawn, numbers[at : at + CHUNK])
 
 
 def _hash(x: Tensor, first: int, second: int) -> Tensor:

@@ -13,6 +13,7 @@ from sana_cli.config.document import yaml_value
 from sana_cli.config.keys import Architecture, Config
 from sana_cli.dataset.match import check_matches, resolve_architecture
 from sana_cli.dataset.reader import Dataset
+from sana_cli.dataset.trainset import Mixture
 from sana_cli.errors import SanaError
 from sana_cli.model import build
 from sana_cli.runtime.device import (
@@ -29,7 +30,7 @@ from sana_cli.training.optim import optimizer_bytes
 from sana_cli.training.prompts import GRID_CAPTIONS
 from sana_cli.training.task import make_objective, make_train_set
 from sana_cli.training.trainable import Trainable
-from sana_cli.training.trainer import Placement
+from sana_cli.training.trainer import Placement, adds_too_many_in_bf16, check_micro_batches
 from sana_cli.units import human_bytes
 from sana_cli.weights.checkpoint import adapter_parameters, parameter_count
 
@@ -100,7 +101,8 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
     """The plan of a run that begins.
 
     Raises:
-        SanaError: the dataset is not the config's, or the device, TensorBoard or precision cannot be had.
+        SanaError: the dataset is not the config's, or the device, TensorBoard or precision cannot be had,
+            or a step has too many micro-batches for bf16 gradients.
     """
     train = config.train
     check_matches(config, dataset)
@@ -121,7 +123,9 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
     parameters = parameter_count(empty.parameters())
     processes = launch().size
     batch = train.batch_size * train.accumulate * processes
-    each = make_train_set(config, dataset).images_per_epoch
+    train_set = make_train_set(config, dataset)
+    each = train_set.images_per_epoch
+    check_micro_batches(train, batch, len(train_set.shapes), processes)
     one = _checkpoint_bytes(config, model)
     placement = Placement(device, precision, World(launch().rank, processes))
     existing = next(
@@ -151,7 +155,7 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
         disk_free=shutil.disk_usage(existing).free,
         model=model,
         prediction_type=config.objective.prediction_type,
-        memory=_memory(config, dataset, model, placement) if with_memory else None,
+        memory=_memory(config, train_set, model, placement) if with_memory else None,
     )
 
 
@@ -188,7 +192,7 @@ def _checkpoint_bytes(config: Config, model: Architecture) -> int:
     return weights + average + optimizer_bytes(moving.items(), config.optim)
 
 
-def _memory(config: Config, dataset: Dataset, model: Architecture, placement: Placement) -> MemoryPlan:
+def _memory(config: Config, train_set: Mixture, model: Architecture, placement: Placement) -> MemoryPlan:
     from sana_cli.training import estimate  # slow to import, and training has no use for it
 
     objective, device = make_objective(config, model, placement.precision), placement.device
@@ -198,7 +202,7 @@ def _memory(config: Config, dataset: Dataset, model: Architecture, placement: Pl
 
     def needed(config: Config) -> estimate.Memory:
         return estimate.training_memory(
-            model, config, objective, dataset, placement, GRID_CAPTIONS, available
+            model, config, objective, train_set, placement, GRID_CAPTIONS, available
         )
 
     memory = needed(config)
@@ -206,6 +210,10 @@ def _memory(config: Config, dataset: Dataset, model: Architecture, placement: Pl
     if available is not None and memory.total > available:
         advice = f"more than the {human_bytes(available)} that {device} has free"
         for smaller in estimate.smaller(config, device):
+            train, processes = smaller.train, placement.world.size
+            images = train.batch_size * train.accumulate * processes
+            if adds_too_many_in_bf16(train, images, len(train_set.shapes), processes):
+                continue
             total = needed(smaller).total
             options = " ".join(f"--set {key}={value}" for key, value in _changes(config, smaller))
             if total <= available:

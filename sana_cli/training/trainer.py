@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sana_cli.config.keys import Config
+from sana_cli.config.keys import Config, TrainConfig
 from sana_cli.errors import Interrupted, SanaError
 from sana_cli.model import SanaTransformer
 from sana_cli.runtime.distributed import Replicas, World, shard, shard_like, whole
@@ -27,6 +27,7 @@ from sana_cli.training.task import Task
 from sana_cli.training.trainable import WeightAverage
 
 MOST_NAMED = 8  # samples in the message about a loss that is not finite
+MOST_IN_BF16 = 256  # micro-batches that a bf16 gradient adds up: equal ones lose 3 % at 512, 20 % at 1024
 OBJECTIVE = "objective."  # before the names of parameters that an objective brings
 StopSignal = Callable[[], int | None]  # the number of the signal that asks for an end, or None
 
@@ -53,6 +54,34 @@ class Step:
     def loss(self) -> float:
         """Mean over the images."""
         return float(self.losses.mean())
+
+
+def most_micro_batches(images: int, shapes: int, batch_size: int, processes: int) -> int:
+    """Micro-batches of a step in one process, at most; of one shape, exactly."""
+    runs = (images + min(shapes, images) * (batch_size - 1)) // batch_size  # the last of a shape may be short
+    return -(-runs // processes)
+
+
+def adds_too_many_in_bf16(train: TrainConfig, images: int, shapes: int, processes: int) -> bool:
+    """Whether bf16 gradients of a step would be too small: what is added would round away."""
+    most = most_micro_batches(images, shapes, train.batch_size, processes)
+    return train.weights == "bf16" and most > MOST_IN_BF16
+
+
+def check_micro_batches(train: TrainConfig, images: int, shapes: int, processes: int) -> None:
+    """Refuse steps of more micro-batches than bf16 gradients can add up.
+
+    Raises:
+        SanaError: a step of these `images` may have more, in this many `shapes` and `processes`.
+    """
+    if adds_too_many_in_bf16(train, images, shapes, processes):
+        most = most_micro_batches(images, shapes, train.batch_size, processes)
+        raise SanaError(
+            f"train.weights: bf16 gradients add up at most {MOST_IN_BF16} micro-batches, "
+            f"and a step may have {most}",
+            "use a larger train.batch_size, a smaller train.accumulate, or train.weights=fp32",
+            exit_code=2,
+        )
 
 
 class NotFiniteError(SanaError):
@@ -93,10 +122,14 @@ class Trainer:
             placement: device, precision and processes.
             images: how many a step sees, over all micro-batches and processes.
             average: the averaged weights so far, by name; None: a copy of the model's.
+
+        Raises:
+            SanaError: a step has too many micro-batches for bf16 gradients.
         """
         self.task, self.config, self.placement, self.images = task, config, placement, images
         self.step = 0
         train, world, device = config.train, placement.world, placement.device
+        check_micro_batches(train, images, len(task.train_set.shapes), world.size)
         self.sharded = world.size > 1 and train.parallel == "fsdp"
         task.trainable.freeze_others(model)
         if train.weights == "bf16":

@@ -3,13 +3,16 @@
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import again, embedded
 
 from sana_cli import sources as data
 from sana_cli.config.keys import Config
+from sana_cli.dataset import reader
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files
@@ -121,6 +124,62 @@ def test_a_shard_without_attributes_has_none(config: Config) -> None:
     dataset = Dataset(config.data.dir)
     assert dataset.attribute_ids().tolist() == [[-1]] * 40
     assert dataset.caption_attributes(np.arange(2)) == [[[], []]] * 2
+
+
+def test_more_shards_than_stay_open_are_read_alike(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is checked, and few are mapped afterwards."""
+    monkeypatch.setattr("sana_cli.commands.embed.IMAGES_AT_ONCE", 5)
+    monkeypatch.setattr("sana_cli.commands.embed.writer.WINDOW", 5)
+    few = again(config, f"data.dir={config.data.dir}-few")
+    embedded(few)
+    rows = np.random.default_rng(0).permutation(40)
+
+    def content(dataset: Dataset) -> list[object]:
+        texts = dataset.texts()
+        ids = dataset.caption_ids(rows)
+        return [
+            dataset.images(rows).tolist(), [[texts[i] for i in row] for row in ids], dataset.sample_ids(rows),
+            dataset.original_sizes().tolist(), dataset.attribute_ids().tolist(), dataset.longest_caption(),
+            [state.tolist() for state in dataset.states(np.concatenate(ids))],
+        ]  # fmt: skip
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(few.data.dir))
+
+    expected = content(Dataset(few.data.dir))
+    assert len(list(few.data.dir.glob("images-*"))) == 8
+    monkeypatch.setattr(reader, "MOST_OPEN", 3)
+    dataset = Dataset(few.data.dir)
+    assert content(dataset) == expected
+    if Path("/proc/self/maps").exists():
+        assert 0 < mapped() <= 6
+        sizes = dataset.original_sizes(), dataset.attribute_ids()
+        del dataset
+        assert mapped() == 0, sizes
+    shard = few.data.dir / "images-00001.safetensors"
+    files.write_tensors(shard, files.read_tensors(few.data.dir / "images-00000.safetensors"))
+    with shard.open("r+b") as file:
+        file.write(b"\0")
+    with pytest.raises(SanaError, match=r"images-00001\.safetensors is damaged"):
+        Dataset(few.data.dir)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to mmap 24 bytes from file <x>: Cannot allocate memory (12)"),
+        MemoryError("Cannot allocate memory (os error 12)"),
+    ],
+)
+def test_a_system_that_maps_no_more_files_is_one_message(
+    config: Config, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(files, "safe_open", fails)
+    with pytest.raises(SanaError, match=r"safetensors cannot be mapped into memory: .*\n.*vm\.max_map_count"):
+        Dataset(config.data.dir)
 
 
 def test_missing_and_truncated_files_are_named(config: Config) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Sana, again, embedded
+from helpers import Sana, again, embedded, small_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sana_cli.config.file import load_config
@@ -16,6 +16,7 @@ from sana_cli.model import build, is_matrix
 from sana_cli.training import estimate
 from sana_cli.training.objective import RectifiedFlow
 from sana_cli.training.optim import Optimizer
+from sana_cli.training.task import make_train_set
 from sana_cli.training.trainer import Placement
 from sana_cli.weights.checkpoint import adapter_parameters
 
@@ -36,8 +37,9 @@ def on_cuda(config: Config, dataset: Dataset, images: int, precision: str = "fp3
     """The estimate for a GPU, in a run that samples this many images at once."""
     model = resolve_architecture(config, dataset)
     objective = RectifiedFlow(config.objective, model.timestep_scale, precision)
+    placement = Placement(torch.device("cuda"), precision)
     return estimate.training_memory(
-        model, config, objective, dataset, Placement(torch.device("cuda"), precision), images
+        model, config, objective, make_train_set(config, dataset), placement, images
     )
 
 
@@ -102,8 +104,39 @@ def test_bf16_weights_and_adapters_are_counted(config: Config, monkeypatch: pyte
 
 def test_a_step_of_several_micro_batches_holds_gradients_while_it_computes(config: Config) -> None:
     dataset = Dataset(config.data.dir)
-    one, many = (on_cuda(again(config, f"train.accumulate={n}"), dataset, 1) for n in (1, 5))
-    assert many.total > one.total
+    one, two, many = (on_cuda(again(config, f"train.accumulate={n}"), dataset, 1) for n in (1, 2, 5))
+    assert many.total == two.total > one.total
+
+
+def test_further_datasets_are_counted(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is as large as one of the largest samples; steps of several shapes have several micro-batches."""
+    other = small_config(tmp_path / "larger", "data.image_size=32")
+    embedded(other)
+    small, large = Dataset(config.data.dir), Dataset(other.data.dir)
+    monkeypatch.setattr(Dataset, "longest_caption", lambda it: 9 if it.directory == other.data.dir else 2)
+
+    def found(of: Config, dataset: Dataset, *overrides: str) -> estimate.Memory:
+        size = f"data.image_size={dataset.image_shape[1]}"
+        return on_cuda(small_config(of.data.dir.parent, size, *overrides), dataset, 1)
+
+    also, more = f"data.also={{{other.data.dir}: 0.5}}", ("train.batch_size=32", "train.accumulate=2")
+    as_large = found(other, large, *more)
+    assert found(config, small, also, *more) == as_large
+    assert found(config, small, *more).activations < as_large.activations / 2
+    assert found(config, small, also, more[0]) == as_large, "images of two shapes are two micro-batches"
+    assert found(other, large, more[0]).total < as_large.total
+    ones = found(config, small, also, "train.batch_size=1"), found(other, large, "train.batch_size=1")
+    assert ones[0].activations == ones[1].activations, "but not of a single image"
+    monkeypatch.setattr(estimate, "program_memory", lambda *_: 0)
+    train_set = make_train_set(again(config, also), small)
+    for steps, (once, half) in ((4, (16 / 60, 8 / 60)), (1000, (1, 1))):  # an epoch has 40 + 20 images
+        read = estimate.training_memory(
+            resolve_architecture(config, small), again(config, f"train.steps={steps}"),
+            RectifiedFlow(config.objective, 1.0, "fp32"), train_set, Placement(torch.device("cpu"), "fp32"), 1,
+        )  # fmt: skip
+        assert read.dataset == pytest.approx(once * small.bytes + half * large.bytes, abs=1)
 
 
 def test_the_estimated_memory_is_what_is_then_measured(

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -16,13 +17,18 @@ from helpers import (
     metrics_lines,
     trained,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sana_cli.commands.train import TrainOptions, TrainStep, train
+from sana_cli.commands.train import TrainOptions, TrainStep, plan, train
 from sana_cli.config.keys import Config
 from sana_cli.errors import SanaError
 from sana_cli.model import is_matrix
+from sana_cli.runtime.distributed import World
+from sana_cli.training.batches import cut as cut_into_batches
 from sana_cli.training.trainable import Trainable, WeightAverage
+from sana_cli.training.trainer import most_micro_batches
 
 BF16 = ("train.weights=bf16", "train.precision=bf16")
 
@@ -100,6 +106,35 @@ def test_gradients_of_many_micro_batches_are_added_in_bf16_with_little_loss(conf
     exact, found = gradients(), gradients(*BF16)
     wrong = sum(float((found[name] - gradient).square().sum()) for name, gradient in exact.items())
     assert (wrong / sum(float(gradient.square().sum()) for gradient in exact.values())) ** 0.5 < 0.01
+
+
+def test_more_micro_batches_than_bf16_gradients_can_add_up_are_refused(config: Config) -> None:
+    """Before a run, and by a trainer, whose images may be those of a run that goes on."""
+    too_many = "train.weights: bf16 gradients add up at most 256 micro-batches, and a step may have 257"
+    settings = ("train.batch_size=1", *BF16)
+    for call in (trained, lambda config: plan(TrainOptions(config))):
+        with pytest.raises(SanaError, match=too_many):
+            call(again(config, *settings, "train.accumulate=257"))
+    plan(TrainOptions(again(config, *settings, "train.accumulate=256")))
+    plan(TrainOptions(again(config, "train.accumulate=257")))
+    with pytest.raises(SanaError, match=too_many):
+        make_trainer(again(config, *settings), 257, "bf16")
+    make_trainer(again(config, *settings, "train.batch_size=2"), 257, "bf16").close()
+
+
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    batch_size=st.integers(1, 9),
+    processes=st.integers(1, 4),
+)
+def test_the_most_micro_batches_of_a_step(counts: list[int], batch_size: int, processes: int) -> None:
+    numbers = np.repeat(np.arange(len(counts)), counts)
+    found = len(cut_into_batches(numbers, batch_size, World(0, processes)))
+    most = most_micro_batches(len(numbers), len(counts), batch_size, processes)
+    assert found <= most <= found + len(counts)
+    if len(counts) == 1:
+        assert found == most
+    assert most_micro_batches(len(numbers), 99, batch_size, processes) <= -(-len(numbers) // processes)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "came"])

@@ -179,6 +179,16 @@ def test_rounding_at_random_gives_a_neighbour_and_is_right_on_average() -> None:
     assert torch.equal(rounded(exact.float(), "any"), exact), "what needs no rounding stays"
 
 
+def test_what_is_not_finite_stays_so() -> None:
+    """NaNs of any payload too: noise would carry from the lower half of some into the sign."""
+    payloads = [0x7FC00000, 0x7FFFFFFF, 0x7FFF8000, 0x7F800001, 0x7F80FFFF, 0x7FBFFFFF]
+    bits = torch.tensor([*payloads, *(payload - (1 << 31) for payload in payloads)], dtype=torch.int32)
+    infinities = torch.tensor([math.inf, -math.inf])
+    for key in range(50):
+        assert rounded(bits.view(torch.float32), str(key)).isnan().all()
+        assert torch.equal(rounded(infinities, str(key)).float(), infinities)
+
+
 def test_random_bits_depend_on_the_key_and_the_index_alone() -> None:
     values = drawn((3, optim.CHUNK // 2 + 7), 0)  # more than is rounded at once
     first = rounded(values, "0 1 name")

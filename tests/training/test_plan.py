@@ -83,3 +83,5 @@ def test_a_dry_run_says_what_would_fit(config: Config, monkeypatch: pytest.Monke
     )
     assert "train.weights=bf16" in (advice(7500, "train.precision=bf16") or "")
     assert "train.weights=bf16" not in (advice(7500) or ""), "fp32 was asked for"
+    too_many = advice(7500, "train.precision=bf16", "train.accumulate=10")  # 300 micro-batches of one image
+    assert "train.weights=bf16" not in (too_many or "")
