@@ -28,7 +28,7 @@ from sana_cli.dataset.reader import Dataset
 from sana_cli.model import SanaTransformer, build, is_matrix
 from sana_cli.runtime.device import free_memory, keep_freed_memory, peak_memory
 from sana_cli.training.estimate import training_memory
-from sana_cli.training.task import make_task
+from sana_cli.training.task import make_task, make_train_set
 from sana_cli.training.trainer import Placement, Trainer
 from sana_cli.units import human_bytes
 
@@ -127,7 +127,8 @@ def child(what: str, config: Config) -> dict[str, Any]:
     model, placement = resolve_architecture(config, dataset), Placement(CPU, precision)
     task = make_task(config, model, precision, dataset, None)
     if what == "estimate":
-        return vars(training_memory(model, config, task.objective, dataset, placement, 1))
+        train_set = make_train_set(config, dataset)
+        return vars(training_memory(model, config, task.objective, train_set, placement, 1))
     trainer = Trainer(drawn_model(model, config), task, config, placement, config.train.accumulate)
     begin = peak_memory(CPU)
     clock = time.perf_counter()
