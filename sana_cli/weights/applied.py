@@ -1,4 +1,4 @@
-"""Adapters that a command is told to put on a model: `FILE` or `FILE:SCALE`, or a run that trained some.
+"""Adapters that a command puts on a model: given as `FILE` or `FILE:SCALE`, or as a run that trained some.
 
 It knows no form of file (`adapters.py`) and no prompts.
 """
@@ -19,9 +19,6 @@ from sana_cli.model import build
 from sana_cli.runtime import files, hub
 from sana_cli.weights import checkpoint
 from sana_cli.weights.adapters import StoredAdapter, read_adapter, shapes_of
-
-TEXT_SETTINGS = checkpoint.TEXT_SETTINGS
-TEXT_KEYS = checkpoint.TEXT_KEYS
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,11 @@ class Applied:
         if own.get("base_sha256", base_sha256) != base_sha256:
             found.append(f"was trained on another model, {own.get('base', 'one of another name')}")
         with suppress(ValueError, RecursionError):  # of an untrusted file
-            asked = json.loads(own.get(TEXT_SETTINGS, "null"))
+            asked = json.loads(own.get(checkpoint.TEXT_SETTINGS, "null"))
             if text is not None and isinstance(asked, dict):
-                odd = [key for key in TEXT_KEYS if key in asked and asked[key] != getattr(text, key)]
+                odd = [
+                    key for key in checkpoint.TEXT_KEYS if key in asked and asked[key] != getattr(text, key)
+                ]
                 if odd:
                     found.append(
                         f"was trained with another {', '.join(f'text.{key}' for key in odd)}; a run of adapters is "
