@@ -250,6 +250,9 @@ def _config(path: Path) -> Description:
         f"({train.batch_size} x {train.accumulate} accumulated), lr {config.optim.lr:g}",
         "sampling": config.sample.in_words,
     }
+    if config.adapter.on:
+        trained = checkpoint.parameter_count(checkpoint.adapter_parameters(model, config.adapter).values())
+        facts["adapters"] = f"{trained:,} parameters, {config.adapter.kind} of rank {config.adapter.rank}"
     rows = module_rows(build(model, seed=None))
     return Description("config", str(path), facts, MODULE_COLUMNS, rows, config)
 
