@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import typer
 
 from sana_cli.choices import Weights
-from sana_cli.cli.options import PrintOptions, argument, given, grouped, option
+from sana_cli.cli.options import PrintOptions, adapter_option, argument, given, grouped, option
 from sana_cli.cli.process import console, load_torch, user_errors
 from sana_cli.errors import SanaError
 from sana_cli.interrupts import attentive
@@ -27,11 +27,7 @@ class MergedOptions:
         path=True,
         metavar="PATH",
     )
-    adapter: list[str] | None = option(
-        "A LoRA or another adapter, and how strongly: a file (diffusers, peft, kohya, LyCORIS), a folder, or a run. "
-        "Give it again for several.",
-        metavar="FILE[:SCALE]",
-    )
+    adapter: list[str] | None = adapter_option("A LoRA or another adapter, and how strongly")
     out: Path | None = option("The folder to write. It must not be there yet.", path="DIR")
     weights: Weights = option("Of a run: the average (ema), or raw.", default="ema")
     dtype: Literal["fp32", "bf16"] = option(

@@ -52,6 +52,12 @@ def option(
     return field(default=default, metadata={"typer": info})
 
 
+def adapter_option(what: str) -> Any:
+    """A field of a group that takes adapters; `what` begins its help."""
+    forms = "a file (diffusers, peft, kohya, LyCORIS), a folder, or a run. Give it again for several."
+    return option(f"{what}: {forms}", metavar="FILE[:SCALE]")
+
+
 def argument(help: str, *, path: bool = False, **more: Any) -> Any:
     """A field of a group that is an optional argument; `path`: it may begin with `~`."""
     return field(

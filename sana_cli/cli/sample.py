@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, ClassVar
 import typer
 
 from sana_cli.choices import Offload, Solver
-from sana_cli.cli.options import ModelOptions, PrintOptions, SamplingOptions, argument, given, grouped, option
+from sana_cli.cli.options import (
+    ModelOptions,
+    PrintOptions,
+    SamplingOptions,
+    adapter_option,
+    argument,
+    given,
+    grouped,
+    option,
+)
 from sana_cli.cli.process import console, load_torch, user_errors
 from sana_cli.errors import SanaError
 from sana_cli.interrupts import attentive
@@ -74,10 +83,8 @@ class CheckpointOptions:
         "Default: the newest checkpoint under runs/, else `shipped`.",
         path="PATH",
     )
-    adapter: list[str] | None = option(
-        "A LoRA or another adapter to put on the checkpoint, and how strongly: a file (diffusers, peft, kohya, "
-        "LyCORIS), a folder, or a run. Give it again for several.",
-        metavar="FILE[:SCALE]",
+    adapter: list[str] | None = adapter_option(
+        "A LoRA or another adapter to put on the checkpoint, and how strongly"
     )
     encoder: str | None = option("The caption encoder: a folder, a Hugging Face id, or tiny.", path="PATH")
     instruction: str | None = option(

@@ -18,11 +18,11 @@ from sana_cli.adapters import Change, merged
 from sana_cli.choices import Weights
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files
+from sana_cli.sampling.pipeline import INDEX
 from sana_cli.weights import checkpoint, configs
-from sana_cli.weights.applied import Applied, read_applied
+from sana_cli.weights.applied import notes_on, read_applied
 from sana_cli.weights.stored import StoredWeights
 
-INDEX = "model_index.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -80,7 +80,7 @@ def merge(options: MergeOptions) -> Iterator[MergeStep | MergeSummary]:
         raise SanaError(f"`out`: {options.out} is there already", "choose another folder", exit_code=2)
     if place.is_dir() and options.out.resolve().is_relative_to(place.resolve()):
         raise SanaError(f"`out`: {options.out} is inside {place}", "choose another folder", exit_code=2)
-    notes = _notes(found, applied)
+    notes = tuple(notes_on(applied, lambda: found.sha256))
     tensors, changed, squares = dict[str, Tensor](), 0, torch.zeros(3, dtype=torch.float64)
     layers = [*own, *(one.changes for one in applied)]
     for number, (name, tensor) in enumerate(found.tensors.items()):
@@ -109,12 +109,6 @@ def merge(options: MergeOptions) -> Iterator[MergeStep | MergeSummary]:
         dtype=options.dtype,
         notes=notes,
     )
-
-
-def _notes(found: StoredWeights, applied: tuple[Applied, ...]) -> tuple[str, ...]:
-    """Which adapters were trained on another model."""
-    base = found.sha256 if any(one.records_base for one in applied) else ""
-    return tuple(note for one in applied for note in one.notes(base))
 
 
 def _merged(tensor: Tensor, changes: list[Change], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

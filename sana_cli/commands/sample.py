@@ -27,7 +27,7 @@ from sana_cli.sampling.conditioning import load_pipeline_encoder, prompt_notes, 
 from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
 from sana_cli.sampling.tables import Table, check_single_words, parse_table
 from sana_cli.weights import checkpoint
-from sana_cli.weights.applied import Applied, read_applied
+from sana_cli.weights.applied import Applied, notes_on, read_applied
 
 
 @dataclass(frozen=True)
@@ -399,11 +399,12 @@ def _encode(job: _Job) -> tuple[list[Tensor], list[Tensor], tuple[str, ...]]:
 
 def _adapter_notes(job: _Job) -> list[str]:
     """Which adapters were trained on another model than this, or with other text."""
-    base = ""
-    if any(one.records_base for one in job.applied):  # hashing a large model takes seconds
+
+    def base_sha256() -> str:
         own = checkpoint.base_record(job.place)
-        base = own.sha256 if own else checkpoint.read_transformer(job.place)[0].sha256
-    return [note for one in job.applied for note in one.notes(base, job.pipeline.text)]
+        return own.sha256 if own else checkpoint.read_transformer(job.place)[0].sha256
+
+    return notes_on(job.applied, base_sha256, job.pipeline.text)
 
 
 def _draw(

@@ -84,20 +84,16 @@ def with_base_recipe(config: Config) -> Config:
 
 def notes_on_base(config: Config, weights: StoredWeights) -> list[str]:
     """What a person should know of the model that a run begins with."""
-    notes, where = [], config.train.init_from
+    notes, where, shift = [], config.train.init_from, config.objective.flow_shift
+    assert where is not None, "the run begins with it"
     if weights.dtypes == ("float16",):
         notes.append(
             f"train.init_from: {where} is stored in fp16, in which SANA overflows; if there is a bf16 one, take that"
         )
-    assert where is not None
-    own, shift = (
-        open_pipeline(find_base_model(where), weights=weights),
-        config.objective.flow_shift,
-    )
-    if own.sample.flow_shift != shift:
+    own = open_pipeline(find_base_model(where), weights=weights).sample.flow_shift
+    if own != shift:
         notes.append(
-            f"objective.flow_shift: {shift:g}, and the scheduler of {where} has {own.sample.flow_shift:g}; "
-            "null takes that"
+            f"objective.flow_shift: {shift:g}, and the scheduler of {where} has {own:g}; null takes that"
         )
     return notes
 

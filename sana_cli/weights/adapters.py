@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sana_cli.adapters import Change, Dense, LowRank, layers_of
+from sana_cli.adapters import Change, Dense, LowRank, adapter_scale, layers_of
 from sana_cli.errors import SanaError, listed, one_line
 from sana_cli.runtime import files
 from sana_cli.weights import strangers
@@ -320,7 +320,7 @@ class _Config:
             raise _Misfit(f"{module}: its rank is {rank}, and {expected} in {self.where}")
         own = pattern_of(self.alphas, module)
         alpha = self.alpha if own is None else self.alphas[own]
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+        return adapter_scale(rank, alpha, self.rank_stabilized)
 
 
 _NO_MATTER = {  # fields of peft's LoraConfig that change nothing in a trained adapter

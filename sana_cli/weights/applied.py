@@ -5,7 +5,7 @@ It knows no form of file (`adapters.py`) and no prompts.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +73,14 @@ class Applied:
     def records_base(self) -> bool:
         """Whether it says which model it is for."""
         return "base_sha256" in self.stored.metadata
+
+
+def notes_on(
+    applied: Sequence[Applied], base_sha256: Callable[[], str], text: TextConfig | None = None
+) -> list[str]:
+    """`Applied.notes` of each; the model's hash, which takes seconds, is asked for only where it matters."""
+    base = base_sha256() if any(one.records_base for one in applied) else ""
+    return [note for one in applied for note in one.notes(base, text)]
 
 
 def read_applied(given: Sequence[str], model: Architecture, weights: Weights = "ema") -> tuple[Applied, ...]:

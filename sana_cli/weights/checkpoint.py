@@ -259,6 +259,15 @@ def _seal(folder: Path) -> None:
     files.write_sealed_json(folder / MANIFEST, {"files": listing})
 
 
+def _copy(source: Path, folder: Path, but: Sequence[str]) -> None:
+    """Copy a step folder's files without training/ and those of these names."""
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if path.is_file() and name.parts[0] != "training" and name.name not in but:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+
+
 def release(source: Path, target: Path, sample: Mapping[str, Any], more: Mapping[str, Any]) -> Path:
     """Copy a step folder to give away: averaged weights in bf16, without training/.
 
@@ -274,12 +283,7 @@ def release(source: Path, target: Path, sample: Mapping[str, Any], more: Mapping
     settings = {**config["sample"], **sample}
     given = record.as_json() | {"sample": settings, "config": config | {"sample": settings}, **more}
     with files.whole_folder(target, target.with_name(target.name + ".partial")) as folder:
-        for path in sorted(source.rglob("*")):
-            name = path.relative_to(source)
-            written_below = name.name in (MANIFEST, RECORD, configs.WEIGHTS)
-            if path.is_file() and name.parts[0] != "training" and not written_below:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / name)
+        _copy(source, folder, but=(MANIFEST, RECORD, configs.WEIGHTS))
         weights = Path("transformer") / configs.WEIGHTS
         tensors = files.read_tensors(source / weights)
         half = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
@@ -305,11 +309,7 @@ def write_merged(source: Path, target: Path, tensors: Mapping[str, Tensor], merg
         given["config"] = read_state(source).config
     left_out = (MANIFEST, RECORD, CARD, card.SAMPLES, configs.WEIGHTS, card.ADAPTER_WEIGHTS)
     with files.whole_folder(target, target.with_name(f".{target.name}.sana-partial")) as folder:
-        for path in sorted(source.rglob("*")):
-            name = path.relative_to(source)
-            if path.is_file() and name.parts[0] != "training" and name.name not in left_out:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / name)
+        _copy(source, folder, left_out)
         model, predicts = configs.read_model_config(source / "transformer")
         metadata = {"format": "pt", "made_by": f"sana {__version__}"}
         metadata["model"] = json.dumps(configs.diffusers_config(model, predicts))
@@ -414,7 +414,7 @@ def find_checkpoint(path: Path | None) -> Path:
         return named
     inside = path.name in (card.ADAPTER_WEIGHTS, "transformer")
     if inside and path.exists() and has_adapters_alone(path.absolute().parent):
-        return find_checkpoint(path.parent if path.is_absolute() else path.absolute().parent)
+        return find_checkpoint(path.absolute().parent)
     if (path / "checkpoints").is_dir():
         # other trainers' folders have the same name
         if not steps(path) and (other := strangers.other_folder(path / "checkpoints")):
@@ -556,7 +556,7 @@ def read_transformer(
         SanaError: files are missing, damaged, or do not fit; or the base of adapters is not there.
     """
     if has_adapters_alone(source):
-        base, record = find_base(source), read_record(source).base
+        base, record = find_base(source), base_record(source)
         if has_adapters_alone(base):
             raise SanaError(f"{base}, which the adapters of {source} are for, has adapters alone itself")
         found = read_weights(transformer_path(base))
