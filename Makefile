@@ -59,7 +59,7 @@ audit: .venv/dev  ## known vulnerabilities in the pinned packages
 	$(BIN)/$(INSTALL) pip-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-pictures: .venv/dev  ## make the pictures of the docs: grids, plot, report (needs chromium), terminal; most of an hour
+pictures: .venv/dev  ## make the pictures of the docs: grids, plot, report and page (need chromium), terminal; most of an hour
 	$(BIN)/sana sample --checkpoint shipped --prompts-file configs/prompts/lesson.txt --out docs/lesson-grid.png
 	$(BIN)/sana sample --checkpoint shipped "0 1 2 3 4 5 6 7 8 9" --out docs/digits.png --trajectory docs/digits.gif
 	$(BIN)/sana sample --checkpoint shipped:critters --out docs/critters-table.png --grid \
@@ -70,6 +70,7 @@ pictures: .venv/dev  ## make the pictures of the docs: grids, plot, report (need
 	$(BIN)/python benchmarks/learning.py --scales 3 --folder runs/pictures --plot docs/quickstart.png
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,1665 \
 	  --screenshot=docs/report.png "file://$(CURDIR)/runs/pictures/runs/seed-0/report.html"
+	$(BIN)/python benchmarks/play.py shipped --screenshot docs/play.png --prompt "2 0 2 6"
 	$(BIN)/$(INSTALL) pyte
 	$(BIN)/python benchmarks/terminal.py docs
 	$(BIN)/sana embed --config folder-rgb

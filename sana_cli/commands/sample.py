@@ -15,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_cli import __version__
-from sana_cli.autoencoder import Autoencoder, AutoencoderInfo, read_info
 from sana_cli.choices import Offload, Precision, Solver, Weights
 from sana_cli.config.keys import SampleConfig
 from sana_cli.errors import SanaError
-from sana_cli.runtime import files, hub, outputs, textfile
-from sana_cli.runtime.device import Stage, peak_memory, resolve_device, resolve_precision
+from sana_cli.runtime import files, outputs, textfile
+from sana_cli.runtime.device import Stage, peak_memory
 from sana_cli.sampling import pictures, sampler
 from sana_cli.sampling.conditioning import load_pipeline_encoder, prompt_notes, prompt_states
-from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
+from sana_cli.sampling.opened import NO_ROOM, Opened, open_checkpoint
+from sana_cli.sampling.pipeline import Pipeline
 from sana_cli.sampling.tables import Table, check_single_words, parse_table
 from sana_cli.weights import checkpoint
-from sana_cli.weights.applied import Applied, notes_on, read_applied
 
 
 @dataclass(frozen=True)
@@ -105,15 +103,15 @@ def sample(options: SampleOptions) -> Iterator[SampleStep | SampleSummary]:
     pixels, *frames = yield from _decode(job, sheets)
     saved, listing, more = _write(job, pixels, frames)
     yield SampleSummary(
-        checkpoint=job.place,
-        shipped=checkpoint.is_shipped(job.place),
+        checkpoint=job.opened.place,
+        shipped=checkpoint.is_shipped(job.opened.place),
         saved=saved,
         images=listing,
         settings=job.settings,
         pixels=pixels,
         seconds=time.perf_counter() - start,
-        peak_memory=peak_memory(job.device),
-        notes=(*notes, *_adapter_notes(job), *more),
+        peak_memory=peak_memory(job.opened.device),
+        notes=(*notes, *job.opened.adapter_notes(), *more),
     )
 
 
@@ -134,23 +132,12 @@ class _Job:
     """What will be drawn, with what, and where to."""
 
     options: SampleOptions
-    place: Path  # of the checkpoint
-    pipeline: Pipeline
+    opened: Opened
     settings: SampleConfig
     cells: list[list[pictures.Cell]]  # the grid
     table: Table | None  # its labels, if it is a table
-    applied: tuple[Applied, ...]  # adapters
-    decoder: AutoencoderInfo | None  # None: samples are pixels
-    shape: tuple[int, int, int]  # channels, height and width of a sample
     outputs: _Outputs
-    device: torch.device
-    precision: str
     stage: Stage
-
-    @property
-    def recipe(self) -> sampler.Recipe:
-        """How all images are sampled."""
-        return sampler.Recipe(self.settings, self.shape, self.pipeline.prediction_type, self.precision)
 
     @property
     def flat(self) -> list[pictures.Cell]:
@@ -170,79 +157,30 @@ class _Job:
 
 def _prepare(options: SampleOptions) -> _Job:
     table = _table(options)
-    place = checkpoint.find_checkpoint(options.checkpoint)
-    pipeline = open_pipeline(place, options.encoder, options.instruction, options.autoencoder)
-    if pipeline.adapters:
-        checkpoint.find_base(place)  # whether it is there
-    applied = _applied(options, pipeline)
-    settings = _settings(options, pipeline)
-    cells = _cells(options, pipeline, table, settings.seed)
-    decoder = _autoencoder(pipeline)
-    factor = decoder.factor if decoder else 1
-    shape = _shape(options, pipeline, factor)
-    to = _outputs(options, place, [cell for row in cells for cell in row])
-    height, width = (side * factor for side in shape[1:])
+    opened = open_checkpoint(
+        options.checkpoint,
+        adapter=options.adapter,
+        weights=options.weights,
+        height=options.height,
+        width=options.width,
+        encoder=options.encoder,
+        instruction=options.instruction,
+        autoencoder=options.autoencoder,
+        device=options.device,
+        precision=options.precision,
+    )
+    keys = ("steps", "guidance_scale", "guidance_interval", "solver", "flow_shift", "seed")
+    settings = opened.settings({key: getattr(options, key) for key in keys}, options.negative_prompt)
+    cells = _cells(options, opened.pipeline, table, settings.seed)
+    to = _outputs(options, opened, [cell for row in cells for cell in row])
     for name, path, formats in (
         ("`out`", to.grid, outputs.PICTURES),
         ("`trajectory`", to.trajectory, outputs.FILMS),
     ):
         if path is not None:
-            pictures.check_grid(name, path, formats, height, width, cells, table)
-    device = resolve_device(options.device)
-    precision = resolve_precision(options.precision or pipeline.precision, device)
-    stage = Stage(device, options.offload != "none", options.report)
-    return _Job(
-        options,
-        place,
-        pipeline,
-        settings,
-        cells,
-        table,
-        applied,
-        decoder,
-        shape,
-        to,
-        device,
-        precision,
-        stage,
-    )
-
-
-def _applied(options: SampleOptions, pipeline: Pipeline) -> tuple[Applied, ...]:
-    """The adapters that are asked for."""
-    if options.adapter and options.checkpoint is None:
-        raise SanaError(
-            f"`adapter`: {options.adapter[0]} changes a model, and which one is not said",
-            "give it with `checkpoint` BASE; a run of adapters is drawn from with `checkpoint` RUN alone",
-            exit_code=2,
-        )
-    return read_applied(options.adapter, pipeline.model, options.weights)
-
-
-def _settings(options: SampleOptions, pipeline: Pipeline) -> SampleConfig:
-    """The pipeline's sampling settings, overridden by the options."""
-    if pipeline.unknown_scheduler is not None and options.solver is None:
-        raise pipeline.unknown_scheduler
-    given = {
-        key: getattr(options, key)
-        for key in ("steps", "guidance_scale", "guidance_interval", "solver", "flow_shift", "seed")
-        if getattr(options, key) is not None
-    }
-    settings = given_settings(pipeline, pipeline.sample.model_dump(), given)
-    if settings.solver == "scm" and settings.flow_shift != 1:
-        if options.flow_shift is not None:
-            raise SanaError(
-                "`flow_shift`: the scm solver has noise levels of its own, which have no shift", exit_code=2
-            )
-        settings = settings.model_copy(update={"flow_shift": 1.0})
-    if pipeline.model.guidance_embeds:
-        for name in ("negative_prompt", "guidance_interval"):
-            if getattr(options, name) is not None:
-                raise SanaError(
-                    f"`{name}`: this model has its guidance built in, and no null branch to steer by",
-                    exit_code=2,
-                )
-    return settings
+            pictures.check_grid(name, path, formats, *opened.size, cells, table)
+    stage = Stage(opened.device, options.offload != "none", options.report)
+    return _Job(options, opened, settings, cells, table, to, stage)
 
 
 def _table(options: SampleOptions) -> Table | None:
@@ -301,57 +239,21 @@ def _prompts(options: SampleOptions, pipeline: Pipeline) -> tuple[str, ...]:
     return prompts
 
 
-def _autoencoder(pipeline: Pipeline) -> AutoencoderInfo | None:
-    """The autoencoder that decodes samples. None: samples are pixels."""
-    if not pipeline.latents:
-        return None
-    channels = pipeline.sample_shape[0]
-    if pipeline.autoencoder is None:
-        raise SanaError(
-            f"{pipeline.place} draws latents of {channels} channels, "
-            "and which autoencoder they are of is not on record",
-            "give it with `autoencoder` PATH (or a Hugging Face id)",
-        )
-    info = read_info(pipeline.autoencoder)
-    if info.latent_channels != channels:
-        raise SanaError(
-            f"`autoencoder`: {info.source} has latents of {info.latent_channels} channels; "
-            f"{pipeline.place} draws {channels}"
-        )
-    return info
-
-
-def _shape(options: SampleOptions, pipeline: Pipeline, factor: int) -> tuple[int, int, int]:
-    """Channels, height and width of a sample, for images `factor` times as large."""
-    channels, *trained = pipeline.sample_shape
-    unit, sides = pipeline.model.patch_size * factor, []
-    for name, asked, default in (
-        ("height", options.height, trained[0]),
-        ("width", options.width, trained[1]),
-    ):
-        side = default * factor if asked is None else asked
-        if side < 1 or side % unit:
-            of = f"{unit}, the patch size times the autoencoder's factor of {factor}"
-            of = f"the patch size {unit}" if factor == 1 else of
-            raise SanaError(f"`{name}`: {side} is not a multiple of {of}", exit_code=2)
-        sides.append(side // factor)
-    return channels, sides[0], sides[1]
-
-
-def _outputs(options: SampleOptions, place: Path, cells: Sequence[pictures.Cell]) -> _Outputs:
+def _outputs(options: SampleOptions, opened: Opened, cells: Sequence[pictures.Cell]) -> _Outputs:
     """Where pictures go.
 
     Raises:
         SanaError: a suffix says an unknown format, two outputs are the same file, or an output
             is an input.
     """
+    place = opened.place
     stem = f"sample-{place.absolute().name if place.is_dir() else place.stem}"
     grid = trajectory = None
     separate: list[Path] = []
     if options.out is not None:
         grid = outputs.output("`out`", options.out, f"{stem}.png", outputs.PICTURES)
     elif options.separate is None:
-        grid = outputs.free_name(_beside(place)[0] / f"{stem}.png")
+        grid = outputs.free_name(opened.folder / f"{stem}.png")
     if options.trajectory is not None:
         trajectory = outputs.output("`trajectory`", options.trajectory, f"{stem}.gif", outputs.FILMS)
     if options.separate is not None:
@@ -371,40 +273,20 @@ def _outputs(options: SampleOptions, place: Path, cells: Sequence[pictures.Cell]
     return _Outputs(grid, tuple(separate), trajectory)
 
 
-def _beside(folder: Path) -> tuple[Path, str]:
-    """The folder for a checkpoint's pictures, and the checkpoint's name in their record."""
-    if checkpoint.is_shipped(folder):
-        return Path(), f"sana {__version__}, {folder.name}"
-    whole = folder.absolute()
-    in_run = whole.parent.name == "checkpoints"
-    place = whole.parents[1] if in_run else whole.parent
-    name = f"{place.name}/{whole.name}" if in_run else whole.name
-    return (place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place), name
-
-
 # --- encoding ---------------------------------------------------------------------------------
 
 
 def _encode(job: _Job) -> tuple[list[Tensor], list[Tensor], tuple[str, ...]]:
     """Caption states of each image, those of its null branch, and notes on the prompts."""
-    with job.stage.hold("encoder", lambda: load_pipeline_encoder(job.pipeline, job.device)) as encoder:
-        captions, nulls = prompt_states(job.pipeline, encoder, job.prompts, job.options.negative_prompt)
-        notes = prompt_notes(job.pipeline, encoder, job.prompts, job.options.negative_prompt)
+    pipeline = job.opened.pipeline
+    with job.stage.hold("encoder", lambda: load_pipeline_encoder(pipeline, job.opened.device)) as encoder:
+        captions, nulls = prompt_states(pipeline, encoder, job.prompts, job.options.negative_prompt)
+        notes = prompt_notes(pipeline, encoder, job.prompts, job.options.negative_prompt)
         del encoder
     return captions, nulls, notes
 
 
 # --- drawing and decoding ---------------------------------------------------------------------
-
-
-def _adapter_notes(job: _Job) -> list[str]:
-    """Which adapters were trained on another model than this, or with other text."""
-
-    def base_sha256() -> str:
-        own = checkpoint.base_record(job.place)
-        return own.sha256 if own else checkpoint.read_transformer(job.place)[0].sha256
-
-    return notes_on(job.applied, base_sha256, job.pipeline.text)
 
 
 def _draw(
@@ -416,51 +298,34 @@ def _draw(
         The samples (B, C, H, W). If a trajectory is wanted, also the noise, and the samples
         after each solver step.
     """
-    last: dict[int, sampler.SampledStep] = {}  # by first image of the batch
-    frames: dict[int, dict[int, Tensor]] = {}  # by solver step, by first image of the batch
-    dtype = torch.float32 if job.precision == "fp32" else None
-
-    def load() -> Any:
-        applied = [one.changes for one in job.applied]
-        return checkpoint.load_transformer(job.place, job.options.weights, job.device, dtype, applied)
-
-    with job.stage.hold("transformer", load) as model:
-        drawn = sampler.sample_images(model, captions, nulls, job.seeds, job.recipe)
+    frames = sampler.Frames(job.settings.steps, all_of_them=job.outputs.trajectory is not None)
+    recipe = job.opened.recipe(job.settings)
+    with job.stage.hold("transformer", job.opened.load_transformer) as model:
+        drawn = sampler.sample_images(model, captions, nulls, job.seeds, recipe)
         del model
         try:
             for step in drawn:
-                last[step.first] = step
-                if job.outputs.trajectory is not None:
-                    frames.setdefault((step.done - 1) % job.settings.steps, {})[step.first] = (
-                        step.images.cpu()
-                    )
+                frames.add(step)
                 yield SampleStep("draw", step.done, step.total)
         except sampler.NoRoomError as error:
-            raise SanaError(
-                str(error), "draw smaller ones (`height`, `width`), or elsewhere (`device` cpu)"
-            ) from error
+            raise SanaError(str(error), NO_ROOM) from error
         del drawn
-    samples = sampler.final_images(last.values())
-    if not samples.isfinite().all():
-        raise SanaError(
-            f"the images of {job.place} are not finite", "try `solver` euler, or a smaller `guidance_scale`"
-        )
+    job.opened.check_finite(frames.last)
     if job.outputs.trajectory is None:
-        return [samples]
-    noise = sampler.Noise(job.seeds, job.shape)()
-    after = [torch.cat([by_batch[first] for first in sorted(by_batch)]) for by_batch in frames.values()]
-    return [samples, noise, *after]
+        return [frames.last]
+    noise = sampler.Noise(job.seeds, job.opened.shape)()
+    return [frames.last, noise, *frames.sheets]
 
 
 def _decode(job: _Job, sheets: list[Tensor]) -> Generator[SampleStep, None, list[Tensor]]:
     """Turn sheets of samples (B, C, H, W) into sheets of pixels, uint8; yields progress."""
-    info = job.decoder
+    info = job.opened.decoder
     if info is None:
         return [sampler.to_pixels(sheet) for sheet in sheets]
-    dtype, total = None if job.precision == "bf16" else torch.float32, sum(map(len, sheets))
+    total = sum(map(len, sheets))
     decoded: list[list[Tensor]] = [[] for _ in sheets]
     yield SampleStep("decode", 0, total)
-    with job.stage.hold("decoder", lambda: Autoencoder(info.source, job.device, dtype)) as decoder:
+    with job.stage.hold("decoder", lambda: job.opened.load_decoder(info)) as decoder:
         for into, sheet in zip(decoded, sheets, strict=True):
             for some in decoder.decode(sheet):
                 into.extend(sampler.to_pixels(some))
@@ -485,7 +350,7 @@ def _write(
     Returns:
         The files, what each image is, and notes.
     """
-    to, facts = job.outputs, _facts(job, pixels)
+    to, facts = job.outputs, job.opened.facts(pixels.shape[1], job.options.negative_prompt)
     try:
         listing = _write_separate(job, pixels, facts)
         notes = () if to.grid is None else _write_grid(job, pixels, to.grid, facts)
@@ -495,27 +360,6 @@ def _write(
     except OSError as error:
         raise files.storage_error(error, "writing the pictures (`out` says where)") from error
     return (*to.separate, *(path for path in (to.grid, to.trajectory) if path is not None)), listing, notes
-
-
-def _facts(job: _Job, pixels: Tensor) -> dict[str, Any]:
-    """What a picture file says of how it was made, beside its settings and prompts."""
-    options = job.options
-    facts: dict[str, Any] = {
-        "weights": options.weights,
-        "size": list(pixels.shape[1:]),
-        "precision": job.precision,
-    }
-    if job.decoder is not None:
-        facts["autoencoder"] = hub.model_name(job.decoder.source)
-    if digest := checkpoint.weights_sha256(job.place, options.weights):
-        facts["weights_sha256"] = digest
-    if options.negative_prompt:
-        facts["negative_prompt"] = options.negative_prompt
-    if (base := checkpoint.base_record(job.place)) is not None:
-        facts["base"] = {"name": base.name, "sha256": base.sha256}
-    if job.applied:
-        facts["adapters"] = [applied.record for applied in job.applied]
-    return {"name": _beside(job.place)[1], **facts}
 
 
 def _write_separate(job: _Job, pixels: Tensor, facts: dict[str, Any]) -> tuple[dict[str, Any], ...]:

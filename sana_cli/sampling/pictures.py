@@ -3,6 +3,7 @@
 It knows no model: images come as tensors, settings as records.
 """
 
+import io
 import itertools
 import json
 import math
@@ -279,10 +280,7 @@ def save_picture(image: Image.Image, path: Path, record: Picture) -> bool:
     options: dict[str, Any] = {"quality": QUALITY}
     fits = True
     if kind == "PNG":
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt(PNG_KEY, as_json(record.as_json()))
-        info.add_itxt("parameters", _parameters(record))
-        options = {"pnginfo": info}
+        options = {"pnginfo": _png_info(record)}
     else:
         raw = _exif(record, with_parameters=True)
         if kind == "JPEG" and len(raw) > MOST_EXIF_BYTES:
@@ -292,6 +290,20 @@ def save_picture(image: Image.Image, path: Path, record: Picture) -> bool:
     with files.whole_file(path) as partial:
         image.save(partial, format=kind, **options)
     return fits
+
+
+def to_png(image: Image.Image, record: Picture | None = None) -> bytes:
+    """The bytes of a PNG file, as `save_picture` writes it, or without a record."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=None if record is None else _png_info(record))
+    return buffer.getvalue()
+
+
+def _png_info(record: Picture) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, as_json(record.as_json()))
+    info.add_itxt("parameters", _parameters(record))
+    return info
 
 
 def _exif(record: Picture, with_parameters: bool) -> bytes:

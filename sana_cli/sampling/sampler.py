@@ -188,6 +188,30 @@ def final_images(drawn: Iterable[SampledStep]) -> Tensor:
     return torch.cat([last[first].cpu() for first in sorted(last)])
 
 
+class Frames:
+    """The images (B, C, H, W) after each solver step, gathered over batches."""
+
+    def __init__(self, steps: int, all_of_them: bool = True) -> None:
+        """`steps` of the solver. Keep the images after each of them, or only after the last."""
+        self.steps, self.all_of_them = steps, all_of_them
+        self._by_step: dict[int, dict[int, Tensor]] = {}  # and by first image of the batch
+
+    def add(self, step: SampledStep) -> None:
+        """Take in a step that `sample_images` yielded."""
+        number = (step.done - 1) % self.steps if self.all_of_them else 0
+        self._by_step.setdefault(number, {})[step.first] = step.images.cpu()
+
+    @property
+    def sheets(self) -> list[Tensor]:
+        """All images after each step, in order."""
+        return [torch.cat([of[first] for first in sorted(of)]) for of in self._by_step.values()]
+
+    @property
+    def last(self) -> Tensor:
+        """The final images."""
+        return self.sheets[-1]
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """Turn images (B, C, H, W) in [-1, 1] into uint8 pixels on the CPU."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)

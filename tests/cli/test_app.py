@@ -15,12 +15,14 @@ from sana_cli.cli import app
 from sana_cli.errors import SanaError
 
 
-@pytest.mark.parametrize("command", [(), ("embed",), ("train",), ("sample",), ("inspect",), ("eval",)])
+@pytest.mark.parametrize(
+    "command", [(), ("embed",), ("train",), ("sample",), ("play",), ("inspect",), ("eval",)]
+)
 def test_help_needs_no_torch(command: tuple[str, ...], tmp_path: Path) -> None:
     script = (
         "import sys\nfrom sana_cli.cli import app\n"
         f"try: app([*{command!r}, '--help'])\nexcept SystemExit as e: assert not e.code\n"
-        "assert not {'torch', 'transformers', 'numpy', 'PIL', 'rich'} & set(sys.modules), 'heavy imports'"
+        "assert not {'torch', 'transformers', 'numpy', 'PIL', 'rich', 'starlette', 'uvicorn'} & set(sys.modules), 'heavy imports'"
     )
     shown = subprocess.run(
         [sys.executable, "-c", script],

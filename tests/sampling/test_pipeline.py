@@ -1,5 +1,6 @@
 """Complete diffusers pipelines against diffusers, and which models are on the device when."""
 
+import io
 import itertools
 import json
 import shutil
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import Sana, embedded, invoke, sampled, small_config
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sana_cli.commands.inspect import InspectOptions, inspect
 from sana_cli.commands.sample import SampleOptions, SampleSummary, sample
 from sana_cli.commands.train import TrainOptions, train
 from sana_cli.errors import SanaError
+from sana_cli.play.studio import PictureRequest, Studio
+from sana_cli.sampling.opened import open_checkpoint
 from sana_cli.weights import checkpoint
 
 diffusers = pytest.importorskip("diffusers")
@@ -292,8 +296,7 @@ def test_models_take_turns_on_the_device(pipelines: dict[str, Path], monkeypatch
     import weakref
 
     from sana_cli import autoencoder, text
-    from sana_cli.commands import sample as sampling
-    from sana_cli.sampling import conditioning
+    from sana_cli.sampling import conditioning, opened
 
     alive: dict[str, weakref.ref[Any]] = {}
     together: list[set[str]] = []
@@ -315,7 +318,7 @@ def test_models_take_turns_on_the_device(pipelines: dict[str, Path], monkeypatch
         checkpoint, "load_transformer", watch("transformer", checkpoint.load_transformer, lambda made: made)
     )
     monkeypatch.setattr(
-        sampling, "Autoencoder", watch("decoder", autoencoder.Autoencoder, lambda made: made.model)
+        opened, "Autoencoder", watch("decoder", autoencoder.Autoencoder, lambda made: made.model)
     )
     names = ("encoder", "transformer", "decoder")
     for offload in ("model", "auto"):
@@ -543,3 +546,22 @@ def test_images_that_are_not_finite_are_not_saved(pipelines: dict[str, Path], tm
         config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": scale}))
         with pytest.raises(SanaError, match="no usable latent_channels"):
             ours(folder, steps=1)
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "scm"])
+def test_the_page_draws_what_sample_draws(pipelines: dict[str, Path], solver: str) -> None:
+    """Latents: the trajectory is decoded too."""
+    theirs = ours(pipelines[solver], seed=7, steps=3, guidance_scale=2.0).pixels[0]
+    studio = Studio(open_checkpoint(pipelines[solver], device="cpu"))
+    asked: dict[str, Any] = {"tab": "a", "prompt": PROMPT, "seed": 7, "steps": 3, "guidance_scale": 2.0}
+    drawn = list(studio.draw(PictureRequest(**asked, variations=1, trajectory=True)))
+    assert [message.kind for message in drawn] == [
+        *(3 * ["step"]),
+        "picture",
+        *(3 * ["step"]),
+        "variation",
+        *(4 * ["frame"]),
+    ]
+    for message in (drawn[3], drawn[-1]):
+        with Image.open(io.BytesIO(message.png)) as image:
+            assert np.array_equal(np.array(image), theirs.permute(1, 2, 0).numpy())
