@@ -1,5 +1,6 @@
 """`sana eval` on the command line."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, get_args
@@ -7,7 +8,16 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 import typer
 
 from sana_cli.choices import JudgedBy, Solver
-from sana_cli.cli.options import ModelOptions, PrintOptions, SamplingOptions, argument, given, grouped, option
+from sana_cli.cli.options import (
+    ModelOptions,
+    PrintOptions,
+    SamplingOptions,
+    argument,
+    given,
+    grouped,
+    home,
+    option,
+)
 from sana_cli.cli.process import console, load_torch, user_errors
 from sana_cli.errors import SanaError
 from sana_cli.interrupts import attentive
@@ -15,7 +25,7 @@ from sana_cli.interrupts import attentive
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sana_cli.commands.eval import EvalResult, EvalSummary
+    from sana_cli.commands.eval import Comparison, EvalResult, EvalSummary
     from sana_cli.judging.judge import Share
     from sana_cli.judging.verdict import Reading, Verdict
 
@@ -31,6 +41,11 @@ def _solvers(names: list[str] | None) -> list[str] | None:
     return names
 
 
+def _homes(paths: list[Path] | None) -> list[Path] | None:
+    """Replace `~` in each path by the home folder."""
+    return None if paths is None else [path for path in map(home, paths) if path is not None]
+
+
 @dataclass(frozen=True)
 class JudgingOptions:
     """What is judged, and by which dataset."""
@@ -41,6 +56,12 @@ class JudgingOptions:
         "A run, a step folder, a folder of pictures, or `shipped:NAME` (also `shipped`). "
         "Default: the newest checkpoint under runs/.",
         path=True,
+    )
+    beside: list[Path] | None = option(
+        "Judge this checkpoint too, at its own settings, in the same table. `teacher` is the one that the target was "
+        "distilled from. Repeatable.",
+        metavar="PATH|teacher",
+        callback=_homes,
     )
     images: int = option(
         "Images drawn at each setting, half of them of unseen combinations where there are any. "
@@ -108,6 +129,7 @@ def evaluate(
       sana eval
       sana eval runs/quickstart --sweep --images 2000 --plot sweep.png
       sana eval shipped:critters --images 2000
+      sana eval runs/quickstart-distilled --beside teacher
       sana eval samples/ --json
     """
     with user_errors(context, printing.quiet) as work:
@@ -147,9 +169,8 @@ def _print_summary(summary: "EvalSummary") -> None:
             _print_swaps(verdict, real)
         elif real.attributes:
             _print_captions(verdict)
-    _print_results(summary.results, summary.by)
-    if first.settings is not None and first.settings.guidance_interval != (0, 1):
-        console.note("guidance at noise levels {:g} to {:g}".format(*first.settings.guidance_interval))
+    _print_results(summary)
+    _print_intervals(summary)
     count = verdict.seen.total.count
     if verdict.real_distance == verdict.real_distance:
         diversity = "" if verdict.diversity != verdict.diversity else " and a diversity of 1"
@@ -158,6 +179,8 @@ def _print_summary(summary: "EvalSummary") -> None:
             console.note(f"the {real.total.count:,} real images that there are have {distance}")
         else:
             console.note(f"as many real images have {distance} ({count:,} images each)")
+    if summary.comparison is not None:
+        _print_comparison(summary.comparison)
     for path in summary.saved:
         console.result(str(path))
 
@@ -221,38 +244,89 @@ def _print_captions(verdict: "Verdict") -> None:
     console.table(("caption", "as prompted", "95 % interval", "images"), rows)
 
 
-def _print_results(results: "tuple[EvalResult, ...]", by: str) -> None:
-    """A row for each setting."""
+def _print_results(summary: "EvalSummary") -> None:
+    """A row for each setting; of several checkpoints, each row ends with its name."""
     from sana_cli.judging.verdict import pooled
 
-    unseen = any(result.verdict.unseen for result in results)
+    names = summary.names
+    several = len(names) > 1
+    unseen = any(result.verdict.unseen for result in summary.results)
     rows = []
-    for result in results:
-        verdict, settings = result.verdict, result.settings
-        how = (
-            "pictures"
-            if settings is None
-            else f"{settings.solver} {settings.steps} x {settings.guidance_scale:g}"
-        )
+    for result in summary.results:
+        verdict = result.verdict
         total, diversity = verdict.seen.total, verdict.diversity
-        if unseen:  # in one column each: they fit into 80 columns
+        if unseen or several:  # in one column each: they fit into 80 columns
             parts = [verdict.seen, *([pooled("unseen", verdict.unseen)] if verdict.unseen else [])]
             shares: list[float | str] = [_with_spread(part.total) for part in parts]
-            shares += ["-"] * (2 - len(parts))
+            shares += ["-"] * (1 + unseen - len(parts))
         else:
             shares = [_plain(total), _per_cent(total.interval)]
         rows.append(
             (
-                how,
+                _settings_in_words(result),
                 *shares,
                 f"{verdict.distance:.2f} ± {verdict.distance_spread:.2f}",
                 f"{diversity:.2f}" if diversity == diversity else "-",
                 f"{result.seconds:.0f} s",
+                *([names[result.checkpoint]] if several and result.checkpoint is not None else []),
             )
         )
-    asked = "R-precision" if by == "captions" else "as prompted"
-    columns = ("steps x guidance", asked, "unseen" if unseen else "95 %", "Fréchet", "diversity", "time")
+    columns = ["steps x guidance", "R-precision" if summary.by == "captions" else "as prompted"]
+    columns += ["unseen"] if unseen else [] if several else ["95 %"]
+    columns += ["Fréchet", "diversity", "time", *(["checkpoint"] if several else [])]
     console.table(columns, rows)
+
+
+def _settings_in_words(result: "EvalResult") -> str:
+    settings = result.settings
+    if settings is None:
+        return "pictures"
+    return f"{settings.solver} {settings.steps} x {settings.guidance_scale:g}"
+
+
+def _print_intervals(summary: "EvalSummary") -> None:
+    """Where each checkpoint is guided, unless it is everywhere."""
+    names, found = summary.names, dict[str, None]()
+    for result in summary.results:
+        if result.settings is not None and result.settings.guidance_interval != (0, 1):
+            of = f"{names[result.checkpoint]}: " if len(names) > 1 and result.checkpoint is not None else ""
+            found[of + "guidance at noise levels {:g} to {:g}".format(*result.settings.guidance_interval)] = (
+                None
+            )
+    for line in found:
+        console.note(line)
+
+
+def _print_comparison(comparison: "Comparison") -> None:
+    """How a student differs from its teacher, and a warning if it draws few different pictures."""
+    from sana_cli.judging.verdict import pooled
+
+    student, teacher = comparison.student.verdict, comparison.teacher.verdict
+    pairs = [("as prompted", student.seen.total, teacher.seen.total)]
+    if student.unseen:
+        own, theirs = pooled("unseen", student.unseen), pooled("unseen", teacher.unseen)
+        pairs.append(("unseen", own.total, theirs.total))
+    parts = [f"{what} {_points(own, theirs)}" for what, own, theirs in pairs if own.count and theirs.count]
+    spread = math.hypot(student.distance_spread, teacher.distance_spread)
+    parts.append(f"Fréchet {student.distance - teacher.distance:+.2f} ± {spread:.2f}")
+    more = student.diversity - teacher.diversity
+    if more == more:
+        parts.append(f"diversity {more:+.2f}")
+    console.note(f"student ({_settings_in_words(comparison.student)}) minus teacher: {', '.join(parts)}")
+    if comparison.collapsed:
+        console.note(
+            f"warning: the student's diversity is {student.diversity:.2f}, and its teacher's {teacher.diversity:.2f}: "
+            "it draws too few different pictures, however many are as prompted"
+        )
+
+
+def _points(share: "Share", other: "Share") -> str:
+    """A difference of shares in points of per cent, with its 95 % interval (Newcombe 1998, method 10)."""
+    (low, high), (other_low, other_high) = share.interval, other.interval
+    more = share.accuracy - other.accuracy
+    below = math.hypot(share.accuracy - low, other_high - other.accuracy)
+    above = math.hypot(high - share.accuracy, other.accuracy - other_low)
+    return f"{100 * more:+.1f} points ({100 * (more - below):+.1f} to {100 * (more + above):+.1f})"
 
 
 def _plain(share: "Share") -> float | str:

@@ -2,13 +2,13 @@
 
 The judge is a classifier trained on the dataset's attributes, or a matcher of its pictures and
 captions. It finds prompt accuracy, Fréchet distance and diversity within a caption, at one
-setting of the solver or at many. It prints nothing.
+setting of the solver or at many, and of other checkpoints beside it. It prints nothing.
 """
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from sana_cli import __version__
 from sana_cli.choices import JudgedBy, Precision, Solver, Weights
 from sana_cli.config.file import RUN_CONFIG, load_config, load_run_config
-from sana_cli.config.keys import DataConfig, SampleConfig
+from sana_cli.config.keys import Config, SampleConfig
 from sana_cli.dataset.layout import held_out_dir, is_dataset
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
@@ -37,9 +37,14 @@ from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
 from sana_cli.sources import BadImage, decode_image, fit_image
 from sana_cli.text import check_same_encoder
 from sana_cli.weights import checkpoint
+from sana_cli.weights.reader import read_weights
 
 SWEEP_STEPS = (4, 6, 8, 12, 20)
+SWEEP_FEW_STEPS = (1, 2, 3, 4)  # of a few-step model
 SWEEP_GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+TEACHER = "teacher"  # in place of a path: the checkpoint that the target was distilled from
+LESS_DIVERSITY = 0.2  # a student with this share less than its teacher has collapsed
+DIVERSITY_SPREAD = 1.7  # relative, over seeds, times the root of the number of pictures; measured on digits
 J = TypeVar("J", Judge, Matcher)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -48,10 +53,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 class EvalOptions:
     """What to judge: every combination of steps, scales and solvers.
 
-    Empty or `None`: as the checkpoint has it.
+    Empty or `None`: as the checkpoint has it. Settings and weights are for the target; other
+    checkpoints have their own.
     """
 
     target: Path | None = None  # a run, a step folder or pictures; None: the newest run
+    beside: tuple[Path, ...] = ()  # other checkpoints, by path or as `TEACHER`
     data: Path | None = None  # the dataset directory; None: that of the checkpoint's config
     by: JudgedBy = "auto"  # auto: by attributes where there are any that can be judged, else by captions
     images: int = 10_000  # drawn at each setting; half of captions of unseen kinds, where there are any
@@ -80,12 +87,32 @@ class EvalStep:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The results of one setting."""
+    """The results of a checkpoint at one setting."""
 
+    checkpoint: Path | None  # None: pictures from a folder
     settings: SampleConfig | None  # None: pictures from a folder
     seconds: float  # of drawing
     images: int
     verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A student beside its teacher, each at its own settings."""
+
+    student: EvalResult
+    teacher: EvalResult
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the student's diversity is clearly below the teacher's: by a fifth, and by more than chance."""
+        student, teacher = self.student.verdict, self.teacher.verdict
+        if not student.seen.total.count:
+            return False
+        chance = (
+            2 * DIVERSITY_SPREAD * math.sqrt(2 / student.seen.total.count)
+        )  # two deviations of a difference
+        return student.diversity < (1 - max(LESS_DIVERSITY, chance)) * teacher.diversity
 
 
 @dataclass(frozen=True)
@@ -97,13 +124,19 @@ class EvalSummary:
     by: JudgedBy  # attributes or captions
     real: tuple[Reading, ...]  # of real images that the judge was not trained on, by kind
     notes: tuple[str, ...]  # attributes that are not judged
-    results: tuple[EvalResult, ...]
+    results: tuple[EvalResult, ...]  # of the target first
     saved: tuple[Path, ...]
+    comparison: Comparison | None = None  # where the target's teacher is among the results
+
+    @property
+    def names(self) -> dict[Path, str]:
+        """What a table calls the checkpoints of the results: their runs, with steps if these do not differ."""
+        return _names({result.checkpoint for result in self.results if result.checkpoint is not None})
 
 
 def _dataset(options: EvalOptions, place: Path | None) -> tuple[Dataset, Dataset | None]:
     """The dataset to judge by, and its held-out part where there is one."""
-    data = load_config(None).data if place is None else _data_config(place)
+    data = (load_config(None) if place is None else _config_of(place)).data
     directory = options.data or data.dir
     if not is_dataset(directory):
         raise SanaError(
@@ -128,12 +161,12 @@ def _dataset(options: EvalOptions, place: Path | None) -> tuple[Dataset, Dataset
     return dataset, held_out
 
 
-def _data_config(place: Path) -> DataConfig:
-    """Where the data of a checkpoint lies: by the config of its run, or that of the shipped name."""
+def _config_of(place: Path) -> Config:
+    """The config of a checkpoint's run, or of the shipped name."""
     run = place.absolute().parents[1]
     if (run / RUN_CONFIG).is_file():
-        return load_run_config(run).data
-    return load_config(place.name if checkpoint.is_shipped(place) else None).data
+        return load_run_config(run)
+    return load_config(checkpoint.config_of_shipped(place) if checkpoint.is_shipped(place) else None)
 
 
 def _prompts(
@@ -167,14 +200,21 @@ def _settings(options: EvalOptions, pipeline: Pipeline) -> list[SampleConfig]:
     for key in ("guidance_interval", "flow_shift"):
         if getattr(options, key) is not None:
             base[key] = getattr(options, key)
-    own_steps, own_scale = base["steps"], base["guidance_scale"]
-    steps = options.steps or (sorted({*SWEEP_STEPS, own_steps}) if options.sweep else (own_steps,))
-    scales = options.guidance_scale or (
-        sorted({*SWEEP_GUIDANCE, own_scale}) if options.sweep else (own_scale,)
-    )
+    steps, scales = {base["steps"]}, {base["guidance_scale"]}
+    if options.sweep and pipeline.model.guidance_embeds:
+        low, high = _config_of(pipeline.place).distill.guidance
+        steps.update(SWEEP_FEW_STEPS)
+        scales.update(scale for scale in SWEEP_GUIDANCE if low <= scale <= high)  # others it never learned
+    elif options.sweep:
+        steps.update(SWEEP_STEPS)
+        scales.update(SWEEP_GUIDANCE)
     return [
         given_settings(pipeline, base, {"solver": solver, "steps": count, "guidance_scale": scale})
-        for solver, count, scale in itertools.product(options.solver or (base["solver"],), steps, scales)
+        for solver, count, scale in itertools.product(
+            options.solver or (base["solver"],),
+            options.steps or sorted(steps),
+            options.guidance_scale or sorted(scales),
+        )
     ]
 
 
@@ -182,21 +222,30 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
     """Judge; yields progress, and at the end an `EvalSummary`.
 
     Raises:
-        SanaError: no checkpoint or dataset, a dataset that cannot be judged by, or a checkpoint
-            of another dataset.
+        SanaError: no checkpoint or dataset, a dataset that cannot be judged by, a checkpoint of
+            another dataset, or a teacher that the target does not have.
     """
     to = _outputs(options)
     device = resolve_device(options.device)
     folder = options.target if options.target is not None and _is_pictures(options.target) else None
+    if folder is not None and options.beside:
+        raise SanaError(
+            f"`beside`: all rows have the same prompts, and the pictures in {folder} have their own",
+            "give a checkpoint as the target, or leave `beside` out",
+            exit_code=2,
+        )
     place = checkpoint.find_checkpoint(options.target) if folder is None else folder
     dataset, held_out = _dataset(options, None if folder else place)
     by, prompts, notes = _prompts(options, dataset, held_out)
     source: Iterator[_Pictures | EvalStep]
+    candidates: list[_Candidate] = []
     if folder is not None:
         source = _read(folder, prompts)
     else:
-        pipeline = _open_own(place, prompts)
-        source = _draw(options, pipeline, prompts, _settings(options, pipeline), device)
+        pipeline = _open_own(place, prompts, "give its own with `data` DIR")
+        candidates = [_Candidate(pipeline, options.weights, _settings(options, pipeline))]
+        candidates += [_beside(path, place, options.seed, prompts) for path in options.beside]
+        source = _draw(options, candidates, prompts, device)
     verdict: Callable[..., Verdict]
     if by == "attributes":
         judged = yield from _trained(judge.load_or_train(dataset, held_out, device))
@@ -210,10 +259,11 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
             yield item
             continue
         images = sum(len(part.captions) for part in item.drawn)
-        result = EvalResult(item.settings, item.seconds, images, verdict(*item.drawn))
+        result = EvalResult(item.checkpoint, item.settings, item.seconds, images, verdict(*item.drawn))
         summary = replace(summary, results=(*summary.results, result))
         if to.unfinished is not None:  # a sweep may take hours, and may be stopped or killed
             _save(summary, to.unfinished)
+    summary = replace(summary, comparison=_comparison(candidates, summary.results))
     _write(summary, to)
     yield replace(summary, saved=tuple(path for path in (to.results, to.plot) if path is not None))
 
@@ -234,9 +284,20 @@ class _Outputs:
 class _Pictures:
     """Pictures that are judged together."""
 
+    checkpoint: Path | None  # None: pictures from a folder
     settings: SampleConfig | None  # None: pictures from a folder
     seconds: float  # of drawing
     drawn: tuple[Drawn, ...]  # the seen ones first
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A checkpoint that is judged, and at which settings."""
+
+    pipeline: Pipeline
+    weights: Weights
+    settings: list[SampleConfig]
+    is_teacher: bool = False  # of the target
 
 
 def _outputs(options: EvalOptions) -> _Outputs:
@@ -252,7 +313,8 @@ def _outputs(options: EvalOptions) -> _Outputs:
         None if options.out is None else outputs.output("`out`", options.out, "eval.json", outputs.DOCUMENTS)
     )
     plot = None if options.plot is None else outputs.output("`plot`", options.plot, "eval.png", outputs.PLOTS)
-    outputs.check_distinct([("`out`", out), ("`plot`", plot)], [("the target", options.target)])
+    inputs = [("the target", options.target), *(("`beside`", path) for path in options.beside)]
+    outputs.check_distinct([("`out`", out), ("`plot`", plot)], inputs)
     if plot is not None:
         plots.check_matplotlib()
     try:
@@ -287,8 +349,36 @@ def _matching(
     return Matching.of(matcher, dataset, held_out)
 
 
-def _open_own(place: Path, prompts: Sequence[Prompts]) -> Pipeline:
-    """The pipeline of a checkpoint, which must be of the captions' encoder and the dataset's image shape."""
+def _beside(path: Path, target: Path, seed: int, prompts: Sequence[Prompts]) -> _Candidate:
+    """Another checkpoint at its own settings: the one at a path, or the target's teacher.
+
+    Raises:
+        SanaError: there is none, it is not the teacher that it should be, or it is of another dataset.
+    """
+    record = checkpoint.read_record(target)
+    try:
+        by_name = str(path) == TEACHER and not path.exists()
+        place = checkpoint.find_teacher(target) if by_name else checkpoint.find_checkpoint(path)
+        pipeline = _open_own(place, prompts, f"all rows are judged by one dataset: judge {place} by itself")
+        is_teacher = False
+        if record.teacher is not None and not pipeline.adapters:
+            found = read_weights(checkpoint.transformer_path(place))
+            is_teacher = found.sha256 == record.teacher.sha256
+            if by_name:
+                checkpoint.check_base(found, record.teacher, place, str(target), "was distilled from")
+    except SanaError as error:
+        first, *rest = str(error).splitlines()
+        raise SanaError(f"`beside`: {first}", *rest, exit_code=error.exit_code) from error
+    settings = pipeline.sample.model_copy(update={"seed": seed})
+    return _Candidate(pipeline, "ema", [settings], is_teacher)
+
+
+def _open_own(place: Path, prompts: Sequence[Prompts], todo: str) -> Pipeline:
+    """The pipeline of a checkpoint, which must be of the captions' encoder and the dataset's image shape.
+
+    Raises:
+        SanaError: it is of others; says what is `todo`.
+    """
     pipeline = open_pipeline(place)
     if pipeline.fingerprint is None:
         raise SanaError(
@@ -296,12 +386,49 @@ def _open_own(place: Path, prompts: Sequence[Prompts]) -> Pipeline:
         )
     for dataset in {group.dataset.directory: group.dataset for group in prompts}.values():
         recorded, where = dataset.index.encoder.as_json(), str(dataset.directory)
-        check_same_encoder(recorded, pipeline.fingerprint, where, "give its own with `data` DIR")
+        check_same_encoder(recorded, pipeline.fingerprint, where, todo)
         if pipeline.sample_shape != dataset.image_shape:
             raise SanaError(
-                f"{place} draws {pipeline.sample_shape}, and {dataset.directory} has {dataset.image_shape}"
+                f"{place} draws {pipeline.sample_shape}, and {dataset.directory} has {dataset.image_shape}",
+                todo,
             )
     return pipeline
+
+
+def _comparison(candidates: Sequence[_Candidate], results: Sequence[EvalResult]) -> Comparison | None:
+    """The target at its recorded settings, else at the first ones, beside its teacher.
+
+    Args:
+        candidates: the target first.
+        results: of all settings of all candidates, in this order.
+    """
+    settings = [(candidate, setting) for candidate in candidates for setting in candidate.settings]
+    taught = [result for (one, _), result in zip(settings, results, strict=False) if one.is_teacher]
+    if not taught:
+        return None
+    target = candidates[0]
+    own = target.pipeline.sample.model_copy(update={"seed": target.settings[0].seed})
+    return Comparison(results[target.settings.index(own) if own in target.settings else 0], taught[0])
+
+
+def _names(places: Iterable[Path]) -> dict[Path, str]:
+    """A name of each of several checkpoints: as short as tells them apart."""
+
+    def run(place: Path) -> str:
+        if checkpoint.is_shipped(place):
+            return f"{checkpoint.SHIPPED}:{place.name}"
+        whole = place.absolute()
+        return whole.parents[1].name if whole.parent.name == checkpoint.CHECKPOINTS else place.name
+
+    def step(place: Path) -> str:
+        return run(place) if run(place) == place.name else f"{run(place)}/{place.name}"
+
+    places, names = list(places), dict[Path, str]()
+    for name in (run, step, str):
+        names = {place: name(place) for place in places}
+        if len(set(names.values())) == len(places):
+            break
+    return names
 
 
 def _write(summary: EvalSummary, to: _Outputs) -> None:
@@ -350,15 +477,14 @@ def _counts(images: int, kinds: int) -> list[int]:
 
 def _draw(
     options: EvalOptions,
-    pipeline: Pipeline,
+    candidates: Sequence[_Candidate],
     prompts: Sequence[Prompts],
-    settings: Sequence[SampleConfig],
     device: torch.device,
 ) -> Iterator[_Pictures | EvalStep]:
-    """Draw pictures at each of `settings`; yields progress in between."""
-    precision = resolve_precision(options.precision or pipeline.precision, device)
-    dtype = torch.float32 if precision == "fp32" else None
-    model = checkpoint.load_transformer(pipeline.place, options.weights, device, dtype)
+    """Draw pictures of the same captions and seeds with each candidate at each of its settings.
+
+    Yields progress in between.
+    """
     null = prompts[0].dataset.states([prompts[0].dataset.index.null_caption])[0]
     chosen = [
         group.as_frequent(count)
@@ -370,30 +496,37 @@ def _draw(
         states = dict(zip(distinct, group.dataset.states(distinct), strict=True))
         given += [states[caption] for caption in captions]
     seeds = range(options.seed, options.seed + len(given))
-    every = sum(setting.steps for setting in settings)
+    every = sum(setting.steps for candidate in candidates for setting in candidate.settings)
     before = 0
-    for setting in settings:
-        start, pixels = time.perf_counter(), {}
-        recipe = sampler.Recipe(setting, pipeline.sample_shape, pipeline.prediction_type, precision)
-        try:
-            for step in sampler.sample_images(model, given, [null] * len(given), seeds, recipe):
-                if step.done % setting.steps == 0:
-                    pixels[step.first] = sampler.to_pixels(step.images)
-                yield EvalStep("draw", before + step.done * setting.steps // step.total, every)
-        except sampler.NoRoomError as error:
-            raise SanaError(str(error), "judge it on another device: `device` cpu") from error
-        before += setting.steps
-        drawn = torch.cat([pixels[first] for first in sorted(pixels)]).split([len(ids) for ids in chosen])
-        seconds = time.perf_counter() - start
-        yield _Pictures(
-            setting,
-            seconds,
-            tuple(
-                group.of([group.texts[caption] for caption in captions], images)
-                for group, captions, images in zip(prompts, chosen, drawn, strict=True)
-                if len(images) or group is prompts[0]
-            ),
-        )
+    for candidate in candidates:
+        pipeline = candidate.pipeline
+        precision = resolve_precision(options.precision or pipeline.precision, device)
+        dtype = torch.float32 if precision == "fp32" else None
+        model = checkpoint.load_transformer(pipeline.place, candidate.weights, device, dtype)
+        for setting in candidate.settings:
+            start, pixels = time.perf_counter(), {}
+            recipe = sampler.Recipe(setting, pipeline.sample_shape, pipeline.prediction_type, precision)
+            try:
+                for step in sampler.sample_images(model, given, [null] * len(given), seeds, recipe):
+                    if step.done % setting.steps == 0:
+                        pixels[step.first] = sampler.to_pixels(step.images)
+                    yield EvalStep("draw", before + step.done * setting.steps // step.total, every)
+            except sampler.NoRoomError as error:
+                raise SanaError(str(error), "judge it on another device: `device` cpu") from error
+            before += setting.steps
+            drawn = torch.cat([pixels[first] for first in sorted(pixels)]).split(list(map(len, chosen)))
+            seconds = time.perf_counter() - start
+            yield _Pictures(
+                pipeline.place,
+                setting,
+                seconds,
+                tuple(
+                    group.of([group.texts[caption] for caption in captions], images)
+                    for group, captions, images in zip(prompts, chosen, drawn, strict=True)
+                    if len(images) or group is prompts[0]
+                ),
+            )
+        del model  # before the next is loaded
 
 
 def _read(folder: Path, prompts: Sequence[Prompts]) -> Iterator[_Pictures]:
@@ -433,6 +566,7 @@ def _read(folder: Path, prompts: Sequence[Prompts]) -> Iterator[_Pictures]:
     empty = torch.empty(0, channels, height, width, dtype=torch.uint8)
     yield _Pictures(
         None,
+        None,
         0.0,
         tuple(
             group.of(
@@ -459,11 +593,13 @@ def record(summary: EvalSummary) -> dict[str, Any]:
     It is a file format. Its keys say in full what the fields of `Verdict` say in short, and
     they stay when these change.
     """
-    results = []
+    results, names = [], summary.names
     for result in summary.results:
-        verdict, settings = result.verdict, result.settings
+        verdict, settings, place = result.verdict, result.settings, result.checkpoint
         results.append(
             {
+                "checkpoint": None if place is None else str(place),
+                "name": None if place is None else names[place],
                 "settings": None
                 if settings is None
                 else settings.model_dump(mode="json", exclude={"prompts"}),
@@ -483,6 +619,7 @@ def record(summary: EvalSummary) -> dict[str, Any]:
     return {
         "made_by": f"sana {__version__}",
         "target": str(summary.target),
+        "teacher": None if summary.comparison is None else str(summary.comparison.teacher.checkpoint),
         "dataset": str(summary.dataset),
         "by": summary.by,
         "judge": {"accuracy": _number(real.total.accuracy), "real_images": real.total.count},

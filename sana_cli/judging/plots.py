@@ -38,18 +38,20 @@ def evaluation(record: Mapping[str, Any], path: Path) -> None:
 def _sweep(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Accuracy, Fréchet distance and diversity over the guidance scale.
 
-    There is a curve for each solver and number of steps.
+    There is a curve for each checkpoint, solver and number of steps.
     """
+    several = len({result["checkpoint"] for result in results}) > 1
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         settings = result["settings"]
-        lines.setdefault(f"{settings['solver']}, {settings['steps']} steps", []).append(result)
+        of = f"{result['name']}: " if several else ""
+        steps = "1 step" if settings["steps"] == 1 else f"{settings['steps']} steps"
+        lines.setdefault(f"{of}{settings['solver']}, {steps}", []).append(result)
     figure, panels = _panels(3)
     for name, points in lines.items():
         scales = [point["settings"]["guidance_scale"] for point in points]
         shares = [point["accuracy"] for point in points]
-        low = [100 * (share["accuracy"] - share["low"]) for share in shares]
-        high = [100 * (share["high"] - share["accuracy"]) for share in shares]
+        low, high = _errors(shares)
         panels[0].errorbar(
             scales,
             [100 * share["accuracy"] for share in shares],
@@ -81,16 +83,17 @@ def _captions(result: Mapping[str, Any], path: Path, title: str) -> None:
     shares = [share for share in shares if share["images"]]
     figure, (panel,) = _panels(1, width=max(WIDTH, 0.4 * len(shares)))
     heights = [100 * share["accuracy"] for share in shares]
-    below = [100 * (share["accuracy"] - share["low"]) for share in shares]
-    above = [100 * (share["high"] - share["accuracy"]) for share in shares]
-    panel.errorbar(range(len(shares)), heights, [below, above], fmt="o", capsize=3)
+    panel.errorbar(range(len(shares)), heights, _errors(shares), fmt="o", capsize=3)
     panel.set_xticks(range(len(shares)), [share["name"][:20] for share in shares], rotation=60, ha="right")
     panel.set(ylabel="read as prompted, %")
     _save(figure, path, title)
 
 
 def training_curves(
-    runs: Mapping[str, Sequence[Mapping[str, float]]], real_distance: float, path: Path
+    runs: Mapping[str, Sequence[Mapping[str, float]]],
+    real_distance: float,
+    path: Path,
+    since: str = "sana embed",
 ) -> None:
     """Plot accuracy and Fréchet distance over training time, a curve for each run.
 
@@ -98,27 +101,30 @@ def training_curves(
         runs: points by name, with `seconds`, `accuracy`, its `low` and `high`, and `distance` if any.
         real_distance: the Fréchet distance of real images.
         path: the picture to write.
+        since: the command with which time began.
     """
     figure, panels = _panels(2)
     for name, points in runs.items():
         seconds = [point["seconds"] for point in points]
-        error = [
-            [100 * max(0, p["accuracy"] - p["low"]) for p in points],  # the last bit may be below zero
-            [100 * max(0, p["high"] - p["accuracy"]) for p in points],
-        ]
-        panels[0].errorbar(
-            seconds, [100 * point["accuracy"] for point in points], error, marker="o", capsize=2, label=name
-        )
+        heights = [100 * point["accuracy"] for point in points]
+        panels[0].errorbar(seconds, heights, _errors(points), marker="o", capsize=2, label=name)
         if all("distance" in point for point in points):
             panels[1].plot(seconds, [point["distance"] for point in points], marker="o", label=name)
     panels[1].axhline(real_distance, color="grey", linestyle="--", label="real test images")
     for panel, label in zip(panels, ("read as prompted, %", "Fréchet distance"), strict=True):
-        panel.set(xlabel="seconds since sana embed began", ylabel=label)
+        panel.set(xlabel=f"seconds since {since} began", ylabel=label)
         panel.legend(fontsize="small")
     lowest = min(point["accuracy"] for points in runs.values() for point in points)
     panels[0].set_ylim(min(80, 10 * int(10 * lowest)), 100.2)
     panels[1].set_yscale("log")
     _save(figure, path, "")
+
+
+def _errors(shares: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """How far the intervals of shares go down and up, in per cent. The last bit may be below zero."""
+    below = [100 * max(0, share["accuracy"] - share["low"]) for share in shares]
+    above = [100 * max(0, share["high"] - share["accuracy"]) for share in shares]
+    return below, above
 
 
 def _panels(count: int, width: float = WIDTH) -> tuple[Any, Sequence[Any]]:

@@ -1,25 +1,26 @@
 """`sana eval` of checkpoints and folders, and what it refuses."""
 
 import json
+import math
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import child, embedded, invoke, sampled, small_config, trained
+from helpers import again, child, embedded, invoke, sampled, small_config, trained
 from helpers.folders import metadata_folder
-from helpers.steps import small_judge
+from helpers.steps import perturb, small_judge
 from PIL import Image
 
 from sana_cli.choices import JudgedBy
-from sana_cli.cli.eval import _judge_in_words, _print_swaps
+from sana_cli.cli.eval import _judge_in_words, _points, _print_comparison, _print_swaps
 from sana_cli.commands import eval as evaluating
-from sana_cli.commands.eval import EvalOptions, EvalSummary, evaluate, record
+from sana_cli.commands.eval import Comparison, EvalOptions, EvalResult, EvalSummary, evaluate, record
 from sana_cli.config.keys import Config
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
-from sana_cli.judging import judge, retrieval
+from sana_cli.judging import judge, plots, retrieval
 from sana_cli.judging.asked import judged_attributes, prompts_of, values_of
 from sana_cli.judging.judge import Judge, Share
 from sana_cli.judging.verdict import Reading, Swap, Verdict
@@ -78,6 +79,217 @@ def test_eval_of_a_checkpoint_and_of_a_folder(
     Image.new("L", (32, 32)).save(tmp_path / "s" / "odd.png")
     with pytest.raises(SanaError, match="its caption is None, which is none of"):
         list(evaluate(EvalOptions(tmp_path / "s", data=config.data.dir)))
+
+
+def student_of(config: Config, *overrides: str) -> Config:
+    """The config of a student of a config's run, which is trained."""
+    student = again(
+        config,
+        "data.image_size=32",
+        "train.steps=2",
+        "log.sample_every=2",
+        "sample.prompts=null",
+        f"run.dir={config.run.dir.with_name('student')}",
+        f"distill.teacher={config.run.dir}",
+        "distill.critic=false",
+        "distill.guidance=[1.0, 2.2]",
+        "model.guidance_embeds=true",
+        "model.timestep_scale=0.001",
+        "sample.solver=scm",
+        "sample.steps=1",
+        "sample.flow_shift=1.0",
+        "sample.guidance_scale=1.5",
+        *overrides,
+    )
+    trained(student)
+    return student
+
+
+def judge_of(options: EvalOptions) -> EvalSummary:
+    *_, summary = evaluate(options)
+    assert isinstance(summary, EvalSummary)
+    return summary
+
+
+def test_rows_of_other_checkpoints_are_those_of_evaluations_of_their_own(
+    judged: tuple[Config, Judge], tmp_path: Path
+) -> None:
+    """Same prompts, same seeds; settings given are for the target alone."""
+    config, _ = judged
+    teacher = trained(config).checkpoint
+    student = student_of(config)
+    options = EvalOptions(student.run.dir, images=40, seed=7)
+    beside = replace(
+        options,
+        beside=(Path("teacher"), config.run.dir, Path("shipped")),
+        steps=(1, 2),
+        out=tmp_path / "e.json",
+        plot=tmp_path / "e.png",
+    )
+    together = judge_of(beside)
+    own = judge_of(replace(options, steps=(1, 2)))
+    of_teacher = judge_of(replace(options, target=config.run.dir))
+    shipped = judge_of(replace(options, target=Path("shipped"), data=config.data.dir))
+    wanted = [*own.results, *of_teacher.results, *of_teacher.results, *shipped.results]
+    assert [replace(one, seconds=0) for one in together.results] == [
+        replace(one, seconds=0) for one in wanted
+    ]
+    assert own.comparison is None
+    assert together.comparison == Comparison(together.results[0], together.results[2])
+
+    found = record(together)
+    assert json.loads((tmp_path / "e.json").read_text()) == found
+    assert found["teacher"] == str(teacher) == found["results"][2]["checkpoint"]
+    assert [one["name"] for one in found["results"]] == [
+        "student",
+        "student",
+        "run",
+        "run",
+        "shipped:quickstart",
+    ]
+    assert [one["settings"]["solver"] for one in found["results"]] == [
+        "scm",
+        "scm",
+        "dpm++",
+        "dpm++",
+        "dpm++",
+    ]
+    assert (tmp_path / "e.png").stat().st_size > 0
+    assert not judge_of(replace(options, beside=(Path("shipped"),))).comparison
+
+
+def test_the_table_of_a_student_and_its_teacher(judged: tuple[Config, Judge]) -> None:
+    config, _ = judged
+    trained(config)
+    student = student_of(config)
+    answer = invoke("eval", str(student.run.dir), "--images", "40", "--beside", "teacher", columns=200)
+    assert answer.exit_code == 0, answer.output
+    header, _, *rows = [line for line in answer.stdout.splitlines() if line]
+    assert header.split()[-1] == "checkpoint"
+    assert [row.split()[-1] for row in rows] == ["student", "run"]
+    assert "student (scm 1 x 1.5) minus teacher: as prompted " in answer.stderr
+    assert max(map(len, map(str.rstrip, answer.stdout.splitlines()))) <= 80
+
+
+def test_a_sweep_of_a_few_step_model(judged: tuple[Config, Judge]) -> None:
+    """One to four steps, and the guidance scales that it learned; the teacher as it is."""
+    config, _ = judged
+    trained(config)
+    student = student_of(config, "sample.guidance_scale=1.4")
+    summary = judge_of(EvalOptions(student.run.dir, images=20, sweep=True, beside=(Path("teacher"),)))
+    found = [(r.settings.steps, r.settings.guidance_scale) for r in summary.results if r.settings]
+    assert found[:-1] == [(steps, scale) for steps in (1, 2, 3, 4) for scale in (1.0, 1.4, 1.5, 2.0)]
+    assert found[-1] == (2, 2.5)
+    assert summary.comparison is not None
+    assert summary.comparison.student.settings is not None
+    assert summary.comparison.student.settings.guidance_scale == 1.4  # its own
+
+
+def test_the_interval_of_a_difference() -> None:
+    """The example of Newcombe (1998), table II, method 10: 0.0524 to 0.3339."""
+    assert _points(Share("", 56, 70), Share("", 48, 80)) == "+20.0 points (+5.2 to +33.4)"
+
+
+def test_what_is_concluded(capsys: pytest.CaptureFixture[str]) -> None:
+    """A difference beyond chance, and a warning of a collapse whatever the accuracy."""
+
+    def result(hits: int, diversity: float, count: int = 1000) -> EvalResult:
+        reading = Reading("seen", Share("all", hits, count), Share("single", hits, count), (), ())
+        return EvalResult(None, None, 0.0, count, Verdict(reading, (), (), (), 4.0, 0.3, 1.0, diversity))
+
+    _print_comparison(Comparison(result(999, 0.4), result(990, 0.9)))
+    said = capsys.readouterr().err
+    assert "as prompted +0.9 points (+0.2 to +1.7), Fréchet +0.00 ± 0.42, diversity -0.50" in said
+    assert "warning: the student's diversity is 0.40, and its teacher's 0.90" in said
+    _print_comparison(Comparison(result(990, 0.85), result(990, 0.9)))
+    assert "warning" not in capsys.readouterr().err
+    assert Comparison(result(500, 0.7), result(500, 0.9)).collapsed
+    assert not Comparison(result(500, 0.75), result(500, 0.9)).collapsed
+    assert not Comparison(result(20, 0.7, 40), result(20, 0.9, 40)).collapsed  # 40 pictures do not tell
+    assert Comparison(result(20, 0.1, 40), result(20, 0.9, 40)).collapsed
+    assert not Comparison(result(20, math.nan), result(20, math.nan)).collapsed  # by captions
+    _print_comparison(Comparison(result(20, math.nan), result(20, math.nan)))
+    assert "diversity" not in capsys.readouterr().err
+
+
+def test_a_plot_of_pictures_that_are_all_as_prompted(tmp_path: Path) -> None:
+    """Wilson's interval of 6 of 6 ends a last bit below 1."""
+    share = Share("4", 6, 6)
+    reading = Reading("seen", share, share, (), ())
+    result = EvalResult(None, None, 0.0, 6, Verdict(reading, (), (share,), (), 4.0, 0.3, 1.0, 1.0))
+    summary = EvalSummary(tmp_path, tmp_path, "attributes", (reading,), (), (result,), ())
+    plots.evaluation(record(summary), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_names_of_checkpoints_tell_them_apart() -> None:
+    one, later, other = (
+        Path(run, "checkpoints", step)
+        for run, step in (("runs/a", "step-000001"), ("runs/a", "step-000002"), ("old/a", "step-000001"))
+    )
+    assert evaluating._names([one]) == {one: "a"}
+    assert evaluating._names([one, later]) == {one: "a/step-000001", later: "a/step-000002"}
+    assert evaluating._names([one, other]) == {one: str(one), other: str(other)}
+
+
+def test_mistakes_about_other_checkpoints(
+    judged: tuple[Config, Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = judged
+    teacher = trained(config).checkpoint
+    assert teacher is not None
+    student = student_of(config).run.dir
+
+    def refused(target: Path, beside: str | Path) -> str:
+        with pytest.raises(SanaError) as caught:
+            list(evaluate(EvalOptions(target, images=20, beside=(Path(beside),))))
+        return str(caught.value)
+
+    monkeypatch.chdir(tmp_path)
+    assert refused(student, "nowhere").startswith("`beside`: no checkpoint at nowhere: there is no such file")
+    assert refused(student, config.data.dir).startswith(f"`beside`: no checkpoint in {config.data.dir}")
+    assert refused(config.run.dir, "teacher").startswith(
+        f"`beside`: {teacher} has no teacher: it was not distilled"
+    )
+    assert refused(student, "shipped:critters").splitlines()[0].endswith(f"{config.data.dir} has (1, 32, 32)")
+    assert "judge " in refused(student, "shipped:critters").splitlines()[1]
+    other = again(
+        config, "data.image_size=32", "train.steps=2", "text.max_length=7", f"data.dir={tmp_path / 'other'}",
+        f"run.dir={tmp_path / 'of other'}", "log.sample_every=2", "sample.prompts=null",
+    )  # fmt: skip
+    embedded(other)
+    trained(other)
+    first, todo = refused(student, other.run.dir).splitlines()
+    assert first.startswith(f"`beside`: text.max_length: {config.data.dir} has 300, not 7")
+    assert todo.startswith(f"all rows are judged by one dataset: judge {other.run.dir}")
+
+    (tmp_path / "photos").mkdir()
+    Image.new("L", (32, 32)).save(tmp_path / "photos" / "4.png")
+    for beside in ("teacher", str(student)):
+        said = refused(tmp_path / "photos", beside)
+        assert said.startswith(
+            f"`beside`: all rows have the same prompts, and the pictures in {tmp_path / 'photos'}"
+        )
+    assert refused(student, tmp_path / "photos").startswith("`beside`: no checkpoint in")
+    answer = invoke("eval", str(student), "--beside", "nowhere")
+    assert (answer.exit_code, answer.stderr.splitlines()[0][:37]) == (
+        1,
+        "error: --beside: no checkpoint at now",
+    )
+    with pytest.raises(SanaError, match="`beside` and `out` are the same file"):
+        list(evaluate(EvalOptions(student, beside=(tmp_path / "e.json",), out=tmp_path / "e.json")))
+
+    perturb(teacher)
+    first, todo = refused(student, "teacher").splitlines()
+    assert first.startswith(f"`beside`: {teacher} is not the model that {student}")
+    assert "was distilled from: its tensors have the sha256" in first
+    assert judge_of(EvalOptions(student, images=20, beside=(teacher,))).comparison is None
+    config.run.dir.rename(tmp_path / "moved")
+    first, todo, what = refused(student, "teacher").splitlines()
+    assert "was distilled, and its teacher, " in first
+    assert first.endswith(f" is not at {config.run.dir}")
+    assert todo == "put it there, or say where it is: `beside` PATH"
+    assert what.startswith("it is a model of diffusers format, whose tensors have the sha256")
 
 
 def test_a_killed_sweep_leaves_what_it_had_found(judged: tuple[Config, Judge], tmp_path: Path) -> None:
