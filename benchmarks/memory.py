@@ -128,7 +128,7 @@ def child(what: str, config: Config) -> dict[str, Any]:
     task = make_task(config, model, precision, dataset, None)
     if what == "estimate":
         train_set = make_train_set(config, dataset)
-        return vars(training_memory(model, config, task.objective, train_set, placement, 1))
+        return vars(training_memory(model, config, train_set, placement, 1))
     trainer = Trainer(drawn_model(model, config), task, config, placement, config.train.accumulate)
     begin = peak_memory(CPU)
     clock = time.perf_counter()

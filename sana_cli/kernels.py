@@ -53,10 +53,22 @@ class _GatedSiLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
+    def forward(both: Tensor) -> Tensor:
         x, gate = both.chunk(2, dim=-1)
         return F.silu(gate).mul_(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        (x, gate), (of_x, of_gate) = both.chunk(2, dim=-1), tangent.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        slope = sigmoid * (1 + gate * (1 - sigmoid))
+        return of_x * gate * sigmoid + x * slope * of_gate
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -79,7 +91,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
     With few caption tokens the backward pass of the CPU's fused kernel costs many times this.
     """
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" and not _differentiated_forward:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, N, L)
     return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
@@ -96,6 +108,20 @@ class Captions:
         """Those of samples `first` .. `end`."""
         bias = None if self.bias is None else self.bias[first:end]
         return Captions(tuple((k[first:end], v[first:end]) for k, v in self.keys_values), bias)
+
+
+_differentiated_forward = False
+
+
+@contextmanager
+def forward_derivatives() -> Iterator[None]:
+    """Use only operations that have a forward derivative: fused attention has none."""
+    global _differentiated_forward
+    _differentiated_forward = True
+    try:
+        yield
+    finally:
+        _differentiated_forward = False
 
 
 _as_asked = False

@@ -11,8 +11,8 @@ h = int(mlp_ratio * D) hidden width of the Mix-FFN.
 """
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -362,6 +362,45 @@ class SanaTransformer(nn.Module):
         caption_index: Tensor | None,
     ) -> Tensor:
         channels, height, patch = x.shape[1], x.shape[2], self.config.patch_size
+        stream = self._residual_stream(x, states, timestep, guidance, mask, caption_index)
+        ((x, embedded),) = deque(stream, maxlen=1)
+        shift, scale = (self.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
+        x = self.proj_out(torch.addcmul(shift, self.norm_out(x), 1 + scale))  # (B, N, p p C)
+        return rearrange(
+            x, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=height // patch, ph=patch, pw=patch, c=channels
+        )  # fmt: skip
+
+    def features(
+        self,
+        blocks: Sequence[int],
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | Captions,
+        timestep: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        caption_index: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The token states (B, N, D) after each of some blocks, in their order. Arguments as of `forward`.
+
+        Blocks after the last of them do not run.
+        """
+        with kernels.native_arithmetic(self.scale_shift_table):
+            given = (encoder_hidden_states, timestep, None, encoder_attention_mask, caption_index)
+            stream = self._residual_stream(hidden_states, *given)
+            return [
+                x for number, (x, _) in zip(range(max(blocks) + 1), stream, strict=False) if number in blocks
+            ]
+
+    def _residual_stream(
+        self,
+        x: Tensor,
+        states: Tensor | Captions,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        mask: Tensor | None,
+        caption_index: Tensor | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The tokens (B, N, D) after each block, with the embedded timestep (B or 1, D)."""
+        height, patch = x.shape[2], self.config.patch_size
         x = self.patch_embed(x)  # (B, N, D)
         modulation, embedded = self.time_embed(timestep, guidance, x.dtype)  # (B or 1, 6, D), (B or 1, D)
         captions: Sequence[Tensor | tuple[Tensor, Tensor]]
@@ -374,11 +413,7 @@ class SanaTransformer(nn.Module):
             given = (x, caption, caption_index, bias, modulation, height // patch)
             recompute = self.activation_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
-        shift, scale = (self.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
-        x = self.proj_out(torch.addcmul(shift, self.norm_out(x), 1 + scale))  # (B, N, p p C)
-        return rearrange(
-            x, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=height // patch, ph=patch, pw=patch, c=channels
-        )  # fmt: skip
+            yield x, embedded
 
 
 def _mask_bias(mask: Tensor | None, caption_index: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -31,7 +31,7 @@ PAGES = {
 }
 MISTAKES = PAGES["docs/mistakes.md"]
 MINE = "train:\n  steps: 500\n  lrr: 1e-3\nmodel:\n  patch_size: 5\n"  # a config with mistakes
-COMMANDS = ("embed", "train", "sample", "merge", "eval", "inspect")
+COMMANDS = ("embed", "train", "distill", "sample", "play", "merge", "eval", "inspect")
 PINNED_TYPER = re.search(r"^typer==(.*)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
 OTHER_TYPER = PINNED_TYPER is not None and PINNED_TYPER[1] != metadata.version("typer")
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from sana_cli import __version__
-from sana_cli.cli import embed, eval, inspect, merge, sample, train
+from sana_cli.cli import distill, embed, eval, inspect, merge, play, sample, train
 from sana_cli.cli.options import Command
 from sana_cli.cli.process import console
 
@@ -26,7 +26,9 @@ app = typer.Typer(
 )
 app.command(cls=Command)(embed.embed)
 app.command(cls=Command)(train.train)
+app.command(cls=Command)(distill.distill)
 app.command(cls=Command)(sample.sample)
+app.command(cls=Command)(play.play)
 app.command(cls=Command)(merge.merge)
 app.command("eval", cls=Command)(eval.evaluate)
 app.command(cls=Command)(inspect.inspect)

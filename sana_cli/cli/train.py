@@ -16,19 +16,22 @@ if TYPE_CHECKING:
     from sana_cli.training.plan import TrainPlan
 
 
+ResumeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|PATH|none",
+        callback=home,
+        help="Continue: from the newest whole checkpoint, or a given one.",
+    ),
+]
+
+
 @grouped
 def train(
     context: typer.Context,
     config: ConfigOptions,
     *,
-    resume: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|PATH|none",
-            callback=home,
-            help="Continue: from the newest whole checkpoint, or a given one.",
-        ),
-    ] = "none",
+    resume: ResumeOption = "none",
     dry_run: DryRunOption = False,
     printing: PrintOptions,
 ) -> None:
@@ -45,22 +48,27 @@ def train(
     with user_errors(context, printing.quiet, distributed=True) as work:
         loaded = config.load()
         load_torch(work)
-        from sana_cli.commands.train import TrainOptions, plan
-        from sana_cli.commands.train import train as run
+        return run_config(loaded, resume, dry_run, printing)
 
-        if dry_run:
-            found = plan(TrainOptions(loaded, resume))
-            return console.print_json(found) if printing.json else console.facts(_plan_facts(found, loaded))
-        stop = Stop(
-            lambda: console.note("finishing this micro-batch, then saving (once more quits now)"),
-            launch().by_torchrun,
-        )
-        summary = console.watch(
-            stop.during(run(TrainOptions(loaded, resume, stop))),
-            lambda step: _progress(step, loaded, quiet=printing.json),
-            quiet=printing.json,
-        )
-        return console.print_json(summary) if printing.json else _print_summary(summary)
+
+def run_config(config: "Config", resume: str, dry_run: bool, printing: PrintOptions) -> None:
+    """Train by a config, or print what that would be."""
+    from sana_cli.commands.train import TrainOptions, plan
+    from sana_cli.commands.train import train as run
+
+    if dry_run:
+        found = plan(TrainOptions(config, resume))
+        return console.print_json(found) if printing.json else console.facts(_plan_facts(found, config))
+    stop = Stop(
+        lambda: console.note("finishing this micro-batch, then saving (once more quits now)"),
+        launch().by_torchrun,
+    )
+    summary = console.watch(
+        stop.during(run(TrainOptions(config, resume, stop))),
+        lambda step: _progress(step, config, quiet=printing.json),
+        quiet=printing.json,
+    )
+    return console.print_json(summary) if printing.json else _print_summary(summary)
 
 
 def _progress(step: object, config: "Config", quiet: bool) -> "console.Line | None":
@@ -102,6 +110,7 @@ def _plan_facts(plan: "TrainPlan", config: "Config") -> dict[str, Any]:
     facts = {
         "parameters": plan.parameters,
         **({} if not config.adapter.on else {"trained": _adapters_in_words(plan, config.adapter)}),
+        **({} if not config.distill.on else {"distils": str(config.distill.teacher)}),
         "dataset": f"{' + '.join(map(str, [plan.dataset, *config.data.also]))}, {plan.images:,} images",
         "held out": f"{plan.held_out}, {plan.held_out_images:,} images" if plan.held_out else "none",
         "steps": f"{plan.steps:,} of {plan.batch} images{cut}, {plan.epochs:.2f} epochs",

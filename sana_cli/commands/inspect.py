@@ -31,7 +31,7 @@ from sana_cli.model import build, module_rows
 from sana_cli.runtime import outputs
 from sana_cli.runtime.device import devices, free_memory, resolve_device, resolve_precision
 from sana_cli.runtime.openmp import USERS
-from sana_cli.runtime.records import CheckpointRecord
+from sana_cli.runtime.records import Base, CheckpointRecord
 from sana_cli.sampling import pictures
 from sana_cli.sampling.pipeline import INDEX, Pipeline, open_pipeline
 from sana_cli.text import text_config
@@ -278,6 +278,7 @@ def _checkpoint(path: Path, verify: bool) -> Description:
         "sample": f"{image.channels} x {image.height} x {image.width} {image.kind}"
         + (", and other shapes" if image.buckets else ""),
         **_adapters_of(folder, record),
+        **({} if record.teacher is None else {"distilled from": _in_words(record.teacher)}),
         "weights": human_bytes(sizes["transformer"])
         + (f"; {human_bytes(sizes['training'])} to resume from" if sizes["training"] else ""),
         "trained in": record.precision,
@@ -306,6 +307,8 @@ def _checkpoint(path: Path, verify: bool) -> Description:
             known["train"] = known["train"] | {"init_from": record.base.name}
         else:
             known.pop("adapter", None)  # merged, if there were any
+        if record.teacher is not None:
+            known["distill"] = known["distill"] | {"teacher": record.teacher.name}
         factor = image.factor
         known["data"] = {
             "image_size": [image.height * factor, image.width * factor],
@@ -331,8 +334,12 @@ def _adapters_of(folder: Path, record: CheckpointRecord) -> dict[str, Any]:
     ranks = ", ".join(map(str, stored.ranks))
     return {
         "adapters": f"{_adapter_kinds(stored)} of rank {ranks} on {len(stored.layers)} layers",
-        "of": f"{record.base.name} ({record.base.origin}, {record.base.sha256[:12]})",
+        "of": _in_words(record.base),
     }
+
+
+def _in_words(base: Base) -> str:
+    return f"{base.name} ({base.origin}, {base.sha256[:12]})"
 
 
 def _adapter(path: Path) -> Description:

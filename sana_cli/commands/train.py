@@ -28,12 +28,10 @@ from sana_cli.runtime.records import Base
 from sana_cli.training import metrics, report, resume
 from sana_cli.training.grids import GridSampler, grid_path
 from sana_cli.training.initial import (
-    adapted_model,
-    base_record,
+    begin,
     find_base_model,
     foreign_weights,
-    model_with,
-    notes_on_base,
+    read_teacher,
     with_base_recipe,
 )
 from sana_cli.training.movement import TOTAL, Movement
@@ -43,8 +41,7 @@ from sana_cli.training.prompts import encode_prompts
 from sana_cli.training.saver import Saver
 from sana_cli.training.task import make_task, make_train_set
 from sana_cli.training.trainer import NotFiniteError, Placement, Trainer
-from sana_cli.weights.checkpoint import check_base, read_record, read_state, step_of_base
-from sana_cli.weights.stored import StoredWeights
+from sana_cli.weights.checkpoint import read_state
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,8 @@ def plan(options: TrainOptions) -> TrainPlan:
     """What would be done (`--dry-run`), found without writing; refuses what `train` would refuse."""
     config = with_base_recipe(options.config)
     dataset = Dataset(config.data.dir)
-    found = make_plan(config, dataset, open_held_out(config, dataset), with_memory=True)
+    teacher = None if config.distill.teacher is None else read_teacher(config.distill.teacher)
+    found = make_plan(config, dataset, open_held_out(config, dataset), with_memory=True, teacher=teacher)
     folder, _ = resume.choose_checkpoint(config.run.dir, options.resume)
     if folder is not None:
         saved = resume.Saved(folder, read_state(folder))
@@ -199,7 +197,7 @@ def _load(options: TrainOptions, here: World) -> _Run:
     if split is not None and held_out is None:
         missing = held_out_dir(config.data.dir, split)
         notes.append(f"no held-out loss: there is no {missing} (sana embed makes it; data.held_out_split)")
-    trainer, base, more = _trainer(config, plan, dataset, held_out, saved, here)
+    trainer, origin, more = _trainer(config, plan, dataset, held_out, saved, here)
     notes += more
     with here.together():
         prompts = encode_prompts(config, dataset, trainer.placement.device) if here.first else None
@@ -209,7 +207,7 @@ def _load(options: TrainOptions, here: World) -> _Run:
         trainer=trainer,
         progress=Progress(plan.batch, None if saved is None else saved.state),
         saver=Saver(
-            config, plan, dataset, prompts, None if saved is None else saved.folder, trainer.step, base
+            config, plan, dataset, prompts, None if saved is None else saved.folder, trainer.step, origin
         ),
         grids=GridSampler(config, trainer, prompts),
         movement=Movement(trainer.model) if config.adapter.on else None,
@@ -242,54 +240,21 @@ def _trainer(
     saved: resume.Saved | None,
     here: World,
 ) -> tuple[Trainer, Base | None, list[str]]:
-    """The trainer of a run that begins or goes on, the model that its adapters are for, and notes on that."""
-    tensors, given, base, notes = None, None, None, list[str]()
-    init_from, model = config.train.init_from, plan.model
+    """The trainer of a run that begins or goes on, the model that it begins with, and notes on that."""
     placement = Placement(torch.device(plan.device), plan.precision, here)
+    half = plan.precision == "bf16" and has_native_bf16(placement.device)
     with here.together():
-        if saved is not None:
-            tensors = resume.load_saved(saved.folder, model, config.adapter)
-        if init_from is not None and (saved is None or config.adapter.on):
-            own = None if saved is None else read_record(saved.folder).base
-            init_from = init_from if own is None else step_of_base(init_from, own)
-            given = foreign_weights(init_from, model, config.objective.prediction_type)
-            notes = notes_on_base(config, given)
-        if config.adapter.on and here.first:
-            assert init_from is not None, "the config is whole"
-            assert given is not None
-            base = _base(init_from, given, saved)
+        tensors = None if saved is None else resume.load_saved(saved.folder, plan.model, config.adapter)
         weights = None if tensors is None else tensors.weights
-        if config.adapter.on:
-            assert given is not None
-            half = plan.precision == "bf16" and has_native_bf16(placement.device)
-            transformer = adapted_model(given.tensors, weights, model, config, half)
-        else:
-            weights = weights if given is None else given.tensors
-            transformer = model_with(weights, model, config)
-    task = make_task(config, model, plan.precision, dataset, held_out)
+        begun = begin(config, plan.model, weights, None if saved is None else saved.folder, half)
+        origin = begun.origin() if here.first else None  # its hash takes seconds
+    task = make_task(config, plan.model, plan.precision, dataset, held_out, begun.teacher)
     trainer = Trainer(
-        transformer, task, config, placement, plan.batch, None if tensors is None else tensors.average
+        begun.transformer, task, config, placement, plan.batch, None if tensors is None else tensors.average
     )
     if saved is not None and tensors is not None:
         trainer.resume(tensors.optimizer, tensors.objective, saved.state.step)
-    return trainer, base, notes
-
-
-def _base(init_from: Path, weights: StoredWeights, saved: resume.Saved | None) -> Base:
-    """The model that adapters are for; of a run that goes on, the one that it began with.
-
-    Raises:
-        SanaError: it is another one.
-    """
-    if saved is None:
-        return base_record(init_from, weights)
-    base = read_record(saved.folder).base
-    if base is None:
-        raise SanaError(
-            f"{saved.folder} has no adapters to go on with", "start another run: --set run.dir=DIR"
-        )
-    check_base(weights, base, init_from, str(saved.folder))
-    return base
+    return trainer, origin, begun.notes
 
 
 @contextmanager
@@ -416,7 +381,7 @@ def _diverged(run: _Run, error: NotFiniteError) -> NotFiniteError:
         saver.save(trainer, run.progress)
     lr = f"--set optim.lr={run.config.optim.lr / 4:g}"
     again = f"start again with another --set train.seed, or {lr}"
-    if saver.folder is not None and not run.config.adapter.on:
+    if saver.folder is not None and not (run.config.adapter.on or run.config.distill.on):
         again = f"start another run from it: --set train.init_from={saver.folder} --set run.dir=DIR {lr}"
     saved = [f"step {trainer.step} is saved in {saver.folder}"] if saver.folder else []
     stopped = NotFiniteError(*str(error).splitlines(), *saved, again)
@@ -433,7 +398,7 @@ def _interrupted(run: _Run, interrupt: Interrupted) -> Interrupted:
     ended = Interrupted(
         f"stopped after step {trainer.step}"
         + (f", which is saved in {where}" if where else "; nothing was saved yet"),
-        "continue with: sana train --resume auto (and the same config)",
+        f"continue with: sana {'distill' if run.config.distill.on else 'train'} --resume auto (and the same config)",
         exit_code=interrupt.exit_code,
     )
     ended.silent = not run.world.first

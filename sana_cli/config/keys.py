@@ -34,6 +34,7 @@ PATCH_SIZES = (8, 4, 2, 1)  # tried in this order where a config gives the image
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -86,6 +87,12 @@ def _distinct_paths(value: Any) -> Any:
     if isinstance(value, dict) and len({str(Path(str(key))) for key in value}) < len(value):
         raise ValueError("names a folder twice")
     return value
+
+
+def _distinct(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("names one twice")
+    return tuple(sorted(numbers))
 
 
 def _named_instruction(value: Any) -> Any:
@@ -412,6 +419,72 @@ class AdapterConfig(Section):
         return self.kind != "none"
 
 
+class DistillConfig(Section):
+    """Few-step distillation of a teacher (SANA-Sprint, arXiv 2503.09641), in place of rectified flow."""
+
+    teacher: PathField | None = free(
+        None,
+        "what the student begins as and learns from: a run, a checkpoint, a diffusers folder or file; null: no "
+        "distillation (sana distill fills in all of these)",
+    )
+    method: Literal["consistency", "scm"] = fixed(
+        "consistency",
+        "consistency: steps of the guided teacher lead to a clamped target of the averaged student; scm: the "
+        "continuous-time loss of SANA-Sprint, to the letter",
+    )
+    tangent: Literal["difference", "jvp"] = fixed(
+        "difference",
+        "scm's derivative along the path; difference: a backward difference; jvp: exact, and slower",
+    )
+    tangent_warmup: NonNegativeInt = fixed(100, "steps over which scm's tangent grows to its full strength")
+    steps: Annotated[
+        tuple[Annotated[int, Field(gt=0, le=64)], ...], Field(min_length=1), BeforeValidator(_as_tuple)
+    ] = fixed((1, 2, 4), "counts of solver steps whose noise levels consistency learns")
+    largest: Fraction = fixed(0.5, "share of images at sigma 1, where drawing begins")
+    stride: Interval = fixed(
+        (0.1, 0.3), "range of the teacher's step from sigma to sigma (1 - stride), of consistency"
+    )
+    anchor: Fraction = fixed(
+        0.35, "below this sigma, consistency learns the teacher's own prediction of the data"
+    )
+    guidance: Annotated[tuple[PositiveFloat, PositiveFloat], BeforeValidator(_as_tuple)] = fixed(
+        (1.0, 4.0), "range of guidance scales that the student learns as its input"
+    )
+    guidance_interval: Interval = fixed((0.0, 1.0), "the range of sigma in which the teacher is guided")
+    critic: bool = fixed(
+        True,
+        "heads on the teacher's features of noised samples learn to tell drawn from real (LADD, arXiv 2403.12015), "
+        "and the student to deceive them",
+    )
+    critic_loss: Literal["relativistic", "hinge"] = fixed(
+        "relativistic",
+        "relativistic: a drawn and a real sample of one caption are compared (arXiv 1807.00734); hinge: as published",
+    )
+    critic_weight: Annotated[float, Field(ge=0)] = fixed(0.5, "weight of the adversarial loss")
+    critic_warmup: NonNegativeInt = fixed(
+        300, "steps over which the adversarial loss grows to its weight; the critic learns from the start"
+    )
+    critic_rate: PositiveFloat = fixed(2.0, "the critic's learning rate over the student's")
+    critic_blocks: (
+        Annotated[
+            tuple[NonNegativeInt, ...],
+            Field(min_length=1),
+            BeforeValidator(_as_tuple),
+            AfterValidator(_distinct),
+        ]
+        | None
+    ) = fixed(None, "blocks whose output the heads see; null: four, evenly spread")
+    critic_logit_mean: float = fixed(
+        -2.0, "mean of the logit-normal density of noise that the heads see; the paper's 0.1 hides haze"
+    )
+    critic_logit_std: PositiveFloat = fixed(1.0, "standard deviation of that density")
+
+    @property
+    def on(self) -> bool:
+        """Whether a teacher is distilled."""
+        return self.teacher is not None
+
+
 class TrainConfig(Section):
     """How long a run is, how its steps are cut, where it starts."""
 
@@ -521,6 +594,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     adapter: AdapterConfig = AdapterConfig()
+    distill: DistillConfig = DistillConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
     save: SaveConfig = SaveConfig()
@@ -593,7 +667,7 @@ class Config(Section):
             of = "" if factor == 1 else f" / {factor}"
             yield f"model.patch_size: {model.patch_size} does not divide data.image_size {height}x{width}{of}"
         yield from (f"model.{problem}" for problem in model.problems())
-        if model.guidance_embeds:
+        if model.guidance_embeds and not self.distill.on:
             yield (
                 "model.guidance_embeds: a Sprint model is distilled, and steps on the flow would undo that; train "
                 "adapters of the model that it came from, and draw with sana sample --checkpoint SPRINT --adapter RUN"
@@ -616,16 +690,53 @@ class Config(Section):
             yield f"optim.warmup_steps: {warmup} leaves none of train.steps {self.train.steps}"
         if self.sample.solver == "scm" and not self.model.guidance_embeds:
             yield "sample.solver: scm is for Sprint models, which have model.guidance_embeds"
+        yield from self._distill_problems()
         if low >= high:
             yield f"sample.guidance_interval: {low} must be below {high}"
+        if self.optim.optimizer == "came" and self.optim.betas[0] == 0:
+            yield "optim.betas: came divides by how much its first average changes; its beta must be above 0"
         yield from self._memory_problems()
         if self.objective.flow_shift is None and self.train.init_from is None:
             yield "objective.flow_shift: null is that of train.init_from, and there is none"
         yield from self._adapter_problems()
-        if self.adapter.on and self.train.init_from is None:
+        if self.adapter.on and self.train.init_from is None and not self.distill.on:
             yield "train.init_from: adapters need the model that they are for"
         if os.path.realpath(self.run.dir) == os.path.realpath(self.data.dir):
             yield f"run.dir: {self.run.dir} is data.dir as well; a run needs a directory of its own"
+
+    def _distill_problems(self) -> Iterator[str]:
+        distill = self.distill
+        if not distill.on:
+            for key in sorted(distill.model_fields_set - {"teacher"}):
+                if getattr(distill, key) != type(distill).model_fields[key].default:
+                    yield f"distill.{key}: is given, and distill.teacher is not; begin with: sana distill TEACHER"
+                    return
+            return
+        if not self.model.guidance_embeds:
+            yield "model.guidance_embeds: a student has its guidance as an input; set it to true"
+        if self.sample.solver != "scm":
+            yield f"sample.solver: a student is drawn with scm, not {self.sample.solver}"
+        if self.adapter.on:
+            yield "adapter.kind: a student learns with all its weights; leave it at none"
+        if self.train.init_from is not None:
+            yield "train.init_from: a student begins as distill.teacher; leave it at null"
+        for key in ("guidance", "stride", "guidance_interval"):
+            low, high = getattr(distill, key)
+            if low >= high:
+                yield f"distill.{key}: {low:g} must be below {high:g}"
+        if distill.stride[0] <= 0:
+            yield "distill.stride: must begin above 0"
+        if distill.method == "scm" and self.train.weights == "bf16":
+            yield "train.weights: scm's tangent needs float32; leave it at fp32"
+        if distill.method == "scm" and distill.tangent == "jvp" and self.train.parallel == "fsdp":
+            yield "distill.tangent: jvp does not pass through shards; use difference"
+        if distill.method == "consistency" and self.optim.ema_decay is None:
+            yield "optim.ema_decay: consistency's target is the averaged student; say a decay, such as 0.99"
+        if self.optim.ema_device == "cpu":
+            yield "optim.ema_device: distillation asks the average at each step; leave it at same"
+        for block in distill.critic_blocks or ():
+            if block >= self.model.num_layers:
+                yield f"distill.critic_blocks: {block}, and the model has blocks 0 to {self.model.num_layers - 1}"
 
     def _adapter_problems(self) -> Iterator[str]:
         if "kind" not in self.adapter.model_fields_set:

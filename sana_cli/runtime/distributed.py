@@ -172,15 +172,26 @@ class Replicas:
             yield
 
 
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Average gradients of parameters that are whole in each process. Every rank must call this."""
+    with _connection_errors():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad.div_(torch.distributed.get_world_size())
+
+
 def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
     """Shard a model with FSDP2. Each block's parameters are gathered when it runs."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # some are asked without a backward pass
+    if hasattr(model, "features"):
+        register_fsdp_forward_method(model, "features")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class Origin(Record):
 
 
 class Base(Record):
-    """The model that a checkpoint's adapters are for."""
+    """The model that a checkpoint's adapters are for, or that taught it."""
 
     name: str  # where it was read, as the run called it; of an absolute path the last part
     sha256: str  # of its tensors, by diffusers' names (`hub.hash_tensors`)
@@ -239,6 +239,7 @@ class CheckpointRecord(Record):
     sample: dict[str, Any]
     dataset: Origin
     base: Base | None = None  # of adapters; None: the checkpoint has all weights
+    teacher: Base | None = None  # of a student; None: it was not distilled
     score: Score | None = None
     config: dict[str, dict[str, Any]] | None = None
 

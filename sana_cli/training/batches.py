@@ -11,7 +11,7 @@ D caption width, n images of a step.
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -61,11 +61,17 @@ def quantiles(numbers: np.ndarray, seed: int) -> np.ndarray:
     return np.clip((start + numbers * GOLDEN) % 1, 1e-7, 1 - 1e-7)
 
 
-def training_batch(train_set: TrainSet, objective: Objective, seed: int, numbers: np.ndarray) -> MicroBatch:
-    """Images of a run by their numbers (B,), with everything drawn for them from (seed, number) alone."""
+def training_batch(
+    train_set: TrainSet, objective: Objective, seed: int, numbers: np.ndarray, step: int = 0
+) -> MicroBatch:
+    """Images of a run by their numbers (B,), with everything drawn for them from (seed, number) alone.
+
+    `step` is how many steps came before theirs.
+    """
     rows = training_rows(train_set, numbers)
     levels = quantiles(numbers, seed)
-    return _draw(train_set, objective, seed, TRAINING, numbers, rows, levels, objective.caption_dropout)
+    drawn = _draw(train_set, objective, seed, TRAINING, numbers, rows, levels, objective.caption_dropout)
+    return replace(drawn, step=step)
 
 
 def held_out_batch(
@@ -98,22 +104,37 @@ def _draw(
     train_set: TrainSet, objective: Objective, seed: int, domain: int, numbers: np.ndarray, rows: np.ndarray,
     levels: np.ndarray, caption_dropout: float,
 ) -> MicroBatch:  # fmt: skip
-    x_0 = train_set.samples(rows)
+    x_0, draws = train_set.samples(rows), objective.draws
     chosen: list[int] = []
-    noise = np.empty(x_0.shape, dtype=np.float32)
+    noise = np.empty((len(rows), 1 + draws.noises, *x_0.shape[1:]), dtype=np.float32)
+    uniforms = np.empty((len(rows), draws.uniforms), dtype=np.float32)
     for i, (number, (ids, weights)) in enumerate(
         zip(numbers.tolist(), train_set.captions(rows), strict=True)
     ):
         generator = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, domain]))
         which, dropped = generator.random(2)
-        noise[i] = generator.standard_normal(x_0.shape[1:], dtype=np.float32)
+        noise[i] = generator.standard_normal(noise.shape[1:], dtype=np.float32)
         chosen.append(
             train_set.null_caption if dropped < caption_dropout else ids[pick(which, weights, len(ids))]
         )
-    distinct, index = np.unique(chosen, return_inverse=True)
+        uniforms[i] = generator.random(draws.uniforms, dtype=np.float32)
+    null = [train_set.null_caption] * draws.null_caption
+    distinct, index = np.unique([*chosen, *null], return_inverse=True)
     states, mask = pad_states(train_set.states(distinct.tolist()))
-    sigma = objective.noise_levels(torch.from_numpy(levels))
-    return MicroBatch(rows, x_0, torch.from_numpy(noise), sigma, states, mask, torch.from_numpy(index))
+    of_images, of_null = torch.from_numpy(index).split([len(chosen), len(null)])
+    noises = torch.from_numpy(noise)
+    return MicroBatch(
+        rows=rows,
+        x_0=x_0,
+        noise=noises[:, 0],
+        sigma=objective.noise_levels(torch.from_numpy(levels)),
+        states=states,
+        mask=mask,
+        caption_index=of_images,
+        noises=noises[:, 1:] if draws.noises else None,
+        uniforms=torch.from_numpy(uniforms) if draws.uniforms else None,
+        null_index=of_null if null else None,
+    )
 
 
 def pick(which: float, weights: Sequence[float] | None, count: int) -> int:
@@ -167,7 +188,8 @@ class StepBatches:
         self._ahead = (step, m), self._thread.submit(self._make, step, part)
 
     def _make(self, step: int, part: Slice) -> MicroBatch:
-        return training_batch(self.train_set, self.objective, self.seed, step * self.images + part.numbers)
+        numbers = step * self.images + part.numbers
+        return training_batch(self.train_set, self.objective, self.seed, numbers, step)
 
     def names(self, step: int, numbers: np.ndarray) -> list[str]:
         """What the source calls images of the step after `step` steps, by their numbers in it."""

@@ -13,16 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sana_cli.adapters import attach, changes_from, is_adapter
-from sana_cli.config.keys import Architecture, Config, OptimConfig
+from sana_cli.adapters import attach, changes_from
+from sana_cli.config.keys import Architecture, Config, ObjectiveConfig, OptimConfig
 from sana_cli.dataset.trainset import Mixture
 from sana_cli.kernels import arithmetic_as_asked
 from sana_cli.model import SanaTransformer, build
-from sana_cli.runtime.device import has_native_bf16, resident_memory
+from sana_cli.runtime.device import autocast, has_native_bf16, resident_memory
 from sana_cli.sampling.sampler import MOST_IMAGES, SHARE_OF_FREE_MEMORY
-from sana_cli.training.objective import MicroBatch, Objective
+from sana_cli.training.objective import LOSS, NO_DRAWS, Draws, MicroBatch, RectifiedFlow, total
 from sana_cli.training.optim import Optimizer, optimizer_bytes
-from sana_cli.training.task import make_objective
+from sana_cli.training.task import make_objective, what_moves
 from sana_cli.training.trainable import Trainable, WeightAverage
 from sana_cli.training.trainer import Placement
 from sana_cli.weights.checkpoint import adapter_parameters
@@ -34,6 +34,7 @@ class Memory:
 
     program: int  # Python and its libraries; 0 on CUDA, whose own memory holds tensors only
     weights: int
+    teacher: int  # of a distillation
     gradients: int
     average: int  # 0 where it lies in the machine's memory and not in the device's
     optimizer: int
@@ -83,17 +84,24 @@ class _Peak(TorchDispatchMode):
         self.live -= size
 
 
-def _batch(model: Architecture, images: int, side: tuple[int, int], tokens: int) -> MicroBatch:
+def _batch(
+    model: Architecture, images: int, side: tuple[int, int], tokens: int, draws: Draws = NO_DRAWS
+) -> MicroBatch:
     """A batch of these sizes, with a caption of its own for each image."""
     sample = torch.empty(images, model.in_channels, *side)
+    captions = images + draws.null_caption
     return MicroBatch(
         rows=np.arange(images),
         x_0=sample,
         noise=torch.empty_like(sample),
         sigma=torch.empty(images),
-        states=torch.empty(images, tokens, model.caption_channels),
-        mask=torch.ones(images, tokens, dtype=torch.bool),
+        states=torch.empty(captions, tokens, model.caption_channels),
+        mask=torch.ones(captions, tokens, dtype=torch.bool),
         caption_index=torch.arange(images),
+        step=0,
+        noises=torch.empty(images, draws.noises, *sample.shape[1:]),
+        uniforms=torch.empty(images, draws.uniforms),
+        null_index=torch.zeros(1, dtype=torch.int64),
     )
 
 
@@ -102,18 +110,20 @@ def program_memory(model: Architecture, config: Config, precision: str) -> int:
 
     Trains a minimal model for one real step.
     """
-    least = {
+    least: dict[str, Any] = {
         "num_layers": 1,
         "num_attention_heads": 1,
         "num_cross_attention_heads": 1,
         "attention_head_dim": 8,
     }
     least |= {"cross_attention_head_dim": 8, "sample_size": model.patch_size, "caption_channels": 8}
-    small = build(model.model_copy(update=least | {"interpolation_scale": None}), seed=0)
+    least |= {"interpolation_scale": None, "guidance_embeds": False}
+    small = build(model.model_copy(update=least), seed=0)
     optimizer = Optimizer(dict(small.named_parameters()), config.optim, torch.device("cpu"))
     average = WeightAverage(small, Trainable())
-    objective = make_objective(config, small.config, precision)
-    objective.losses(small, _batch(small.config, 1, (model.patch_size, model.patch_size), 1)).sum().backward()
+    objective = RectifiedFlow(ObjectiveConfig(), small.config.timestep_scale, precision)
+    batch = _batch(small.config, 1, (model.patch_size, model.patch_size), 1)
+    objective.losses(small, batch)[LOSS].sum().backward()
     optimizer.step(0.0)
     average.update(0.0)
     return resident_memory()
@@ -122,22 +132,22 @@ def program_memory(model: Architecture, config: Config, precision: str) -> int:
 def training_memory(
     model: Architecture,
     config: Config,
-    objective: Objective,
     train_set: Mixture,
     placement: Placement,
     drawn: int,
     available: int | None = None,
+    teacher: Architecture | None = None,
 ) -> Memory:
     """What one process needs to train.
 
     Args:
         model: the architecture.
         config: its `optim`, `adapter`, `train` and batch.
-        objective: what a step minimises.
         train_set: what is read, which stays mapped.
         placement: device, precision and processes.
         drawn: images of a sample grid, which are sampled at once where there is room.
         available: bytes that the device has for this process; None: as many as it takes.
+        teacher: of a distillation.
     """
     train, optim, device = config.train, config.optim, placement.device
     datasets = [part.dataset for part in train_set.parts]
@@ -151,12 +161,16 @@ def training_memory(
     # as if on a CPU: the operations and their results are the same elsewhere
     with FakeTensorMode(), as_asked:
         fake = _model(model, config, adapters, placement)
-        moving = {name: p for name, p in fake.named_parameters() if p.requires_grad}
-        batch = _batch(model, train.batch_size, (side[0], side[1]), tokens)
+        taught = None if teacher is None else _frozen(teacher, placement)
+        objective = make_objective(config, model, placement.precision, taught)
+        objective.begin(fake)
+        learned = nn.ModuleDict(objective.modules).named_parameters()
+        moving = {name: p for name, p in (*fake.named_parameters(), *learned) if p.requires_grad}
+        batch = _batch(model, train.batch_size, (side[0], side[1]), tokens, objective.draws)
         peak = _Peak()
         with peak, torch.autocast("cpu", enabled=False):  # casts are kept for a step, as in training
             for _ in range(1 + has_rounds):  # the second begins with gradients
-                objective.losses(fake, batch).sum().backward()
+                total(objective.losses(fake, batch)).sum().backward()
         moved = _bytes(moving.values())
         of_gradients = peak.peak - moved
         for parameter in moving.values():
@@ -164,13 +178,16 @@ def training_memory(
         of_step = _step_peak(moving, optim)
 
         def sampled(images: int) -> int:
-            with _Peak() as sampling, torch.no_grad():
-                objective.losses(fake, _batch(model, 2 * images, (sampled_side[0], sampled_side[1]), tokens))
+            plain = _batch(model, 2 * images, (sampled_side[0], sampled_side[1]), tokens)
+            guidance = plain.sigma if model.guidance_embeds else None
+            with _Peak() as sampling, torch.no_grad(), autocast(torch.device("cpu"), placement.precision):
+                fake(plain.x_0, plain.states, plain.sigma, guidance, plain.mask, plain.caption_index)
             return sampling.peak
 
         of_one, of_all = sampled(1), sampled(min(drawn, MOST_IMAGES))
     shards = placement.world.size if train.parallel == "fsdp" else 1
     weights = _bytes(fake.parameters())
+    of_teacher = 0 if taught is None else _bytes(taught.parameters())
     average = 4 * sum(p.numel() for p in moving.values()) if optim.ema_decay is not None else 0
     in_use = 0
     if optim.ema_device == "cpu" and device.type != "cpu":
@@ -182,6 +199,7 @@ def training_memory(
     held = Memory(
         program=program,
         weights=weights // shards,
+        teacher=of_teacher // shards,
         gradients=moved // shards + copy,
         average=average // shards,
         optimizer=optimizer_bytes(moving.items(), optim) // shards,
@@ -198,7 +216,7 @@ def _model(
 ) -> SanaTransformer:
     """A model whose parameters have the types and the adapters that training gives them."""
     fake = SanaTransformer(model)
-    trainable = Trainable(is_adapter) if config.adapter.on else Trainable()
+    trainable = what_moves(config)
     if config.adapter.on:
         if placement.precision == "bf16" and has_native_bf16(placement.device):
             Trainable().to_bf16(fake)  # frozen matrices
@@ -208,6 +226,14 @@ def _model(
     if config.train.weights == "bf16":
         trainable.to_bf16(fake)
     fake.train().activation_checkpointing = config.train.activation_checkpointing
+    return fake
+
+
+def _frozen(teacher: Architecture, placement: Placement) -> SanaTransformer:
+    """A model that does not move, in the types that training gives it."""
+    fake = SanaTransformer(teacher).requires_grad_(False)
+    if placement.precision == "bf16" and has_native_bf16(placement.device):
+        Trainable().to_bf16(fake)
     return fake
 
 

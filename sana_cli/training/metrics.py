@@ -23,14 +23,25 @@ class Losses:
         self.sum = 0.0
         self.bin_sums = [0.0] * SIGMA_BINS
         self.bin_images = [0] * SIGMA_BINS
+        self.other_sums = dict[str, float]()  # of what is minimised beside the loss, by name
 
-    def add(self, losses: Iterable[float], sigmas: Iterable[float]) -> None:
-        """Count images with their losses (n,) and noise levels (n,)."""
+    def add(
+        self, losses: Iterable[float], sigmas: Iterable[float], others: Mapping[str, float] | None = None
+    ) -> None:
+        """Count images with their losses (n,) and noise levels (n,), and the means of what else is minimised."""
+        before = self.images
         for loss, sigma in zip(losses, sigmas, strict=True):
             self.sum += loss
             bin_ = min(int(sigma * SIGMA_BINS), SIGMA_BINS - 1)
             self.bin_sums[bin_] += loss
             self.bin_images[bin_] += 1
+        for name, mean in (others or {}).items():
+            self.other_sums[name] = self.other_sums.get(name, 0.0) + mean * (self.images - before)
+
+    @property
+    def others(self) -> dict[str, float]:
+        """Mean per image of what is minimised beside the loss."""
+        return {name: total / self.images for name, total in self.other_sums.items()}
 
     @property
     def images(self) -> int:
@@ -52,7 +63,10 @@ class Losses:
 
     def state(self) -> dict[str, Any]:
         """As JSON, which keeps every bit of a float."""
-        return dict(vars(self))
+        state = dict(vars(self))
+        if not self.other_sums:
+            del state["other_sums"]
+        return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Losses":

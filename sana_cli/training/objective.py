@@ -4,12 +4,12 @@ It knows the path from data to noise (`flow.py`) and calls a transformer, but no
 process. Held-out loss and memory estimate use the same object as training.
 
 Shapes: B images of a micro-batch, K distinct captions among theirs, C H W of a sample, L caption tokens,
-D caption width.
+D caption width, n further noises, u uniform numbers.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, Self
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,19 @@ from torch import Tensor, nn
 from sana_cli import flow
 from sana_cli.choices import PredictionType
 from sana_cli.config.keys import ObjectiveConfig, SampleConfig
+from sana_cli.model import SanaTransformer
 from sana_cli.runtime.device import autocast
+
+LOSS = "loss"  # the name of the loss that a person watches
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What an objective wants drawn for each image beside a caption, a noise level and a noise."""
+
+    noises: int = 0  # further standard normal noises of a sample's shape
+    uniforms: int = 0  # numbers in [0, 1)
+    null_caption: bool = False  # the states of the null caption, once in each micro-batch
 
 
 @dataclass(frozen=True)
@@ -33,11 +45,25 @@ class MicroBatch:
     states: Tensor  # (K, L, D)
     mask: Tensor  # (K, L)
     caption_index: Tensor  # (B,) int64: which of the K is each image's
+    step: int | None = None  # optimizer steps before this one; None: held-out images
+    noises: Tensor | None = None  # (B, n, C, H, W), as `Draws` asks, like the rest
+    uniforms: Tensor | None = None  # (B, u)
+    null_index: Tensor | None = None  # (1,) int64
 
     def to(self, device: torch.device) -> Self:
         """The same on a device."""
-        tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
-        return type(self)(rows=self.rows, **tensors)
+        tensors: dict[str, Any] = {
+            key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of what is minimised, (B,)."""
+    return torch.stack(list(terms.values())).sum(0)
+
+
+NO_DRAWS = Draws()
 
 
 class Objective(Protocol):
@@ -57,13 +83,34 @@ class Objective(Protocol):
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """Extra modules that are trained, saved and resumed with the transformer, by name."""
+        """Extra modules that are trained, saved and resumed with the transformer, by name.
+
+        They are whole in each process, and see each image alone.
+        """
+
+    @property
+    def frozen(self) -> Mapping[str, SanaTransformer]:
+        """Transformers that it asks, by name, which do not move and are not saved."""
+
+    @property
+    def draws(self) -> Draws:
+        """What is drawn for each image."""
+
+    def begin(self, average: nn.Module) -> None:
+        """Take the averaged weights of the transformer, which move on as a run does."""
+
+    def rate(self, name: str) -> float:
+        """The learning rate of a parameter of the transformer or of `modules`, over the run's."""
 
     def noise_levels(self, quantiles: Tensor) -> Tensor:
         """Sigma (B,), float32, at these quantiles (B,), float64, of the density of noise levels."""
 
-    def losses(self, transformer: nn.Module, batch: MicroBatch) -> Tensor:
-        """The loss of each image, (B,), float32. The batch is on the transformer's device."""
+    def losses(self, transformer: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+        """What is minimised, by name, of each image, (B,), float32. The batch is on the transformer's device.
+
+        A step follows the gradient of their sum. `loss` is the one that a person watches; of
+        held-out images it is all.
+        """
 
     def sampling(self, sample: SampleConfig) -> SampleConfig:
         """How a checkpoint of this objective is sampled, where a run asks for `sample`."""
@@ -74,6 +121,8 @@ class RectifiedFlow:
 
     name = "rectified flow"
     modules: Mapping[str, nn.Module] = {}
+    frozen: Mapping[str, SanaTransformer] = {}
+    draws = NO_DRAWS
 
     def __init__(self, config: ObjectiveConfig, timestep_scale: float, precision: str) -> None:
         self.config, self.timestep_scale, self.precision = config, timestep_scale, precision
@@ -89,7 +138,14 @@ class RectifiedFlow:
         assert self.config.flow_shift is not None, "taken from the base when the run began"
         return flow.shift_sigma(sigma, self.config.flow_shift)
 
-    def losses(self, transformer: nn.Module, batch: MicroBatch) -> Tensor:
+    def begin(self, average: nn.Module) -> None:
+        """The average is not asked."""
+
+    def rate(self, name: str) -> float:  # noqa: ARG002
+        """All alike."""
+        return 1.0
+
+    def losses(self, transformer: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
         """Mean squared error over C, H and W. Predicted data is weighed by `flow.prediction_error`."""
         x_0, noise, sigma = batch.x_0, batch.noise, batch.sigma
         with autocast(x_0.device, self.precision):
@@ -102,7 +158,7 @@ class RectifiedFlow:
             )
         target = flow.prediction_target(x_0, noise, self.prediction_type)
         error = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
-        return flow.prediction_error(error, sigma, self.prediction_type, self.config.sigma_floor)
+        return {LOSS: flow.prediction_error(error, sigma, self.prediction_type, self.config.sigma_floor)}
 
     def sampling(self, sample: SampleConfig) -> SampleConfig:
         """As asked: any solver of the flow will do."""

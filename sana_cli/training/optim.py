@@ -215,11 +215,17 @@ class Optimizer:
     """
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], optim: OptimConfig, device: torch.device, seed: int = 0
+        self,
+        named: Mapping[str, nn.Parameter],
+        optim: OptimConfig,
+        device: torch.device,
+        seed: int = 0,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
-        """Move the parameters of these names."""
+        """Move the parameters of these names; `rates` are their learning rates over that of a step, 1 if None."""
         self.names: dict[nn.Parameter, str] = {}  # of parameters as their rules see them
         self._optim, self._device, self._seed, self._steps = optim, device, seed, 0
+        self._rates = rates or {}
         self._flat: list[tuple[nn.Parameter, nn.Parameter]] = []  # a 1x1 convolution, and itself as a matrix
         self._bf16: dict[str, _Bf16Parameter] = {}
         moved: dict[str, list[nn.Parameter]] = {"adamw": [], "muon": [], "came": []}
@@ -242,16 +248,22 @@ class Optimizer:
     def _part(self, rule: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """An optimizer for parameters that one rule moves."""
         optim = self._optim
-        decays = {p: is_matrix(self.names[p], p) for p in parameters}
+        alike: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+        for p in parameters:
+            name = self.names[p]
+            alike.setdefault((is_matrix(name, p), self._rates.get(name, 1.0)), []).append(p)
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if decays[p]], "weight_decay": optim.weight_decay},
-            {"params": [p for p in parameters if not decays[p]], "weight_decay": 0.0},
+            {"params": some, "weight_decay": optim.weight_decay if decays else 0.0, "rate": rate}
+            for (decays, rate), some in alike.items()
         ]
         if rule == "came":
             return Came(groups, optim.lr, (*optim.betas, INSTABILITY_DECAY))
         if rule == "muon":
             return torch.optim.Muon(
-                groups[:1], lr=optim.lr, momentum=optim.momentum, adjust_lr_fn="match_rms_adamw"
+                [group for group in groups if group["params"]],
+                lr=optim.lr,
+                momentum=optim.momentum,
+                adjust_lr_fn="match_rms_adamw",
             )
         fused = self._device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
@@ -277,7 +289,7 @@ class Optimizer:
     def step(self, lr: float) -> None:
         """Move the weights."""
         for group in self.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         for parameter, flat in self._flat:
             flat.grad = None if parameter.grad is None else parameter.grad.flatten(1)
         for part in self._parts:

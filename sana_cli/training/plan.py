@@ -26,13 +26,15 @@ from sana_cli.runtime.device import (
 from sana_cli.runtime.distributed import World
 from sana_cli.runtime.launch import launch
 from sana_cli.training import metrics
+from sana_cli.training.initial import check_student
 from sana_cli.training.optim import optimizer_bytes
 from sana_cli.training.prompts import GRID_CAPTIONS
-from sana_cli.training.task import make_objective, make_train_set
+from sana_cli.training.task import make_train_set
 from sana_cli.training.trainable import Trainable
 from sana_cli.training.trainer import Placement, adds_too_many_in_bf16, check_micro_batches
 from sana_cli.units import human_bytes
 from sana_cli.weights.checkpoint import adapter_parameters, parameter_count
+from sana_cli.weights.stored import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,17 @@ def choose_device(config: Config) -> torch.device:
     return resolve_device(f"cuda:{launch().local_rank}")
 
 
-def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_memory: bool) -> TrainPlan:
-    """The plan of a run that begins.
+def make_plan(
+    config: Config,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    with_memory: bool,
+    teacher: StoredWeights | None = None,
+) -> TrainPlan:
+    """The plan of a run that begins. Memory is with the `teacher` of a distillation.
 
     Raises:
-        SanaError: the dataset is not the config's, or the device, TensorBoard or precision cannot be had,
+        SanaError: the dataset or the teacher is not the config's, or the device, TensorBoard or precision cannot be had,
             or a step has too many micro-batches for bf16 gradients.
     """
     train = config.train
@@ -109,6 +117,8 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
     if config.model.dropout:
         raise SanaError("model.dropout: models are trained without dropout here", "set it to 0", exit_code=2)
     model = resolve_architecture(config, dataset)
+    if teacher is not None:
+        check_student(config, teacher, model)
     if config.log.tensorboard:
         metrics.check_tensorboard()
     device = choose_device(config)
@@ -155,7 +165,9 @@ def make_plan(config: Config, dataset: Dataset, held_out: Dataset | None, with_m
         disk_free=shutil.disk_usage(existing).free,
         model=model,
         prediction_type=config.objective.prediction_type,
-        memory=_memory(config, train_set, model, placement) if with_memory else None,
+        memory=_memory(config, train_set, model, placement, None if teacher is None else teacher.model)
+        if with_memory
+        else None,
     )
 
 
@@ -192,17 +204,23 @@ def _checkpoint_bytes(config: Config, model: Architecture) -> int:
     return weights + average + optimizer_bytes(moving.items(), config.optim)
 
 
-def _memory(config: Config, train_set: Mixture, model: Architecture, placement: Placement) -> MemoryPlan:
+def _memory(
+    config: Config,
+    train_set: Mixture,
+    model: Architecture,
+    placement: Placement,
+    teacher: Architecture | None,
+) -> MemoryPlan:
     from sana_cli.training import estimate  # slow to import, and training has no use for it
 
-    objective, device = make_objective(config, model, placement.precision), placement.device
+    device = placement.device
     available = free_memory(device)
     if available is not None and device.type != "cuda":
         available += resident_memory()  # the estimate counts what this process holds already
 
     def needed(config: Config) -> estimate.Memory:
         return estimate.training_memory(
-            model, config, objective, train_set, placement, GRID_CAPTIONS, available
+            model, config, train_set, placement, GRID_CAPTIONS, available, teacher
         )
 
     memory = needed(config)

@@ -38,7 +38,7 @@ class Progress:
         """Take an optimizer step into the next line."""
         self.step = step
         self.steps += 1
-        self.window.add(step.losses.tolist(), step.sigma.tolist())
+        self.window.add(step.losses.tolist(), step.sigma.tolist(), step.others)
         self.last = {"lr": step.lr, "grad_norm": step.grad_norm}
 
     @property
@@ -67,6 +67,7 @@ class Progress:
         line: dict[str, Any] = {
             "step": step,
             "loss": self.window.mean,
+            **self.window.others,
             **self.last,
             "sigma_bins": self.window.bins(),
         }

@@ -20,7 +20,14 @@ from sana_cli.weights import checkpoint
 from sana_cli.weights.configs import WEIGHTS
 from sana_cli.weights.stored import check_tensors
 
-COMPARED = ("model", "objective", "optim", "adapter", "train")  # sections that make a step what it is
+COMPARED = (
+    "model",
+    "objective",
+    "optim",
+    "adapter",
+    "distill",
+    "train",
+)  # sections that make a step what it is
 FORMER_WARMUP = 50  # steps of warm-up in a checkpoint whose config does not say
 MISNAMED = ("latest", "last", "newest", "true", "yes", "on")  # what other tools call `auto`
 

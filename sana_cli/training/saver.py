@@ -22,6 +22,7 @@ RECORDED = (
     "objective",
     "optim",
     "adapter",
+    "distill",
     "train",
     "log",
     "save",
@@ -40,13 +41,14 @@ class Saver:
         prompts: GridPrompts | None,
         saved: Path | None,
         step: int,
-        base: Base | None = None,
+        origin: Base | None = None,
     ) -> None:
         """`prompts` is there at rank 0; `saved` is what the run goes on from, after `step` steps.
 
-        `base` is what adapters are for.
+        `origin` is what adapters are for, or who taught a student.
         """
-        self.base = base
+        self.base = origin if config.adapter.on else None
+        self.teacher = origin if config.distill.on else None
         self.config, self.plan, self.dataset, self.prompts = config, plan, dataset, prompts
         self.folder, self.step = saved, step
 
@@ -61,7 +63,7 @@ class Saver:
             return self.folder
         config = self.config.to_dict()
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        del config["train"]["init_from"]  # a path, which means nothing elsewhere
+        del config["train"]["init_from"], config["distill"]["teacher"]  # paths, which mean nothing elsewhere
         warmup = self.config.optim.warmup(self.config.train.steps)
         config["optim"]["warmup_steps"] = warmup  # a longer run that goes on from here keeps it
         predicted = trainer.task.objective.prediction_type
@@ -117,4 +119,5 @@ class Saver:
             dataset=trainer.task.train_set.record(),
         )
         record = record if self.base is None else record.but(base=self.base)
+        record = record if self.teacher is None else record.but(teacher=self.teacher)
         return record if prompts.words is None else record.but(words=prompts.words)

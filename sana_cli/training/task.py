@@ -10,7 +10,10 @@ from sana_cli.config.keys import Architecture, Config
 from sana_cli.dataset.match import open_also
 from sana_cli.dataset.reader import Dataset
 from sana_cli.dataset.trainset import Mixture, Part, SingleDataset, TrainSet
+from sana_cli.model import SanaTransformer
+from sana_cli.training.distillation import Distillation
 from sana_cli.training.objective import Objective, RectifiedFlow
+from sana_cli.training.student import TIME_EMBEDDER
 from sana_cli.training.trainable import Trainable
 
 
@@ -24,8 +27,20 @@ class Task:
     trainable: Trainable = field(default_factory=Trainable)
 
 
-def make_objective(config: Config, model: Architecture, precision: str) -> Objective:
-    """The objective of a config."""
+def make_objective(
+    config: Config, model: Architecture, precision: str, teacher: SanaTransformer | None = None
+) -> Objective:
+    """The objective of a config; with a teacher, its distillation."""
+    if teacher is not None:
+        return Distillation(
+            config.distill,
+            model,
+            teacher,
+            config.objective.prediction_type,
+            precision,
+            is_pixels=config.data.autoencoder is None,
+            seed=config.train.seed,
+        )
     return RectifiedFlow(config.objective, model.timestep_scale, precision)
 
 
@@ -41,12 +56,26 @@ def make_train_set(config: Config, dataset: Dataset) -> Mixture:
 
 
 def make_task(
-    config: Config, model: Architecture, precision: str, dataset: Dataset, held_out: Dataset | None
+    config: Config,
+    model: Architecture,
+    precision: str,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    teacher: SanaTransformer | None = None,
 ) -> Task:
     """The task of a run."""
     return Task(
-        objective=make_objective(config, model, precision),
+        objective=make_objective(config, model, precision, teacher),
         train_set=make_train_set(config, dataset),
         held_out=None if held_out is None else SingleDataset(held_out, config.train.seed),
-        trainable=Trainable(is_adapter) if config.adapter.on else Trainable(),
+        trainable=what_moves(config),
     )
+
+
+def what_moves(config: Config) -> Trainable:
+    """What a run moves, and keeps."""
+    if config.adapter.on:
+        return Trainable(is_adapter)
+    if config.distill.on:  # a time embedder in closed form, which training would destroy
+        return Trainable(lambda name: not name.startswith(TIME_EMBEDDER), keeps=lambda _name: True)
+    return Trainable()

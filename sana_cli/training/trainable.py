@@ -19,9 +19,10 @@ from sana_cli.runtime.distributed import shard_like
 
 @dataclass(frozen=True)
 class Trainable:
-    """Which parameters move, are averaged and are saved: by default all."""
+    """Which parameters move, are averaged and are saved, by name: by default all."""
 
-    moves: Callable[[str], bool] = lambda _name: True  # by the parameter's name
+    moves: Callable[[str], bool] = lambda _name: True
+    keeps: Callable[[str], bool] | None = None  # what is saved; None: what moves
 
     def freeze_others(self, model: nn.Module) -> None:
         """Turn off the gradients of parameters that do not move."""
@@ -35,8 +36,9 @@ class Trainable:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     def of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that move, by name."""
-        return {name: tensor for name, tensor in state.items() if self.moves(name)}
+        """The tensors that are saved, by name."""
+        keeps = self.keeps or self.moves
+        return {name: tensor for name, tensor in state.items() if keeps(name)}
 
 
 class WeightAverage:

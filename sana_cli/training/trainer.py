@@ -7,9 +7,9 @@ Shapes: n images of a step, B of a micro-batch.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from sana_cli.config.keys import Config, TrainConfig
 from sana_cli.errors import Interrupted, SanaError
 from sana_cli.model import SanaTransformer
-from sana_cli.runtime.distributed import Replicas, World, shard, shard_like, whole
+from sana_cli.runtime.distributed import Replicas, World, average_gradients, shard, whole
 from sana_cli.training.batches import Slice, StepBatches, cut, held_out_batch, held_out_rows
 from sana_cli.training.metrics import Losses
-from sana_cli.training.objective import MicroBatch, Objective
+from sana_cli.training.objective import LOSS, MicroBatch, Objective, total
 from sana_cli.training.optim import Optimizer, average_decay, lr_factor
 from sana_cli.training.task import Task
 from sana_cli.training.trainable import WeightAverage
@@ -47,8 +47,9 @@ class Step:
 
     losses: np.ndarray  # (n,) of each image, float64
     sigma: np.ndarray  # (n,) float64
-    grad_norm: float  # before clipping
+    grad_norm: float  # of the transformer, before clipping
     lr: float
+    others: Mapping[str, float] = field(default_factory=dict)  # mean of what is minimised beside
 
     @property
     def loss(self) -> float:
@@ -96,9 +97,13 @@ class _LossModule(nn.Module):
         self.transformer, self.objective_modules = transformer, nn.ModuleDict(objective.modules)
         self.objective = objective
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """The loss of each image, (B,)."""
+    def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """What is minimised of each image, (B,), by name."""
         return self.objective.losses(self.transformer, batch)
+
+
+def _detached(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: term.detach() for name, term in terms.items()}
 
 
 class Trainer:
@@ -144,8 +149,6 @@ class Trainer:
             self.average = WeightAverage.of_shards(
                 model, task.trainable, averaged, lambda m: shard(m, list(m.transformer_blocks), device)
             )
-            for module in task.objective.modules.values():
-                shard(module, [], device)
         else:
             home = torch.device("cpu") if config.optim.ema_device == "cpu" else None
             self.average = WeightAverage(model, task.trainable, averaged, home)
@@ -153,15 +156,20 @@ class Trainer:
             self.average.load(average)
         self.model = model
         self.loss_module = _LossModule(model, task.objective)
-        if not self.sharded:
-            self.loss_module.to(device)
+        self.loss_module.objective_modules.to(device)
+        for frozen in task.objective.frozen.values():
+            frozen.to("cpu" if self.sharded else device)
+            if self.sharded:
+                shard(frozen, list(frozen.transformer_blocks), device)
+        task.objective.begin(self.average.model)
         self.replicas = Replicas(self.loss_module, None if self.sharded else world, device)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        named |= {
-            f"{OBJECTIVE}{name}": p for name, p in self.loss_module.objective_modules.named_parameters()
-        }
         self.parameters = list(named.values())
-        self.optimizer = Optimizer(named, config.optim, device, train.seed)
+        others = dict(self.loss_module.objective_modules.named_parameters())
+        self.others = list(others.values())
+        named |= {f"{OBJECTIVE}{name}": parameter for name, parameter in others.items()}
+        rates = {name: task.objective.rate(name.removeprefix(OBJECTIVE)) for name in named}
+        self.optimizer = Optimizer(named, config.optim, device, train.seed, rates)
         self.batches = StepBatches(
             task.train_set, task.objective, train.seed, images, train.batch_size, world
         )
@@ -169,7 +177,7 @@ class Trainer:
     def resume(self, optimizer: Mapping[str, Tensor], objective: Mapping[str, Tensor], step: int) -> None:
         """Go on after `step` steps, with what the optimizer remembered and the objective had learned."""
         for name, tensor in self.loss_module.objective_modules.state_dict().items():
-            tensor.copy_(shard_like(tensor, objective[name]))
+            tensor.copy_(objective[name])
         self.optimizer.load(optimizer, step)
         self.step = step
 
@@ -188,23 +196,33 @@ class Trainer:
             NotFiniteError: a loss or the gradient is not finite; the weights are untouched.
         """
         optim, steps = self.config.optim, self.config.train.steps
-        losses, sigma = self._gradients(stop)
-        norm = nn.utils.clip_grad_norm_(self.parameters, optim.grad_clip or math.inf)
-        grad_norm = float(whole(norm))
-        if not (np.isfinite(losses).all() and math.isfinite(grad_norm)):
+        losses, others, sigma = self._gradients(stop)
+        if self.sharded:
+            average_gradients(self.others)
+        most = optim.grad_clip or math.inf
+        grad_norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, most)))
+        norms = [grad_norm]
+        if self.others:  # apart: how large they are says nothing of the transformer's
+            norms.append(float(nn.utils.clip_grad_norm_(self.others, most)))
+        all_terms = losses + sum(others.values())
+        if not (np.isfinite(all_terms).all() and all(map(math.isfinite, norms))):
             self.optimizer.zero_grad()
-            raise self._not_finite(losses, sigma)
+            raise self._not_finite(all_terms, sigma)
         lr = optim.lr * lr_factor(optim, self.step, steps)
         self.optimizer.step(lr)
         if optim.ema_decay is not None:
             self.average.update(average_decay(optim.ema_decay, self.step))
         self.step += 1
-        return Step(losses, sigma, grad_norm, lr)
+        return Step(losses, sigma, grad_norm, lr, {name: float(of.mean()) for name, of in others.items()})
 
-    def _gradients(self, stop: StopSignal) -> tuple[np.ndarray, np.ndarray]:
-        """Leave the step's gradient in the parameters; give the losses and noise levels of all its images."""
+    def _gradients(self, stop: StopSignal) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+        """Leave the step's gradient in the parameters.
+
+        Returns:
+            The loss of all its images, what else was minimised of them, and their noise levels.
+        """
         world, device = self.placement.world, self.placement.device
-        found = []
+        found, terms = [], dict[str, Tensor]()
         self.optimizer.zero_grad()
         rounds = len(self.batches.cut(self.step))
         self._check_stop(stop)
@@ -216,15 +234,15 @@ class Trainer:
                         self._check_stop(stop)
                     self._seed_dropout(part)
                     with self.replicas.gradients(last=m + 1 == rounds):
-                        losses = self.replicas.model(batch.to(device))
+                        terms = self.replicas.model(batch.to(device))
                         share = 0.0 if part.padding else world.size / self.images  # gradients are averaged
-                        (losses.sum() * share).backward()
+                        (total(terms).sum() * share).backward()
                     if not part.padding:
-                        found.append((part, losses.detach(), batch.sigma))
+                        found.append((part, _detached(terms), batch.sigma))
         except BaseException:
             self.optimizer.zero_grad()
             raise
-        return self._collect(found, self.images)
+        return self._collect(found, list(terms), self.images)
 
     def _seed_dropout(self, part: Slice) -> None:
         """Draw the dropout of adapters from the seed and a micro-batch's first image alone.
@@ -246,15 +264,17 @@ class Trainer:
         return nullcontext() if self.sharded else torch.autocast(self.placement.device.type, enabled=False)
 
     def _collect(
-        self, found: Iterable[tuple[Slice, Tensor, Tensor]], images: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Loss and noise level of every image, from all processes, in the order of the step."""
-        both = torch.zeros(2, images, dtype=torch.float64)
-        for part, losses, sigma in found:
-            both[0, part.numbers] = losses.cpu().double()
-            both[1, part.numbers] = sigma.double()
-        losses_of_all, sigma_of_all = self.placement.world.total(both).numpy()
-        return losses_of_all, sigma_of_all
+        self, found: Iterable[tuple[Slice, Mapping[str, Tensor], Tensor]], names: Sequence[str], images: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+        """What is minimised of every image, and its noise level, from all processes, in the order of the step."""
+        rows = torch.zeros(1 + len(names), images, dtype=torch.float64)
+        for part, terms, sigma in found:
+            rows[0, part.numbers] = sigma.double()
+            for row, name in enumerate(names, 1):
+                rows[row, part.numbers] = terms[name].cpu().double()
+        sigma_of_all, *of_terms = self.placement.world.total(rows).numpy()
+        others = dict(zip(names, of_terms, strict=True))
+        return others.pop(LOSS), others, sigma_of_all
 
     def _not_finite(self, losses: np.ndarray, sigma: np.ndarray) -> NotFiniteError:
         wrong = ~np.isfinite(losses)
@@ -289,12 +309,12 @@ class Trainer:
             for part in cut(held_out.shape_numbers(rows), train.batch_size, self.placement.world):
                 self._check_stop(stop)
                 batch = held_out_batch(held_out, objective, train.seed, part.numbers, images)
-                losses = objective.losses(model, batch.to(self.placement.device))
+                terms = objective.losses(model, batch.to(self.placement.device))
                 if not part.padding:
-                    found.append((part, losses, batch.sigma))
+                    found.append((part, terms, batch.sigma))
         counted = Losses()
-        losses_of_all, sigma_of_all = self._collect(found, images)
-        counted.add(losses_of_all.tolist(), sigma_of_all.tolist())
+        losses, _, sigma = self._collect(found, [LOSS], images)
+        counted.add(losses.tolist(), sigma.tolist())
         return counted
 
     # -- what a checkpoint holds

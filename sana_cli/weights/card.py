@@ -28,7 +28,7 @@ def card(
         made_of: what was merged to make it, in words.
     """
     title, tags = f"A SANA of {record.parameters:,} parameters", "sana, flow-matching"
-    use = _whole_in_diffusers(predicts)
+    use = _whole_in_diffusers(predicts) if record.teacher is None else _student_in_diffusers(predicts)
     if record.base is not None:
         title, tags = f"Adapters of {record.base.name}", "sana, flow-matching, lora, text-to-image"
         use = _adapters_in_diffusers(record)
@@ -39,6 +39,8 @@ def card(
         )
     learned = f"Trained on {record.dataset.images:,} images of {record.image.in_words}"
     learned += f" with {trained}." if trained else "."
+    if record.teacher is not None:
+        learned += f" Its teacher is {record.teacher.name}, whose licence holds for it too."
     if made_of is not None:
         learned += f" Merged of {made_of}."
     return f"""---
@@ -61,6 +63,20 @@ def _whole_in_diffusers(predicts: PredictionType) -> str:
 
     from diffusers import SanaTransformer2DModel
     transformer = SanaTransformer2DModel.from_pretrained(".", subfolder="transformer")
+"""
+
+
+def _student_in_diffusers(predicts: PredictionType) -> str:
+    if predicts == "sample":
+        return """It draws in one to four steps, with the guidance scale as an input. diffusers' SanaSprintPipeline cannot
+draw with it: that takes the output for the velocity, and this one is the data.
+"""
+    return """A Sprint model, which draws in one to four steps. With diffusers (captions encoded as `sana.json` says;
+`timestep = sigma`, `guidance = 0.1 guidance_scale`):
+
+    from diffusers import SanaTransformer2DModel, SCMScheduler
+    transformer = SanaTransformer2DModel.from_pretrained(".", subfolder="transformer")
+    scheduler = SCMScheduler.from_pretrained(".", subfolder="scheduler")
 """
 
 

@@ -22,7 +22,7 @@ files, which `reader.py` reads. This module knows no trainer and no sampler.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from sana_cli.adapters import (
 )
 from sana_cli.choices import PredictionType, Weights
 from sana_cli.config.file import RUN_CONFIG, load_run_config
-from sana_cli.config.keys import AdapterConfig, Architecture, SampleConfig
+from sana_cli.config.keys import AdapterConfig, Architecture, Config, SampleConfig
 from sana_cli.config.renamed import in_new_names
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer, build, is_matrix
@@ -69,6 +69,7 @@ TEXT_SETTINGS = "text"  # in the metadata of an adapter: how captions were encod
 TEXT_KEYS = ("instruction", "lowercase", "template", "max_length")
 MOST_EXAMPLES = 20  # captions on a record
 ASSETS = Path(__file__).parents[1] / "assets"
+STUDENT_SUFFIX = "-distilled"  # of the names of students, after their teachers'
 SHIPPED = "shipped"  # in place of a path, as `SHIPPED:NAME`: a checkpoint that comes with the package
 
 
@@ -85,6 +86,11 @@ def shipped_names() -> list[str]:
 def is_shipped(folder: Path) -> bool:
     """Whether this is a step folder in the package."""
     return folder.parent == ASSETS
+
+
+def config_of_shipped(folder: Path) -> str:
+    """The config that the data of a step folder in the package come from: a student's is that of its teacher."""
+    return folder.name.removesuffix(STUDENT_SUFFIX)
 
 
 def named_shipped(path: Path) -> Path | None:
@@ -238,7 +244,7 @@ def _write_pipeline(folder: Path, checkpoint: Checkpoint, metadata: Mapping[str,
 def _write_index(folder: Path, scheduler: str) -> None:
     """Write the index of a diffusers pipeline whose transformer and scheduler are there."""
     index = {
-        "_class_name": "SanaPipeline",
+        "_class_name": "SanaSprintPipeline" if scheduler == "SCMScheduler" else "SanaPipeline",
         "_diffusers_version": configs.DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler],
         "text_encoder": [None, None],
@@ -512,36 +518,78 @@ def find_base(folder: Path) -> Path:
     base = base_record(folder)
     if base is None:
         raise SanaError(f"{folder / RECORD} is damaged: it does not say what its adapters are for")
-    places, run = [Path(base.name)], folder.resolve().parent.parent
+    return _find_recorded(
+        folder,
+        base,
+        lambda config: config.train.init_from,
+        "has adapters alone, and the model that they are for",
+        f"sana sample (or sana merge) with BASE and --adapter {folder}",
+    )
+
+
+def find_teacher(folder: Path) -> Path:
+    """The checkpoint that a student was distilled from: where the run's config says, or the record.
+
+    Raises:
+        SanaError: the checkpoint is no student, or its teacher is not there.
+    """
+    teacher = read_record(folder).teacher if (folder / RECORD).is_file() else None
+    if teacher is None:
+        raise SanaError(f"{folder} has no teacher: it was not distilled", "name a checkpoint by its path")
+    return _find_recorded(
+        folder,
+        teacher,
+        lambda config: config.distill.teacher,
+        "was distilled, and its teacher",
+        "`beside` PATH",
+    )
+
+
+def _find_recorded(
+    folder: Path, recorded: Base, configured: Callable[[Config], Path | None], what: str, how: str
+) -> Path:
+    """The model that a step folder comes from: where the run's config says, or the record.
+
+    Args:
+        folder: the step folder.
+        recorded: the model, as its record has it.
+        configured: the path of the model in a run's config.
+        what: the step folder is, and the model to it, for a message.
+        how: a person can say where the model is now.
+
+    Raises:
+        SanaError: it is not there; says what it was, and `how` to say where it is now.
+    """
+    places, run = [Path(recorded.name)], folder.resolve().parent.parent
     if (run / RUN_CONFIG).is_file():
         with suppress(SanaError):  # a config that cannot be read says nothing
-            init_from = load_run_config(run).train.init_from
-            places = [init_from, *places] if init_from is not None else places
+            path = configured(load_run_config(run))
+            places = [path, *places] if path is not None else places
     for place in places:
         if place.exists() or named_shipped(place) is not None:
-            return find_checkpoint(step_of_base(place, base))
+            return find_checkpoint(step_of_base(place, recorded))
     raise SanaError(
-        f"{folder} has adapters alone, and the model that they are for, {base.name}, is not at {places[0]}",
-        f"put it there, or say where it is: sana sample (or sana merge) with BASE and --adapter {folder}",
-        f"it is a model of {base.origin} format, whose tensors have the sha256 {base.sha256[:12]}...",
+        f"{folder} {what}, {recorded.name}, is not at {places[0]}",
+        f"put it there, or say where it is: {how}",
+        f"it is a model of {recorded.origin} format, whose tensors have the sha256 {recorded.sha256[:12]}...",
     )
 
 
 def step_of_base(place: Path, base: Base) -> Path:
-    """Of a run, which may have gone on since, the step folder that adapters were for; else the place itself."""
+    """Of a run, which may have gone on since, the step folder on record; else the place itself."""
     step = place / CHECKPOINTS / Path(base.name).name
     return step if step.is_dir() else place
 
 
-def check_base(found: StoredWeights, base: Base, place: Path, what: str) -> None:
-    """Refuse a model that is not the one whose adapters `what` has.
+def check_base(found: StoredWeights, base: Base, place: Path, what: str, how: str = "was trained on") -> None:
+    """Refuse a model that is not the one whose adapters or student `what` has.
 
     Raises:
-        SanaError: its tensors are others.
+        SanaError: its tensors are others; `how` says how `what` comes from it.
     """
     if found.sha256 != base.sha256:
         raise SanaError(
-            f"{place} is not the model that {what} was trained on: its tensors have the sha256 {found.sha256[:12]}..., "
+            f"{place} is not the model that {what} {how}: its tensors have the sha256 {found.sha256[:12]}..., "
             f"not {base.sha256[:12]}...",
             f"put the model there that was {base.name}",
         )

@@ -111,18 +111,19 @@ def scheduler_config(
 ) -> dict[str, Any]:
     """`scheduler/scheduler_config.json`: the diffusers scheduler that equals our solver.
 
-    For a transformer that predicts x_0 it is always DPM-Solver++: diffusers' other flow solvers
-    have no such setting.
+    For a transformer that predicts x_0 it is DPM-Solver++, since diffusers' other flow solvers have no such
+    setting; or SCM if it was distilled, which says "sample", and which diffusers refuses to run.
     """
     common = {"_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000}
-    if prediction_type == "sample":
+    if prediction_type == "sample" and sample.solver != "scm":
         sample = sample.model_copy(update={"solver": "dpm++"})
     if sample.solver == "euler":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", **common, "shift": sample.flow_shift}
     if sample.solver == "heun":
         return {"_class_name": "FlowMatchHeunDiscreteScheduler", **common, "shift": sample.flow_shift}
     if sample.solver == "scm":
-        return {"_class_name": "SCMScheduler", **common, "prediction_type": "trigflow", "sigma_data": 0.5}
+        predicts = "sample" if prediction_type == "sample" else "trigflow"
+        return {"_class_name": "SCMScheduler", **common, "prediction_type": predicts, "sigma_data": 0.5}
     return {
         "_class_name": "DPMSolverMultistepScheduler",
         **common,

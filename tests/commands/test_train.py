@@ -75,16 +75,16 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_move(
 ) -> None:
     honest, calls = RectifiedFlow.losses, 0
 
-    def poisoned(self: RectifiedFlow, transformer: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    def poisoned(self: RectifiedFlow, transformer: torch.nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
         losses = honest(self, transformer, batch)
         if calls != 4:
             return losses
         if what == "gradient":
-            losses.register_hook(lambda gradient: gradient * math.nan)
+            losses["loss"].register_hook(lambda gradient: gradient * math.nan)
             return losses
-        return losses * torch.tensor([1.0, math.nan, 1.0, 1.0])
+        return {"loss": losses["loss"] * torch.tensor([1.0, math.nan, 1.0, 1.0])}
 
     shorter = ("train.steps=3", "save.every=3", "optim.schedule=constant")
     straight = trained(again(config, f"run.dir={config.run.dir}-straight", *shorter))

@@ -16,13 +16,19 @@ from sana_cli.runtime import files
 from sana_cli.weights import checkpoint, configs
 
 
-def perturb(folder: Path) -> None:
-    """Change the weights of a step folder so that captions matter, and update its manifest."""
+def perturb(folder: Path, smooth_in_time: bool = False) -> None:
+    """Change the weights of a step folder so that captions matter, and update its manifest.
+
+    With `smooth_in_time` its embedder ignores sinusoids that turn often between noise and data,
+    as one does that was trained for long.
+    """
     model = checkpoint.load_transformer(folder)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        if smooth_in_time:
+            model.time_embed.emb.timestep_embedder.linear_1.weight.unflatten(1, (2, -1))[:, :, :90] = 0
 
     path = folder / "transformer" / configs.WEIGHTS
     files.write_tensors(path, model.state_dict(), {"format": "pt"})

@@ -450,9 +450,9 @@ def test_a_run_of_adapters_that_diverges_is_not_told_to_begin_from_them(
     straight = RectifiedFlow.losses
     calls = []
 
-    def broken(self: RectifiedFlow, *given: Any) -> torch.Tensor:
+    def broken(self: RectifiedFlow, *given: Any) -> dict[str, torch.Tensor]:
         calls.append(1)
-        return straight(self, *given) * (float("nan") if len(calls) > 2 else 1.0)
+        return {"loss": straight(self, *given)["loss"] * (float("nan") if len(calls) > 2 else 1.0)}
 
     monkeypatch.setattr(RectifiedFlow, "losses", broken)
     with pytest.raises(SanaError, match=r"start again with another") as caught:

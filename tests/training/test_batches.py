@@ -117,9 +117,11 @@ def test_batches_come_in_order_and_the_next_is_made_beforehand(
     data, objective = train_set(config), rectified_flow(config)
     honest, made = batches.training_batch, list[list[int]]()
 
-    def recorded(data: TrainSet, objective: Objective, seed: int, numbers: np.ndarray) -> MicroBatch:
+    def recorded(
+        data: TrainSet, objective: Objective, seed: int, numbers: np.ndarray, step: int
+    ) -> MicroBatch:
         made.append(numbers.tolist())
-        return honest(data, objective, seed, numbers)
+        return honest(data, objective, seed, numbers, step)
 
     monkeypatch.setattr(batches, "training_batch", recorded)
     reader = batches.StepBatches(data, objective, seed=0, images=6, batch_size=4, world=World())

@@ -14,7 +14,6 @@ from sana_cli.dataset.match import resolve_architecture
 from sana_cli.dataset.reader import Dataset
 from sana_cli.model import build, is_matrix
 from sana_cli.training import estimate
-from sana_cli.training.objective import RectifiedFlow
 from sana_cli.training.optim import Optimizer
 from sana_cli.training.task import make_train_set
 from sana_cli.training.trainer import Placement
@@ -36,11 +35,8 @@ def test_the_peak_of_a_known_computation() -> None:
 def on_cuda(config: Config, dataset: Dataset, images: int, precision: str = "fp32") -> estimate.Memory:
     """The estimate for a GPU, in a run that samples this many images at once."""
     model = resolve_architecture(config, dataset)
-    objective = RectifiedFlow(config.objective, model.timestep_scale, precision)
     placement = Placement(torch.device("cuda"), precision)
-    return estimate.training_memory(
-        model, config, objective, make_train_set(config, dataset), placement, images
-    )
+    return estimate.training_memory(model, config, make_train_set(config, dataset), placement, images)
 
 
 def test_what_was_there_before_is_not_counted() -> None:
@@ -134,7 +130,7 @@ def test_further_datasets_are_counted(
     for steps, (once, half) in ((4, (16 / 60, 8 / 60)), (1000, (1, 1))):  # an epoch has 40 + 20 images
         read = estimate.training_memory(
             resolve_architecture(config, small), again(config, f"train.steps={steps}"),
-            RectifiedFlow(config.objective, 1.0, "fp32"), train_set, Placement(torch.device("cpu"), "fp32"), 1,
+            train_set, Placement(torch.device("cpu"), "fp32"), 1,
         )  # fmt: skip
         assert read.dataset == pytest.approx(once * small.bytes + half * large.bytes, abs=1)
 

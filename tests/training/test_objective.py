@@ -20,7 +20,7 @@ def test_loss_is_the_squared_error_of_the_velocity(config: Config) -> None:
             sigma = (timestep / 1000).view(-1, 1, 1, 1)
             return (x - batch.x_0) / sigma  # noise - x_0 only if x_t and the signs are right
 
-    losses = objective.losses(Oracle(), batch)
+    losses = objective.losses(Oracle(), batch)["loss"]
     assert losses.shape == (8,)
     assert float(losses.max()) < 1e-6
 
@@ -35,7 +35,7 @@ def test_loss_of_predicted_data_is_that_of_the_velocity_down_to_the_floor(config
         def forward(self, *_: object, **__: object) -> Tensor:
             return batch.x_0 + off
 
-    losses = objective.losses(Guess(), batch)
+    losses = objective.losses(Guess(), batch)["loss"]
     assert 0 < int((batch.sigma < 0.5).sum()) < 32
     for x_0, noise, sigma, loss in zip(batch.x_0, batch.noise, batch.sigma, losses, strict=True):
         x = (1 - sigma) * x_0 + sigma * noise

@@ -24,7 +24,7 @@ from sana_cli.model import SanaTransformer, build
 from sana_cli.runtime import files
 from sana_cli.runtime.distributed import World
 from sana_cli.runtime.records import Origin
-from sana_cli.training import plan, task
+from sana_cli.training import task
 from sana_cli.training.batches import cut
 from sana_cli.training.objective import MicroBatch, Objective, RectifiedFlow
 from sana_cli.training.task import Task, make_objective
@@ -52,10 +52,10 @@ class Weighted(RectifiedFlow):
         nn.init.zeros_(self.uncertainty.weight)
         self.modules = {"uncertainty": self.uncertainty}
 
-    def losses(self, transformer: nn.Module, batch: MicroBatch) -> Tensor:
-        error = super().losses(transformer, batch)
+    def losses(self, transformer: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+        error = super().losses(transformer, batch)["loss"]
         u = self.uncertainty(torch.stack([batch.sigma, 1 - batch.sigma], dim=-1)).squeeze(-1)
-        return error / u.exp() + u
+        return {"loss": error / u.exp() + u}
 
 
 def run(config: Config, resume: str = "none", until: int | None = None) -> Path:
@@ -84,8 +84,11 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def test_a_second_objective_is_a_class_and_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own parameters are trained, saved, and resumed bitwise."""
-    for module in (task, plan):
-        monkeypatch.setattr(module, "make_objective", Weighted)
+
+    def weighted(config: Config, model: Architecture, precision: str, _teacher: object = None) -> Weighted:
+        return Weighted(config, model, precision)
+
+    monkeypatch.setattr(task, "make_objective", weighted)
     config = small_config(tmp_path, "save.every=2", "objective.prediction_type=sample")
     embedded(config)
     whole = checkpoint.steps(run(config))[-1]
@@ -108,7 +111,8 @@ def test_its_first_losses_are_those_of_rectified_flow(config: Config) -> None:
     dataset = Dataset(config.data.dir)
     model = resolve_architecture(config, dataset)
     found = []
-    for objective in (make_objective(config, model, "fp32"), Weighted(config, model, "fp32")):
+    objectives: list[Objective] = [make_objective(config, model, "fp32"), Weighted(config, model, "fp32")]
+    for objective in objectives:
         trainer = Trainer(build(model, 0), Task(objective, SingleDataset(dataset, 0)), config, CPU, 8)
         found.append([trainer.advance().losses for _ in range(2)])
         trainer.close()
@@ -190,7 +194,7 @@ def gradients(config: Config, train_set: TwoSizes, batch_size: int, processes: i
             assert len(batch.x_0) == len(part.numbers) <= batch_size
             if not part.padding:
                 seen += part.numbers.tolist()
-                (objective.losses(trainer.model, batch).sum() / 11).backward()
+                (objective.losses(trainer.model, batch)["loss"].sum() / 11).backward()
         for name, parameter in trainer.model.named_parameters():
             total[name] = total.get(name, torch.zeros(())) + (0 if parameter.grad is None else parameter.grad)
         trainer.close()

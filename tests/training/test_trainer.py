@@ -39,7 +39,7 @@ def test_autocast_casts_a_parameter_once_a_step(
     for first in (0, 4, 8):
         objective = other.task.objective
         batch = batches.training_batch(other.task.train_set, objective, 0, np.arange(first, first + 4))
-        (objective.losses(other.model, batch).sum() / 12).backward()
+        (objective.losses(other.model, batch)["loss"].sum() / 12).backward()
     one.close()
     other.close()
     expected = dict(other.model.named_parameters())
@@ -61,7 +61,7 @@ def test_held_out_loss_is_that_of_the_averaged_weights_on_fixed_draws(config: Co
     for image in range(9):
         batch = batches.held_out_batch(held_out, objective, 0, np.array([image]), 9)
         with torch.no_grad():
-            losses.append(float(objective.losses(model, batch)))
+            losses.append(float(objective.losses(model, batch)["loss"]))
     line = metrics_lines(watched.run.dir)[-1]
     assert line["held_out_loss"] == pytest.approx(sum(losses) / 9, rel=1e-5)
     assert summary.held_out_loss == line["held_out_loss"]

@@ -1,0 +1,129 @@
+"""`sana distill`: the config of a run that distils a teacher. Running it is `commands/train.py`'s matter.
+
+What a student is to be follows from its teacher: architecture, dataset, captions, guidance. The recipe is
+here; any key of it can be overridden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sana_cli.config.document import Dumper
+from sana_cli.config.file import load_config, load_run_config, parse_config
+from sana_cli.config.keys import Config, SampleConfig
+from sana_cli.errors import SanaError
+from sana_cli.sampling.pipeline import open_pipeline
+from sana_cli.training.initial import TEACHER, find_base_model, read_teacher
+from sana_cli.training.student import student_architecture
+from sana_cli.weights import checkpoint
+from sana_cli.weights.reader import read_weights
+
+GUIDANCE_EMBEDS_SCALE = 0.1  # of SANA-Sprint: 0.1 times the guidance scale is the student's input
+OF_PIXELS: dict[str, dict[str, Any]] = {
+    "optim": {
+        "lr": 1e-3,
+        "schedule": "linear",
+        "warmup_steps": 30,
+        "betas": [0.0, 0.99],
+        "weight_decay": 0.0,
+        "ema_decay": 0.99,
+    },
+    "train": {"steps": 1000, "batch_size": 32},
+    "log": {"sample_every": 200, "held_out_every": 200},
+    "save": {"every": 200},
+}
+OF_LATENTS: dict[str, dict[str, Any]] = {  # as SANA-Sprint was trained
+    "optim": {
+        "optimizer": "came",
+        "lr": 2e-6,
+        "schedule": "constant",
+        "warmup_steps": 100,
+        "weight_decay": 0.0,
+        "ema_decay": 0.99,
+    },
+    "train": {"steps": 10_000, "batch_size": 1, "accumulate": 16},
+    "log": {"sample_every": 500, "held_out_every": 500},
+    "save": {"every": 500},
+}
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """What to distil, and how otherwise than by the recipe."""
+
+    teacher: Path | None = None  # a run, a checkpoint, a pipeline; None: the newest run, or the shipped one
+    config: str | None = None  # the data and text of a teacher that has no config of its own
+    overrides: Sequence[str] = ()  # `section.key=value`
+
+
+def distill_config(options: DistillOptions) -> Config:
+    """The whole config of a distillation.
+
+    Raises:
+        SanaError: no teacher, one that cannot teach, or one whose dataset is not known.
+    """
+    source = find_base_model(options.teacher, TEACHER) if options.teacher else _newest_teacher()
+    teacher, pipeline = read_teacher(source), open_pipeline(source)
+    base, name = _around(source, options)
+    recipe = OF_PIXELS if base.data.autoencoder is None else OF_LATENTS
+    model = student_architecture(teacher.model, GUIDANCE_EMBEDS_SCALE)
+    sample = pipeline.sample
+    guidance = max(1.0, sample.guidance_scale)
+    plain = {
+        "data": base.data.model_dump(mode="json"),
+        "text": base.text.model_dump(mode="json"),
+        "model": model.model_dump(mode="json") | {"dropout": 0.0},
+        "objective": {"prediction_type": teacher.prediction_type, "caption_dropout": 0.0},
+        "optim": recipe["optim"],
+        "distill": {
+            "teacher": str(options.teacher or source),
+            "guidance": [1.0, round(1.5 * max(guidance, 1.4), 2)],
+            "guidance_interval": list(sample.guidance_interval),
+        },
+        "train": recipe["train"] | {"seed": base.train.seed},
+        "log": recipe["log"],
+        "save": recipe["save"],
+        "sample": _drawn(base.sample, guidance).model_dump(mode="json"),
+        "run": {"dir": f"runs/{name}{checkpoint.STUDENT_SUFFIX}", "device": base.run.device},
+    }
+    text = yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return parse_config(text, f"the distillation of {options.teacher or source}", options.overrides)
+
+
+def _newest_teacher() -> Path:
+    """The newest checkpoint; if that is a student, the one that it was distilled from."""
+    newest = find_base_model(checkpoint.find_checkpoint(None), TEACHER)
+    if read_weights(checkpoint.transformer_path(newest)).model.guidance_embeds:
+        return checkpoint.find_teacher(newest)
+    return newest
+
+
+def _around(source: Path, options: DistillOptions) -> tuple[Config, str]:
+    """The config of the run that the teacher is of, or the one given, and what to call the student's run."""
+    run = source.absolute().parent.parent
+    if source.absolute().parent.name == checkpoint.CHECKPOINTS:
+        return load_config(options.config) if options.config else load_run_config(run), run.name
+    if checkpoint.is_shipped(source):
+        return load_config(options.config or source.name), source.name
+    if options.config is None:
+        raise SanaError(
+            f"{source} does not say which dataset it is to be distilled on",
+            "give a config with its data and text: --config finetune-1.6b (or your own file)",
+            exit_code=2,
+        )
+    return load_config(options.config), source.stem if source.is_file() else source.name
+
+
+def _drawn(sample: SampleConfig, guidance: float) -> SampleConfig:
+    """How a student's pictures are drawn: in one step, for the prompts of its teacher's run."""
+    return SampleConfig(
+        solver="scm",
+        steps=1,
+        guidance_scale=guidance,
+        flow_shift=1.0,
+        seed=sample.seed,
+        prompts=sample.prompts,
+    )
