@@ -22,6 +22,8 @@ from sana_cli.weights import checkpoint
 from sana_cli.weights.reader import read_weights
 
 GUIDANCE_EMBEDS_SCALE = 0.1  # of SANA-Sprint: 0.1 times the guidance scale is the student's input
+RANGE = 1.5  # times the teacher's guidance scale: the largest that a student learns
+MORE_GUIDANCE = 1.1  # times the teacher's, for pixels: the critic widens what guidance narrows
 OF_PIXELS: dict[str, dict[str, Any]] = {
     "optim": {
         "lr": 1e-3,
@@ -71,7 +73,8 @@ def distill_config(options: DistillOptions) -> Config:
     recipe = OF_PIXELS if base.data.autoencoder is None else OF_LATENTS
     model = student_architecture(teacher.model, GUIDANCE_EMBEDS_SCALE)
     sample = pipeline.sample
-    guidance = max(1.0, sample.guidance_scale)
+    scale = max(1.0, sample.guidance_scale)
+    more = MORE_GUIDANCE if base.data.autoencoder is None else 1.0
     plain = {
         "data": base.data.model_dump(mode="json"),
         "text": base.text.model_dump(mode="json"),
@@ -80,13 +83,13 @@ def distill_config(options: DistillOptions) -> Config:
         "optim": recipe["optim"],
         "distill": {
             "teacher": str(options.teacher or source),
-            "guidance": [1.0, round(1.5 * max(guidance, 1.4), 2)],
+            "guidance": [1.0, round(RANGE * max(scale, 1.4), 2)],
             "guidance_interval": list(sample.guidance_interval),
         },
         "train": recipe["train"] | {"seed": base.train.seed},
         "log": recipe["log"],
         "save": recipe["save"],
-        "sample": _drawn(base.sample, guidance).model_dump(mode="json"),
+        "sample": _drawn(base.sample, round(more * scale, 1)).model_dump(mode="json"),
         "run": {"dir": f"runs/{name}{checkpoint.STUDENT_SUFFIX}", "device": base.run.device},
     }
     text = yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -575,7 +575,8 @@ class SampleConfig(Section):
         """Solver, steps and guidance in one line."""
         low, high = self.guidance_interval
         where = "" if (low, high) == (0, 1) else f" at {low:g} to {high:g}"
-        return f"{self.solver}, {self.steps} steps, guidance {self.guidance_scale:g}{where}"
+        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
+        return f"{self.solver}, {steps}, guidance {self.guidance_scale:g}{where}"
 
 
 class RunConfig(Section):

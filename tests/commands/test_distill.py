@@ -59,10 +59,10 @@ def test_the_config_follows_from_the_teacher(teacher: Config) -> None:
     assert found.train.init_from is None
     assert found.distill.on
     assert found.distill.teacher == run
-    assert found.distill.guidance[0] <= 1 < 3 < found.distill.guidance[1]
+    assert found.distill.guidance == (1, 4.5)
     assert found.distill.guidance_interval == (0.1, 0.9)
     assert (found.sample.solver, found.sample.steps, found.sample.flow_shift) == ("scm", 1, 1.0)
-    assert (found.sample.guidance_scale, found.sample.seed, found.sample.prompts) == (3, 5, ("4 two",))
+    assert (found.sample.guidance_scale, found.sample.seed, found.sample.prompts) == (3.3, 5, ("4 two",))
     assert found.run.dir == Path("runs/teacher-distilled")
     step = checkpoint.steps(run)[-1]
     for options in (DistillOptions(step), DistillOptions()):
