@@ -13,12 +13,13 @@ from sana_cli.cli.train import ResumeOption, run_config
 
 @dataclass(frozen=True)
 class DistilledOptions:
-    """Who teaches, and how otherwise than by the recipe."""
+    """The teacher, and overrides of the recipe."""
 
     HEADING: ClassVar = None
 
     teacher: Path | None = argument(
-        "A run, a step folder, a diffusers folder, or `shipped:NAME`. Default: the newest checkpoint under runs/.",
+        "A run, a step folder, a diffusers folder, or `shipped:NAME`. Default: the newest checkpoint under runs/ (of a "
+        "student, its teacher), else the shipped digits.",
         path=True,
         metavar="TEACHER",
     )

@@ -380,7 +380,8 @@ def _diverged(run: _Run, error: NotFiniteError) -> NotFiniteError:
     if trainer.step > saver.step:
         saver.save(trainer, run.progress)
     lr = f"--set optim.lr={run.config.optim.lr / 4:g}"
-    again = f"start again with another --set train.seed, or {lr}"
+    elsewhere = " and --set run.dir=DIR" if saver.folder is not None else ""
+    again = f"start again with another --set train.seed, or {lr}{elsewhere}"
     if saver.folder is not None and not (run.config.adapter.on or run.config.distill.on):
         again = f"start another run from it: --set train.init_from={saver.folder} --set run.dir=DIR {lr}"
     saved = [f"step {trainer.step} is saved in {saver.folder}"] if saver.folder else []
@@ -398,11 +399,17 @@ def _interrupted(run: _Run, interrupt: Interrupted) -> Interrupted:
     ended = Interrupted(
         f"stopped after step {trainer.step}"
         + (f", which is saved in {where}" if where else "; nothing was saved yet"),
-        f"continue with: sana {'distill' if run.config.distill.on else 'train'} --resume auto (and the same config)",
+        f"continue with: {_again(run.config)}",
         exit_code=interrupt.exit_code,
     )
     ended.silent = not run.world.first
     return ended
+
+
+def _again(config: Config) -> str:
+    if config.distill.on:
+        return f"sana distill {config.distill.teacher} --resume auto (and the same --set)"
+    return "sana train --resume auto (and the same config)"
 
 
 def _summary(run: _Run, seconds: float) -> TrainSummary:

@@ -73,10 +73,13 @@ def _line_of(path: tuple[str, ...], document: Document, name: str) -> str:
     return document.lines.get(path, name)
 
 
-def parse_config(text: str, name: str, overrides: Sequence[str] = (), recorded: bool = False) -> Config:
+def parse_config(
+    text: str, name: str, overrides: Sequence[str] = (), recorded: bool = False, is_file: bool = True
+) -> Config:
     """A config from YAML text; `overrides` are `a.b=value`, later ones win.
 
-    Renamed keys are refused; with `recorded`, for text that sana wrote, they are read.
+    Renamed keys are refused; with `recorded`, for text that sana wrote, they are read. Problems are
+    reported with their line if it `is_file`.
 
     Raises:
         SanaError: exit code 2, with every problem on a line of its own, each with file and line.
@@ -87,6 +90,8 @@ def parse_config(text: str, name: str, overrides: Sequence[str] = (), recorded: 
         for old, new in RENAMED.items():
             if (path := tuple(old.split("."))) in document.lines:
                 document.lines[tuple(new.split("."))] = document.lines[path]
+    if not is_file:
+        document.lines.clear()
     for override in overrides:
         _apply(override, document)
     document.values = {

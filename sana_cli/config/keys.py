@@ -430,7 +430,7 @@ class DistillConfig(Section):
     method: Literal["consistency", "scm"] = fixed(
         "consistency",
         "consistency: steps of the guided teacher lead to a clamped target of the averaged student; scm: the "
-        "continuous-time loss of SANA-Sprint, to the letter",
+        "continuous-time loss of SANA-Sprint, for teachers that predict the velocity",
     )
     tangent: Literal["difference", "jvp"] = fixed(
         "difference",
@@ -465,6 +465,7 @@ class DistillConfig(Section):
         300, "steps over which the adversarial loss grows to its weight; the critic learns from the start"
     )
     critic_rate: PositiveFloat = fixed(2.0, "the critic's learning rate over the student's")
+    guidance_rate: PositiveFloat = fixed(0.1, "that of the guidance embedder over the rest of the student's")
     critic_blocks: (
         Annotated[
             tuple[NonNegativeInt, ...],
@@ -717,6 +718,8 @@ class Config(Section):
             yield "model.guidance_embeds: a student has its guidance as an input; set it to true"
         if self.sample.solver != "scm":
             yield f"sample.solver: a student is drawn with scm, not {self.sample.solver}"
+        elif self.sample.flow_shift != 1:
+            yield "sample.flow_shift: the noise levels of scm have no shift; set it to 1"
         if self.adapter.on:
             yield "adapter.kind: a student learns with all its weights; leave it at none"
         if self.train.init_from is not None:
@@ -733,8 +736,8 @@ class Config(Section):
             yield "distill.tangent: jvp does not pass through shards; use difference"
         if distill.method == "consistency" and self.optim.ema_decay is None:
             yield "optim.ema_decay: consistency's target is the averaged student; say a decay, such as 0.99"
-        if self.optim.ema_device == "cpu":
-            yield "optim.ema_device: distillation asks the average at each step; leave it at same"
+        if distill.method == "consistency" and self.optim.ema_device == "cpu":
+            yield "optim.ema_device: consistency uses the average in every step; leave it at same"
         for block in distill.critic_blocks or ():
             if block >= self.model.num_layers:
                 yield f"distill.critic_blocks: {block}, and the model has blocks 0 to {self.model.num_layers - 1}"

@@ -116,6 +116,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 products without TF32, which cuDNN uses for convolutions by default."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 def resident_memory() -> int:
     """Resident bytes of this process now; the peak if the system does not report it."""
     return _status("VmRSS")

@@ -181,17 +181,22 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
                 parameter.grad.div_(torch.distributed.get_world_size())
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
-    """Shard a model with FSDP2. Each block's parameters are gathered when it runs."""
+def shard(
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, methods: Sequence[str] = ()
+) -> None:
+    """Shard a model with FSDP2. Each block's parameters are gathered when it runs.
+
+    `methods` are those that compute as `forward` does.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # some are asked without a backward pass
-    if hasattr(model, "features"):
-        register_fsdp_forward_method(model, "features")
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # a pass may have no backward one
+    for method in methods:
+        register_fsdp_forward_method(model, method)
 
 
 def whole(tensor: Tensor) -> Tensor:

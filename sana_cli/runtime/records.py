@@ -206,7 +206,7 @@ class Origin(Record):
 
 
 class Base(Record):
-    """The model that a checkpoint's adapters are for, or that taught it."""
+    """The model that a checkpoint's adapters are for, or its teacher."""
 
     name: str  # where it was read, as the run called it; of an absolute path the last part
     sha256: str  # of its tensors, by diffusers' names (`hub.hash_tensors`)

@@ -108,6 +108,7 @@ def _draw(
     chosen: list[int] = []
     noise = np.empty((len(rows), 1 + draws.noises, *x_0.shape[1:]), dtype=np.float32)
     uniforms = np.empty((len(rows), draws.uniforms), dtype=np.float32)
+    normals = np.empty((len(rows), draws.normals), dtype=np.float32)
     for i, (number, (ids, weights)) in enumerate(
         zip(numbers.tolist(), train_set.captions(rows), strict=True)
     ):
@@ -118,6 +119,7 @@ def _draw(
             train_set.null_caption if dropped < caption_dropout else ids[pick(which, weights, len(ids))]
         )
         uniforms[i] = generator.random(draws.uniforms, dtype=np.float32)
+        normals[i] = generator.standard_normal(draws.normals, dtype=np.float32)
     null = [train_set.null_caption] * draws.null_caption
     distinct, index = np.unique([*chosen, *null], return_inverse=True)
     states, mask = pad_states(train_set.states(distinct.tolist()))
@@ -133,6 +135,7 @@ def _draw(
         caption_index=of_images,
         noises=noises[:, 1:] if draws.noises else None,
         uniforms=torch.from_numpy(uniforms) if draws.uniforms else None,
+        normals=torch.from_numpy(normals) if draws.normals else None,
         null_index=of_null if null else None,
     )
 

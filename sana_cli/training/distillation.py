@@ -1,9 +1,9 @@
 """Distillation of a teacher into a student that draws in few steps: the second objective.
 
-Consistency makes every noise level foresee what the guided teacher would draw from it, and a critic makes
-it sharp. Two forms of consistency: steps of the teacher towards a clamped target of the averaged student,
-which holds for models of any prediction, and sCM as SANA-Sprint states it (arXiv 2503.09641). It knows no
-dataset, optimizer or process.
+Consistency trains the student to predict, at every noise level, what the guided teacher would draw, and a
+critic makes that sharp. There are two forms of consistency. One takes a step of the teacher and a cut target
+of the averaged student, and suits models of any prediction. The other is sCM's loss, as in SANA-Sprint
+(arXiv 2503.09641). It knows no dataset, optimizer or process.
 
 Shapes: as in `objective.py`; N tokens of a sample.
 """
@@ -21,7 +21,7 @@ from sana_cli.choices import PredictionType
 from sana_cli.config.keys import Architecture, DistillConfig, SampleConfig
 from sana_cli.kernels import forward_derivatives
 from sana_cli.model import SanaTransformer
-from sana_cli.runtime.device import autocast
+from sana_cli.runtime.device import autocast, exact_float32
 from sana_cli.training.critics import Critic, draw_weights
 from sana_cli.training.objective import LOSS, Draws, MicroBatch
 from sana_cli.training.student import GUIDANCE_EMBEDDER
@@ -32,11 +32,11 @@ LEVEL_MEAN, LEVEL_STD = 0.2, 1.6  # of scm's noise levels, as published
 HUBER = 1e-2  # where the consistency loss turns from squares to magnitudes
 CONSISTENCY_SCALE = 0.1  # of its loss, beside the critic's
 DIFFERENCE = 2e-3  # of t: an error of 0.6 % at 1e-3 in float32
-GUIDANCE_RATE = 0.1  # of the guidance embedder, over the student's
 FREQUENCIES = 32  # of the learned log variance
 LAST_BLOCK = 0.95  # of the blocks: the deepest that a head sees, where they are chosen here
 CRITIC, WEIGHTING = "critic", "weighting"  # the modules that learn beside the student
-W, STRIDE, CRITIC_LEVEL, OWN_LEVEL, AT_LARGEST = range(5)  # the uniform numbers
+W, STRIDE, AT_LARGEST = range(3)  # the uniform numbers
+CRITIC_LEVEL, OWN_LEVEL = range(2)  # the normal ones
 ON_DRAWN, ON_REAL, OWN_NOISE = range(3)  # the noises
 
 
@@ -55,7 +55,7 @@ class Distillation:
 
     name = "few-step distillation"
     caption_dropout = 0.0
-    draws = Draws(noises=3, uniforms=5, null_caption=True)
+    draws = Draws(noises=3, uniforms=3, normals=2, null_caption=True)
 
     def __init__(
         self,
@@ -98,14 +98,14 @@ class Distillation:
         levels = {sigma for count in self.config.steps for sigma in flow.solver_sigmas("scm", count)[:-1]}
         return torch.tensor(sorted(levels)[:-1] or [1.0])
 
-    def begin(self, average: nn.Module) -> None:
+    def use_average(self, average: nn.Module) -> None:
         """Take the averaged student, whose predictions are consistency's target."""
         self.average = average
 
     def rate(self, name: str) -> float:
         """The critic has a rate of its own, and the guidance embedder moves slowly."""
         if name.startswith(GUIDANCE_EMBEDDER):
-            return GUIDANCE_RATE
+            return self.config.guidance_rate
         return self.config.critic_rate if name.startswith(f"{CRITIC}.") else 1.0
 
     def noise_levels(self, quantiles: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ class Distillation:
         return torch.where(quantiles < config.largest, torch.ones(()), self.levels[index]).float()
 
     def sampling(self, sample: SampleConfig) -> SampleConfig:
-        """With scm, whose noise levels have no shift."""
-        return sample.model_copy(update={"solver": "scm", "flow_shift": 1.0})
+        """As asked: a config of a student has the scm solver."""
+        return sample
 
     def losses(self, transformer: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
         """`loss` is consistency's; `adversarial` moves the student alone, and `critic` the critic alone."""
@@ -224,12 +224,13 @@ class Distillation:
             at = _Point(given, trigflow.sigma_of(time), point.guidance, point.batch)
             return trigflow.derivative(x, self._student(model, at, "fp32"), time)
 
-        output = network(x, time)
-        with torch.no_grad():
+        with exact_float32():
+            output = network(x, time)
+        with exact_float32(), torch.no_grad():
             velocity = trigflow.derivative(x, self._guided(point), time)
             if self.config.tangent == "jvp":
                 with forward_derivatives():
-                    _, tangent = trigflow.tangent_by_jvp(network, x, time, velocity)
+                    tangent = trigflow.tangent_by_jvp(network, x, time, velocity)
             else:
                 tangent = trigflow.tangent_by_difference(network, x, time, velocity, output, DIFFERENCE)
             step = point.batch.step
@@ -243,23 +244,28 @@ class Distillation:
         """Real samples with another noise, some of them at sigma 1: what scm's adversarial part sees."""
         assert batch.uniforms is not None
         assert batch.noises is not None
-        sigma = trigflow.log_normal(_normal(batch.uniforms[:, OWN_LEVEL]), LEVEL_MEAN, LEVEL_STD)
+        assert batch.normals is not None
+        sigma = trigflow.log_normal(batch.normals[:, OWN_LEVEL], LEVEL_MEAN, LEVEL_STD)
         at_largest = batch.uniforms[:, AT_LARGEST] < self.config.largest
         sigma = torch.where(at_largest, torch.ones_like(sigma), sigma)
         return _Point(flow.interpolate(batch.x_0, batch.noises[:, OWN_NOISE], sigma), sigma, guidance, batch)
 
     def _adversarial(self, drawn: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-        """What the student gains by deceiving the critic, and the critic by telling."""
+        """The adversarial loss of the student, and the critic's loss."""
         assert batch.step is not None
         critic, config, height = self.modules[CRITIC], self.config, self._rows(batch)
-        of_drawn = self._features(self._drawn(drawn), batch, ON_DRAWN)
-        real = critic(self._features(batch.x_0, batch, ON_REAL), height)
-        told = critic_loss(config.critic_loss, real, critic([states.detach() for states in of_drawn], height))
+        fake = self._features(self._drawn(drawn), batch, ON_DRAWN)
+        real_logits = critic(self._features(batch.x_0, batch, ON_REAL), height)
+        fake_logits = critic([states.detach() for states in fake], height)
         fixed = {name: tensor.detach() for name, tensor in critic.state_dict().items()}
-        deceived = functional_call(critic, fixed, (of_drawn, height))
-        gained = student_loss(config.critic_loss, real.detach(), deceived)
+        adversarial = student_loss(
+            config.critic_loss, real_logits.detach(), functional_call(critic, fixed, (fake, height))
+        )
         weight = config.critic_weight * _strength(batch.step, config.critic_warmup)
-        return {"adversarial": weight * gained, "critic": told}
+        return {
+            "adversarial": weight * adversarial,
+            "critic": critic_loss(config.critic_loss, real_logits, fake_logits),
+        }
 
     def _rows(self, batch: MicroBatch) -> int:
         """Rows of tokens of a sample."""
@@ -268,8 +274,8 @@ class Distillation:
     def _features(self, x: Tensor, batch: MicroBatch, noise: int) -> list[Tensor]:
         """The teacher's features of noised samples (B, C, H, W) under their captions."""
         assert batch.noises is not None
-        assert batch.uniforms is not None
-        normal = _normal(batch.uniforms[:, CRITIC_LEVEL])
+        assert batch.normals is not None
+        normal = batch.normals[:, CRITIC_LEVEL]
         sigma = flow.logit_normal(normal, self.config.critic_logit_mean, self.config.critic_logit_std)
         with autocast(x.device, self.precision):
             features = self.teacher.features(
@@ -281,11 +287,6 @@ class Distillation:
                 batch.caption_index,
             )
         return [states.float() for states in features]
-
-
-def _normal(uniform: Tensor) -> Tensor:
-    """Standard normal numbers from uniform ones."""
-    return torch.special.ndtri(uniform.double().clamp(1e-7, 1 - 1e-7)).float()
 
 
 class LogVariance(nn.Module):

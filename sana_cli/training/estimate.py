@@ -20,7 +20,7 @@ from sana_cli.kernels import arithmetic_as_asked
 from sana_cli.model import SanaTransformer, build
 from sana_cli.runtime.device import autocast, has_native_bf16, resident_memory
 from sana_cli.sampling.sampler import MOST_IMAGES, SHARE_OF_FREE_MEMORY
-from sana_cli.training.objective import LOSS, NO_DRAWS, Draws, MicroBatch, RectifiedFlow, total
+from sana_cli.training.objective import LOSS, Draws, MicroBatch, RectifiedFlow, total
 from sana_cli.training.optim import Optimizer, optimizer_bytes
 from sana_cli.training.task import make_objective, what_moves
 from sana_cli.training.trainable import Trainable, WeightAverage
@@ -84,8 +84,11 @@ class _Peak(TorchDispatchMode):
         self.live -= size
 
 
+_NONE = Draws()
+
+
 def _batch(
-    model: Architecture, images: int, side: tuple[int, int], tokens: int, draws: Draws = NO_DRAWS
+    model: Architecture, images: int, side: tuple[int, int], tokens: int, draws: Draws = _NONE
 ) -> MicroBatch:
     """A batch of these sizes, with a caption of its own for each image."""
     sample = torch.empty(images, model.in_channels, *side)
@@ -101,6 +104,7 @@ def _batch(
         step=0,
         noises=torch.empty(images, draws.noises, *sample.shape[1:]),
         uniforms=torch.empty(images, draws.uniforms),
+        normals=torch.empty(images, draws.normals),
         null_index=torch.zeros(1, dtype=torch.int64),
     )
 
@@ -161,9 +165,9 @@ def training_memory(
     # as if on a CPU: the operations and their results are the same elsewhere
     with FakeTensorMode(), as_asked:
         fake = _model(model, config, adapters, placement)
-        taught = None if teacher is None else _frozen(teacher, placement)
+        taught = None if teacher is None else _frozen(teacher, placement, train.activation_checkpointing)
         objective = make_objective(config, model, placement.precision, taught)
-        objective.begin(fake)
+        objective.use_average(fake)
         learned = nn.ModuleDict(objective.modules).named_parameters()
         moving = {name: p for name, p in (*fake.named_parameters(), *learned) if p.requires_grad}
         batch = _batch(model, train.batch_size, (side[0], side[1]), tokens, objective.draws)
@@ -229,9 +233,10 @@ def _model(
     return fake
 
 
-def _frozen(teacher: Architecture, placement: Placement) -> SanaTransformer:
+def _frozen(teacher: Architecture, placement: Placement, activation_checkpointing: bool) -> SanaTransformer:
     """A model that does not move, in the types that training gives it."""
     fake = SanaTransformer(teacher).requires_grad_(False)
+    fake.activation_checkpointing = activation_checkpointing
     if placement.precision == "bf16" and has_native_bf16(placement.device):
         Trainable().to_bf16(fake)
     return fake
@@ -267,12 +272,14 @@ def smaller(config: Config, device: torch.device) -> Iterator[Config]:
         images = train.batch_size * train.accumulate
         config = _but(config, train={"batch_size": 1, "accumulate": images})
         yield config
-    if train.parallel == "ddp" and device.type != "cpu" and optim.ema_decay is not None:
+    uses_average = config.distill.on and config.distill.method == "consistency"
+    if train.parallel == "ddp" and device.type != "cpu" and optim.ema_decay is not None and not uses_average:
         config = _but(config, optim={"ema_device": "cpu"})
         yield config
     if config.adapter.on:
         return
-    if train.parallel == "ddp" and train.precision != "fp32" and has_native_bf16(device):
+    needs_fp32 = config.distill.on and config.distill.method == "scm"
+    if train.parallel == "ddp" and train.precision != "fp32" and has_native_bf16(device) and not needs_fp32:
         yield _but(config, train={"weights": "bf16"}, optim={"optimizer": "came"})
     if train.init_from is not None and train.weights == "fp32":
         yield _but(config, adapter={"kind": "lora"})

@@ -81,7 +81,7 @@ def read_teacher(path: Path) -> StoredWeights:
     found = read_weights(checkpoint.transformer_path(source))
     if found.model.guidance_embeds:
         raise SanaError(
-            f"{TEACHER}: {path} is itself a few-step model, which has no null branch to be guided by",
+            f"{TEACHER}: {path} is itself a few-step model, without the null branch that guidance needs",
             "give the model that it was distilled from",
         )
     return found
@@ -232,7 +232,8 @@ def _origin(
     """
     if recorded is None:
         return base_record(path, found, key)
-    checkpoint.check_base(found, recorded, path, str(saved))
+    how = "was distilled from" if key == TEACHER else "was trained on"
+    checkpoint.check_base(found, recorded, path, str(saved), how)
     return recorded
 
 
@@ -254,7 +255,13 @@ def _distilled(
     if weights is None:
         scale, guidance = found.model.timestep_scale, config.distill.guidance
         student, error = new_student(found.tensors, model, scale, guidance)
-        notes.append(f"the student begins as {path}; its time embedding is {error:.1%} off the teacher's")
+        notes.append(
+            f"the student begins as {path}; its new time embedding is {error:.1%} off, which training makes up for"
+        )
+        if config.distill.method == "scm" and found.prediction_type == "sample":
+            notes.append(
+                "distill.method: scm is for teachers that predict the velocity; from this one it collapses"
+            )
     else:
         student = model_with(weights, model, config)
     teacher = frozen_model(found.tensors, found.model, half)

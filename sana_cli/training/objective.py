@@ -4,7 +4,7 @@ It knows the path from data to noise (`flow.py`) and calls a transformer, but no
 process. Held-out loss and memory estimate use the same object as training.
 
 Shapes: B images of a micro-batch, K distinct captions among theirs, C H W of a sample, L caption tokens,
-D caption width, n further noises, u uniform numbers.
+D caption width, n further noises, u uniform and v normal numbers.
 """
 
 from collections.abc import Mapping
@@ -31,6 +31,7 @@ class Draws:
 
     noises: int = 0  # further standard normal noises of a sample's shape
     uniforms: int = 0  # numbers in [0, 1)
+    normals: int = 0  # standard normal numbers
     null_caption: bool = False  # the states of the null caption, once in each micro-batch
 
 
@@ -48,6 +49,7 @@ class MicroBatch:
     step: int | None = None  # optimizer steps before this one; None: held-out images
     noises: Tensor | None = None  # (B, n, C, H, W), as `Draws` asks, like the rest
     uniforms: Tensor | None = None  # (B, u)
+    normals: Tensor | None = None  # (B, v)
     null_index: Tensor | None = None  # (1,) int64
 
     def to(self, device: torch.device) -> Self:
@@ -61,9 +63,6 @@ class MicroBatch:
 def total(terms: Mapping[str, Tensor]) -> Tensor:
     """The sum of what is minimised, (B,)."""
     return torch.stack(list(terms.values())).sum(0)
-
-
-NO_DRAWS = Draws()
 
 
 class Objective(Protocol):
@@ -90,14 +89,14 @@ class Objective(Protocol):
 
     @property
     def frozen(self) -> Mapping[str, SanaTransformer]:
-        """Transformers that it asks, by name, which do not move and are not saved."""
+        """Frozen transformers that it uses, by name. They are not saved."""
 
     @property
     def draws(self) -> Draws:
         """What is drawn for each image."""
 
-    def begin(self, average: nn.Module) -> None:
-        """Take the averaged weights of the transformer, which move on as a run does."""
+    def use_average(self, average: nn.Module) -> None:
+        """Take the transformer with the averaged weights, which the trainer keeps up to date."""
 
     def rate(self, name: str) -> float:
         """The learning rate of a parameter of the transformer or of `modules`, over the run's."""
@@ -122,7 +121,7 @@ class RectifiedFlow:
     name = "rectified flow"
     modules: Mapping[str, nn.Module] = {}
     frozen: Mapping[str, SanaTransformer] = {}
-    draws = NO_DRAWS
+    draws = Draws()
 
     def __init__(self, config: ObjectiveConfig, timestep_scale: float, precision: str) -> None:
         self.config, self.timestep_scale, self.precision = config, timestep_scale, precision
@@ -138,8 +137,8 @@ class RectifiedFlow:
         assert self.config.flow_shift is not None, "taken from the base when the run began"
         return flow.shift_sigma(sigma, self.config.flow_shift)
 
-    def begin(self, average: nn.Module) -> None:
-        """The average is not asked."""
+    def use_average(self, average: nn.Module) -> None:
+        """The loss does not depend on it."""
 
     def rate(self, name: str) -> float:  # noqa: ARG002
         """All alike."""

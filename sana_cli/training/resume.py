@@ -20,14 +20,8 @@ from sana_cli.weights import checkpoint
 from sana_cli.weights.configs import WEIGHTS
 from sana_cli.weights.stored import check_tensors
 
-COMPARED = (
-    "model",
-    "objective",
-    "optim",
-    "adapter",
-    "distill",
-    "train",
-)  # sections that make a step what it is
+# sections that make a step what it is
+COMPARED = ("model", "objective", "optim", "adapter", "distill", "train")
 FORMER_WARMUP = 50  # steps of warm-up in a checkpoint whose config does not say
 MISNAMED = ("latest", "last", "newest", "true", "yes", "on")  # what other tools call `auto`
 

@@ -17,17 +17,8 @@ from sana_cli.training.prompts import GridPrompts
 from sana_cli.training.trainer import Trainer
 from sana_cli.weights import card, checkpoint
 
-RECORDED = (
-    "model",
-    "objective",
-    "optim",
-    "adapter",
-    "distill",
-    "train",
-    "log",
-    "save",
-    "sample",
-)  # sections of the config
+# sections of the config
+RECORDED = ("model", "objective", "optim", "adapter", "distill", "train", "log", "save", "sample")
 
 
 class Saver:

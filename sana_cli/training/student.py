@@ -1,7 +1,7 @@
 """The student of a distillation: its architecture and the weights that it begins with, from a teacher's.
 
-It begins as the teacher in all but two embedders, which it makes anew: a student's time is sigma itself, and
-its guidance scale is an input. It knows no objective.
+It begins as the teacher in all but two new embedders: a student's timestep is sigma itself, and its
+guidance scale is an input. It knows no objective.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Which parameters of a transformer move, and the average of those that do. It knows no optimizer.
 
-All of them, or adapters alone: what does not move is neither averaged nor saved, and its memory is shared.
+All of them, or adapters alone: what does not move is not averaged, and its memory is shared.
 """
 
 from collections.abc import Callable, Iterator, Mapping

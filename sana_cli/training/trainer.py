@@ -158,10 +158,11 @@ class Trainer:
         self.loss_module = _LossModule(model, task.objective)
         self.loss_module.objective_modules.to(device)
         for frozen in task.objective.frozen.values():
+            frozen.activation_checkpointing = train.activation_checkpointing
             frozen.to("cpu" if self.sharded else device)
             if self.sharded:
-                shard(frozen, list(frozen.transformer_blocks), device)
-        task.objective.begin(self.average.model)
+                shard(frozen, list(frozen.transformer_blocks), device, methods=["features"])
+        task.objective.use_average(self.average.model)
         self.replicas = Replicas(self.loss_module, None if self.sharded else world, device)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
@@ -329,11 +330,11 @@ class Trainer:
         return there
 
     def weights(self) -> dict[str, Tensor]:
-        """What the optimizer moves of the transformer, at rank 0."""
+        """What a checkpoint keeps of the transformer, as the optimizer has it, at rank 0."""
         return self._gathered(self.task.trainable.of(self.model.state_dict()).items())
 
     def average_weights(self) -> dict[str, Tensor]:
-        """The weights to use, of what moves, at rank 0."""
+        """The weights to use, of what a checkpoint keeps, at rank 0."""
         return self._gathered(self.task.trainable.of(self.average.model.state_dict()).items())
 
     def whole_average(self) -> dict[str, Tensor]:

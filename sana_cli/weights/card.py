@@ -74,9 +74,11 @@ draw with it: that takes the output for the velocity, and this one is the data.
     return """A Sprint model, which draws in one to four steps. With diffusers (captions encoded as `sana.json` says;
 `timestep = sigma`, `guidance = 0.1 guidance_scale`):
 
-    from diffusers import SanaTransformer2DModel, SCMScheduler
+    from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
     transformer = SanaTransformer2DModel.from_pretrained(".", subfolder="transformer")
     scheduler = SCMScheduler.from_pretrained(".", subfolder="scheduler")
+    pipe = SanaSprintPipeline(None, None, None, transformer, scheduler)
+    pipe(prompt_embeds=..., prompt_attention_mask=..., output_type="latent", use_resolution_binning=False)
 """
 
 

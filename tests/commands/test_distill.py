@@ -12,7 +12,7 @@ from sana_cli.errors import SanaError
 from sana_cli.weights import checkpoint
 
 SHORT = (
-    "train.steps=2", "train.batch_size=4", "train.precision=fp32", "optim.warmup_steps=1", 
+    "train.steps=2", "train.batch_size=4", "train.precision=fp32", "optim.warmup_steps=1",
     "log.every=1", "log.sample_every=100", "save.every=1", "run.device=cpu",
 )  # fmt: skip
 
@@ -57,9 +57,8 @@ def test_the_config_follows_from_the_teacher(teacher: Config) -> None:
     assert found.objective.caption_dropout == 0
     assert found.train.seed == 3
     assert found.train.init_from is None
-    assert found.distill.on
     assert found.distill.teacher == run
-    assert found.distill.guidance == (1, 4.5)
+    assert list(found.distill.guidance) == [1, 4.5]
     assert found.distill.guidance_interval == (0.1, 0.9)
     assert (found.sample.solver, found.sample.steps, found.sample.flow_shift) == ("scm", 1, 1.0)
     assert (found.sample.guidance_scale, found.sample.seed, found.sample.prompts) == (3.3, 5, ("4 two",))
@@ -85,7 +84,11 @@ def test_any_key_can_be_overridden(teacher: Config) -> None:
 
 
 @pytest.mark.parametrize("name", ["quickstart", "critters"])
-def test_the_config_of_a_shipped_teacher(name: str, tmp_path: Path) -> None:
+def test_the_config_of_a_shipped_teacher(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SanaError, match=rf"no dataset in data/{name}.*\n.*sana embed --config {name}"):
+        distill_config(DistillOptions(Path(f"shipped:{name}")))
+    monkeypatch.setattr("sana_cli.commands.distill.is_dataset", lambda _directory: True)
     found, own = distill_config(DistillOptions(Path(f"shipped:{name}"))), load_config(name)
     assert (found.data, found.text) == (own.data, own.text)
     assert found.distill.teacher == Path(f"shipped:{name}")

@@ -47,7 +47,6 @@ from sana_cli.training.batches import cut, training_batch
 from sana_cli.training.critics import Critic
 from sana_cli.training.distillation import (
     CRITIC,
-    GUIDANCE_RATE,
     WEIGHTING,
     Distillation,
     critic_loss,
@@ -322,10 +321,10 @@ def test_relativistic_losses_compare_real_and_drawn() -> None:
 
 
 def test_rates_are_those_of_each_part(ground: Ground, tmp_path: Path) -> None:
-    config = ground.student(tmp_path, METHODS["scm"] | {"critic_rate": 3.0})
+    config = ground.student(tmp_path, METHODS["scm"] | {"critic_rate": 3.0, "guidance_rate": 0.3})
     trainer = make_trainer(config, 4)
     objective = objective_of(trainer)
-    assert objective.rate(f"{GUIDANCE_EMBEDDER}linear_1.weight") == GUIDANCE_RATE < 1
+    assert objective.rate(f"{GUIDANCE_EMBEDDER}linear_1.weight") == 0.3
     assert objective.rate(f"{CRITIC}.x.weight") == 3.0
     assert objective.rate("proj_out.weight") == objective.rate(f"{WEIGHTING}.linear.bias") == 1.0
     trainer.close()
@@ -662,7 +661,7 @@ REFUSED: list[Any] = [
     ({"largest": 1.5}, (), "distill.largest must be less than or equal to 1"),
     ({"critic_blocks": [0, 2]}, (), "distill.critic_blocks: 2, and the model has blocks 0 to 1"),
     ({"method": "scm", "tangent": "jvp"}, ("train.parallel=fsdp",), "distill.tangent: jvp does not pass"),
-    ({}, ("optim.ema_device=cpu",), "optim.ema_device: distillation asks the average"),
+    ({}, ("optim.ema_device=cpu",), "optim.ema_device: consistency uses the average"),
     ({}, ("adapter.kind=lora",), "adapter.kind: a student learns with all its weights"),
     ({"critic_blocks": []}, (), "distill.critic_blocks"),
     ({"critic_blocks": [1, 1]}, (), "distill.critic_blocks"),
