@@ -58,8 +58,8 @@ class JudgingOptions:
         path=True,
     )
     beside: list[Path] | None = option(
-        "Judge this checkpoint too, at its own settings, in the same table. `teacher` is the one that the target was "
-        "distilled from. Repeatable.",
+        "Judge this checkpoint too, at its own settings, in the same table. `teacher` is the one "
+        "that the target was distilled from. Repeatable.",
         metavar="PATH|teacher",
         callback=_homes,
     )
@@ -100,7 +100,8 @@ class FileOptions:
     HEADING: ClassVar = "Files"
 
     out: str | None = option(
-        "Also write the results to this .json file, or DIR/. Until all are there, PATH.unfinished has those so far.",
+        "Also write the results to this .json file, or DIR/. Until all are there, "
+        "PATH.unfinished has those so far.",
         path="PATH",
     )
     plot: str | None = option(
@@ -217,7 +218,7 @@ def _print_attributes(verdict: "Verdict", real: "Reading") -> None:
 
 
 def _print_swaps(verdict: "Verdict", real: "Reading") -> None:
-    """How often the values asked of two attributes are mistaken for one another: the largest shares."""
+    """How often values asked of two attributes are mistaken for one another: the largest shares."""
     from sana_cli.judging.verdict import pooled
 
     readings = [verdict.seen, *([pooled("unseen", verdict.unseen)] if verdict.unseen else []), real]
@@ -298,7 +299,7 @@ def _print_intervals(summary: "EvalSummary") -> None:
 
 
 def _print_comparison(comparison: "Comparison") -> None:
-    """How a student differs from its teacher, and a warning if it draws few different pictures."""
+    """How a student differs from its teacher; a warning if it draws few different pictures."""
     from sana_cli.judging.verdict import pooled
 
     student, teacher = comparison.student.verdict, comparison.teacher.verdict
@@ -315,18 +316,17 @@ def _print_comparison(comparison: "Comparison") -> None:
     console.note(f"student ({_settings_in_words(comparison.student)}) minus teacher: {', '.join(parts)}")
     if comparison.collapsed:
         console.note(
-            f"warning: the student's diversity is {student.diversity:.2f}, and its teacher's {teacher.diversity:.2f}: "
-            "it draws too few different pictures, however many are as prompted"
+            f"warning: the student's diversity is {student.diversity:.2f}, "
+            f"and its teacher's {teacher.diversity:.2f}: it draws too few different pictures, however many are as prompted"
         )
 
 
 def _points(share: "Share", other: "Share") -> str:
-    """A difference of shares in points of per cent, with its 95 % interval (Newcombe 1998, method 10)."""
-    (low, high), (other_low, other_high) = share.interval, other.interval
-    more = share.accuracy - other.accuracy
-    below = math.hypot(share.accuracy - low, other_high - other.accuracy)
-    above = math.hypot(high - share.accuracy, other.accuracy - other_low)
-    return f"{100 * more:+.1f} points ({100 * (more - below):+.1f} to {100 * (more + above):+.1f})"
+    """A difference of shares in points of per cent, with its 95 % interval."""
+    from sana_cli.judging.verdict import difference_interval
+
+    low, high = difference_interval(share, other)
+    return f"{100 * (share.accuracy - other.accuracy):+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _plain(share: "Share") -> float | str:

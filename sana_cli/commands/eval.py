@@ -105,13 +105,15 @@ class Comparison:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the student's diversity is clearly below the teacher's: by a fifth, and by more than chance."""
+        """Whether the student's diversity is clearly below the teacher's.
+
+        Clearly is by a fifth, and by more than chance.
+        """
         student, teacher = self.student.verdict, self.teacher.verdict
         if not student.seen.total.count:
             return False
-        chance = (
-            2 * DIVERSITY_SPREAD * math.sqrt(2 / student.seen.total.count)
-        )  # two deviations of a difference
+        # two standard deviations of a difference
+        chance = 2 * DIVERSITY_SPREAD * math.sqrt(2 / student.seen.total.count)
         return student.diversity < (1 - max(LESS_DIVERSITY, chance)) * teacher.diversity
 
 
@@ -123,14 +125,14 @@ class EvalSummary:
     dataset: Path
     by: JudgedBy  # attributes or captions
     real: tuple[Reading, ...]  # of real images that the judge was not trained on, by kind
-    notes: tuple[str, ...]  # attributes that are not judged
+    notes: tuple[str, ...]  # attributes that are not judged, and checkpoints named twice
     results: tuple[EvalResult, ...]  # of the target first
     saved: tuple[Path, ...]
     comparison: Comparison | None = None  # where the target's teacher is among the results
 
     @property
     def names(self) -> dict[Path, str]:
-        """What a table calls the checkpoints of the results: their runs, with steps if these do not differ."""
+        """What a table calls the checkpoints: their runs, with steps if these do not differ."""
         return _names({result.checkpoint for result in self.results if result.checkpoint is not None})
 
 
@@ -154,8 +156,8 @@ def _dataset(options: EvalOptions, place: Path | None) -> tuple[Dataset, Dataset
     if len(shapes) > 1:
         _, height, width = list(shapes)[-1]
         raise SanaError(
-            f"{directory}{'' if held_out is None else f', {there}'}: images of {len(shapes)} shapes, one of them "
-            f"{height}x{width}; sana eval judges images of one shape",
+            f"{directory}{'' if held_out is None else f', {there}'}: images of {len(shapes)} shapes, "
+            f"one of them {height}x{width}; sana eval judges images of one shape",
             "embed them without data.buckets, and judge by that with `data` DIR",
         )
     return dataset, held_out
@@ -196,13 +198,28 @@ def _prompts(
 
 
 def _settings(options: EvalOptions, pipeline: Pipeline) -> list[SampleConfig]:
+    """Every combination of settings for the target.
+
+    Raises:
+        SanaError: a setting is wrong, or has no meaning for a few-step model.
+    """
     base = pipeline.sample.model_dump() | {"seed": options.seed}
+    if pipeline.model.guidance_embeds:  # as `sana sample` does
+        if options.flow_shift not in (None, 1):
+            raise SanaError(
+                "`flow_shift`: the scm solver has noise levels of its own, which have no shift", exit_code=2
+            )
+        if options.guidance_interval is not None:
+            raise SanaError(
+                "`guidance_interval`: this model has its guidance built in, and no null branch to steer by",
+                exit_code=2,
+            )
     for key in ("guidance_interval", "flow_shift"):
         if getattr(options, key) is not None:
             base[key] = getattr(options, key)
     steps, scales = {base["steps"]}, {base["guidance_scale"]}
     if options.sweep and pipeline.model.guidance_embeds:
-        low, high = _config_of(pipeline.place).distill.guidance
+        low, high = checkpoint.learned_guidance(pipeline.place) or (-math.inf, math.inf)
         steps.update(SWEEP_FEW_STEPS)
         scales.update(scale for scale in SWEEP_GUIDANCE if low <= scale <= high)  # others it never learned
     elif options.sweep:
@@ -234,7 +251,7 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
             "give a checkpoint as the target, or leave `beside` out",
             exit_code=2,
         )
-    place = checkpoint.find_checkpoint(options.target) if folder is None else folder
+    place = folder or checkpoint.step_around(checkpoint.find_checkpoint(options.target))
     dataset, held_out = _dataset(options, None if folder else place)
     by, prompts, notes = _prompts(options, dataset, held_out)
     source: Iterator[_Pictures | EvalStep]
@@ -244,7 +261,12 @@ def evaluate(options: EvalOptions) -> Iterator[EvalStep | EvalSummary]:
     else:
         pipeline = _open_own(place, prompts, "give its own with `data` DIR")
         candidates = [_Candidate(pipeline, options.weights, _settings(options, pipeline))]
-        candidates += [_beside(path, place, options.seed, prompts) for path in options.beside]
+        for path in options.beside:
+            other = _beside(path, place, options.seed, prompts)
+            if other.pipeline.place.resolve() in {one.pipeline.place.resolve() for one in candidates}:
+                notes += (f"{other.pipeline.place} is named twice, and judged once",)
+            else:
+                candidates.append(other)
         source = _draw(options, candidates, prompts, device)
     verdict: Callable[..., Verdict]
     if by == "attributes":
@@ -338,9 +360,9 @@ def _trained(steps: Iterator[JudgeStep | J]) -> Generator[EvalStep, None, J]:
 def _matching(
     dataset: Dataset, held_out: Dataset | None, device: torch.device
 ) -> Generator[EvalStep, None, Matching]:
-    """The matcher of a dataset with what it measures by, trained if there is none yet; yields progress.
+    """The matcher of a dataset with what it measures by, trained if there is none yet.
 
-    The pictures have captions of the dataset. Real ones to compare with are therefore of the
+    Yields progress. The pictures have captions of the dataset. Real ones to compare with are therefore of the
     dataset too, where the held-out set has unseen kinds.
     """
     if unseen_kinds(dataset, held_out):
@@ -358,7 +380,10 @@ def _beside(path: Path, target: Path, seed: int, prompts: Sequence[Prompts]) -> 
     record = checkpoint.read_record(target)
     try:
         by_name = str(path) == TEACHER and not path.exists()
-        place = checkpoint.find_teacher(target) if by_name else checkpoint.find_checkpoint(path)
+        if by_name:
+            place = checkpoint.find_teacher(target, "`beside` PATH")
+        else:
+            place = checkpoint.step_around(checkpoint.find_checkpoint(path))
         pipeline = _open_own(place, prompts, f"all rows are judged by one dataset: judge {place} by itself")
         is_teacher = False
         if record.teacher is not None and not pipeline.adapters:
@@ -374,7 +399,7 @@ def _beside(path: Path, target: Path, seed: int, prompts: Sequence[Prompts]) -> 
 
 
 def _open_own(place: Path, prompts: Sequence[Prompts], todo: str) -> Pipeline:
-    """The pipeline of a checkpoint, which must be of the captions' encoder and the dataset's image shape.
+    """The pipeline of a checkpoint, of the captions' encoder and the dataset's image shape.
 
     Raises:
         SanaError: it is of others; says what is `todo`.
@@ -468,7 +493,7 @@ def _is_pictures(target: Path) -> bool:
 
 
 def _counts(images: int, kinds: int) -> list[int]:
-    """How many images each kind gets: all are seen ones, or half, and each unseen kind as many as another."""
+    """How many images each kind gets: all are seen ones, or half, and the rest is shared evenly."""
     if kinds == 1:
         return [images]
     unseen, others = images // 2, kinds - 1

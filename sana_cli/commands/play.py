@@ -3,6 +3,7 @@
 It prints nothing. `play/studio.py` draws, `play/server.py` serves.
 """
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from types import ModuleType
 
 from sana_cli.choices import Precision, Solver, Weights
 from sana_cli.config.keys import SampleConfig
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, one_line
 from sana_cli.play.studio import Studio
 from sana_cli.play.worker import Worker
 from sana_cli.sampling.opened import open_checkpoint
@@ -21,6 +22,7 @@ from sana_cli.weights import checkpoint
 
 FIRST_PORT = 7262  # SANA, on a telephone's keys
 PORTS = 20  # that are tried
+LOCAL = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}  # this machine, to itself
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class PlayOptions:
 
 @dataclass(frozen=True)
 class PlayServing:
-    """The page is there."""
+    """The page is being served."""
 
     url: str
     is_local: bool  # only this machine reaches it
@@ -57,13 +59,13 @@ class PlayServing:
 
 
 def play(options: PlayOptions) -> Iterator[PlayServing]:
-    """Serve the page; yields once it is there, and then runs until `stop` says so or it is closed.
+    """Serve the page. Yields once it is there; runs until `stop` says so or it is closed.
 
     A picture that is being drawn then is dropped after its solver step.
 
     Raises:
-        SanaError: the `play` extra is not installed, the port is taken, or the checkpoint cannot
-            be sampled from.
+        SanaError: the `play` extra is not installed, the port is taken, the checkpoint cannot be
+            sampled from, or the server has died.
     """
     server = _server()
     with closing(_listen(options.host, options.port)) as listening:
@@ -81,18 +83,20 @@ def play(options: PlayOptions) -> Iterator[PlayServing]:
         )
         studio = Studio(opened, options.solver)
         worker = Worker(studio.draw)
-        app = server.make_app(studio.about(), worker, options.host)
+        address, port = listening.getsockname()[:2]
+        app = server.make_app(studio.about(), worker, options.host, address)
         with server.serving(app, listening) as thread, closing(worker):
             yield PlayServing(
-                url=_url(options.host, listening.getsockname()[1]),
-                is_local=options.host in server.LOOPBACK,
+                url=_url(LOCAL[listening.family] if server.is_any(address) else options.host, port),
+                is_local=server.is_local(address),
                 checkpoint=opened.place,
                 shipped=checkpoint.is_shipped(opened.place),
                 settings=studio.settings,
                 device=str(opened.device),
                 notes=tuple(opened.adapter_notes()),
             )
-            while thread.is_alive() and options.stop() is None:
+            while options.stop() is None:
+                thread.check()
                 thread.join(0.2)
 
 
@@ -122,13 +126,23 @@ def _listen(host: str, port: int | None) -> socket.socket:
     wanted = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise SanaError(f"`host`: {host}: {error.strerror}", exit_code=2) from error
+    except (OSError, ValueError) as error:  # ValueError: it cannot be a name
+        reason = error.strerror if isinstance(error, OSError) else "no name of a machine"
+        raise SanaError(f"`host`: {one_line(host)[:100]}: {reason}", exit_code=2) from error
     for number in wanted:
         try:
             return socket.create_server((address[0], number), family=family)
         except OSError as error:
             problem = error
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                reason = f": {os.strerror(error.errno or 0)}"
+                if error.errno == errno.EADDRNOTAVAIL:
+                    reason = " is no address of this machine"
+                raise SanaError(
+                    f"`host`: {host}{reason}",
+                    "127.0.0.1 is this machine alone, 0.0.0.0 all its addresses",
+                    exit_code=2,
+                ) from error
     last = f"{FIRST_PORT} to {FIRST_PORT + PORTS - 1}" if port is None else port
     raise SanaError(
         f"`port`: {last} on {host}: {os.strerror(problem.errno or 0)}",
@@ -139,7 +153,5 @@ def _listen(host: str, port: int | None) -> socket.socket:
 
 
 def _url(host: str, port: int) -> str:
-    """Where a browser on this machine finds the page."""
-    if host in ("0.0.0.0", "::"):  # noqa: S104 (a comparison)
-        host = "localhost"
+    """Where a browser finds the page."""
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"

@@ -1,4 +1,4 @@
-"""What a judge says of pictures: how often they are as asked, how close to real ones, how diverse.
+"""What a judge says of pictures: how often as asked, how close to real ones, how diverse.
 
 It computes from the judge's answers and features, and trains nothing.
 
@@ -57,6 +57,15 @@ class Verdict:
     distance_spread: float  # its standard deviation
     real_distance: float  # of as many real images
     diversity: float  # scatter of features within a caption, over that of real images as it asks; or NaN
+
+
+def difference_interval(share: Share, other: Share) -> tuple[float, float]:
+    """The 95 % interval of `share` minus `other` (Newcombe 1998, method 10)."""
+    (low, high), (other_low, other_high) = share.interval, other.interval
+    more = share.accuracy - other.accuracy
+    below = math.hypot(share.accuracy - low, other_high - other.accuracy)
+    above = math.hypot(high - share.accuracy, other.accuracy - other_low)
+    return more - below, more + above
 
 
 def reading_of(kind: str, answers: Tensor, asked: Tensor, attributes: Values) -> Reading:

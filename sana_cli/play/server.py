@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,29 +31,37 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, first_line
 from sana_cli.play.studio import Message, PictureRequest
 from sana_cli.play.worker import BusyError, Job, Worker
 
 PAGE = Path(__file__).parents[1] / "assets" / "play.html"
 MOST_BYTES = 16_384  # of a request
+MOST_SECONDS = 10.0  # until all of a request is there
+MOST_QUEUED = 16  # messages of an answer; a slow reader misses previews beyond
 MOST_CONNECTIONS = 100
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Guard:
-    """Refuse requests by another name or from another page, and add headers to all answers.
+    """Refuse requests with a foreign Host or Origin, and add headers to all answers.
 
     A foreign page can point its own name at this machine (DNS rebinding), and then `Host` has that
     name. It cannot change an address in digits, so these are allowed on a server that listens on
     all of them.
     """
 
-    def __init__(self, app: ASGIApp, host: str, policy: str) -> None:
-        """`host`: what the server listens on. `policy`: the page's Content-Security-Policy."""
+    def __init__(self, app: ASGIApp, names: tuple[str, ...], policy: str) -> None:
+        """Guard an application.
+
+        Args:
+            app: the application.
+            names: what the server listens on, as names or addresses.
+            policy: the page's Content-Security-Policy.
+        """
         self.app, self.policy = app, policy
-        self.names = LOOPBACK | {host.lower()}
-        self.any_address = is_any(host)
+        self.names = LOOPBACK | {name.lower() for name in names}
+        self.any_address = any(map(is_any, names))
         if self.any_address:
             self.names |= {socket.gethostname().lower()}
 
@@ -63,9 +71,17 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         app = self.app
         if not self._is_ours(host):
-            app = PlainTextResponse("this page has another address: Host is not one of its names", 403)
+            app = PlainTextResponse(
+                "this page has another address: Host is not one of its names\n"
+                "open it by its address in digits, or start it with --host NAME",
+                403,
+            )
         elif origin is not None and origin != f"http://{host}":
-            app = PlainTextResponse("another page may not use this one: Origin is not its own", 403)
+            app = PlainTextResponse(
+                "another page may not use this one: Origin is not its own\n"
+                "open it by its own address, which begins with http://",
+                403,
+            )
 
         async def answer(event: Event) -> None:
             if event["type"] == "http.response.start":
@@ -95,6 +111,11 @@ def is_any(host: str) -> bool:
     return _is_address(host) and ipaddress.ip_address(host).is_unspecified
 
 
+def is_local(address: str) -> bool:
+    """Whether only this machine reaches an address."""
+    return _is_address(address) and ipaddress.ip_address(address).is_loopback
+
+
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
@@ -103,13 +124,13 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def make_app(about: Mapping[str, Any], worker: Worker, host: str = "127.0.0.1") -> ASGIApp:
+def make_app(about: Mapping[str, Any], worker: Worker, *names: str) -> ASGIApp:
     """The application: `/`, `/about` and `/draw`.
 
     Args:
         about: what the page shows of the checkpoint.
         worker: draws.
-        host: what the server listens on.
+        names: what the server listens on, as names or addresses.
     """
     page = PAGE.read_text(encoding="utf-8")
 
@@ -121,16 +142,26 @@ def make_app(about: Mapping[str, Any], worker: Worker, host: str = "127.0.0.1") 
 
     async def draw(request: Request) -> Response:
         body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MOST_BYTES:
-                return PlainTextResponse(f"the request is longer than {MOST_BYTES} bytes", 413)
-        loop, messages = asyncio.get_running_loop(), asyncio.Queue[Message]()
         try:
-            job = Job(
-                PictureRequest.parse(body),
-                lambda message: loop.call_soon_threadsafe(messages.put_nowait, message),
-            )
+            async with asyncio.timeout(MOST_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > MOST_BYTES:
+                        return PlainTextResponse(f"the request is longer than {MOST_BYTES} bytes", 413)
+        except TimeoutError:
+            return PlainTextResponse(f"the request took longer than {MOST_SECONDS:g} s", 408)
+        loop, messages = asyncio.get_running_loop(), asyncio.Queue[Message]()
+
+        def put(message: Message) -> None:
+            if message.kind != "step" or messages.qsize() < MOST_QUEUED:
+                messages.put_nowait(message)
+
+        def send(message: Message) -> None:
+            with suppress(RuntimeError):  # the loop is closed, and nobody reads
+                loop.call_soon_threadsafe(put, message)
+
+        try:
+            job = Job(PictureRequest.parse(body), send)
             worker.put(job)
         except SanaError as problem:
             return PlainTextResponse(str(problem), 400)
@@ -139,7 +170,7 @@ def make_app(about: Mapping[str, Any], worker: Worker, host: str = "127.0.0.1") 
         return StreamingResponse(_stream(worker, job, messages), media_type="application/octet-stream")
 
     routes = [Route("/", index), Route("/about", tell), Route("/draw", draw, methods=["POST"])]
-    return Guard(Starlette(routes=routes), host, _policy(page))
+    return Guard(Starlette(routes=routes), names, _policy(page))
 
 
 async def _stream(worker: Worker, job: Job, messages: "asyncio.Queue[Message]") -> AsyncIterator[bytes]:
@@ -169,11 +200,39 @@ def _policy(page: str) -> str:
     )
 
 
+class Serving(threading.Thread):
+    """The thread that serves."""
+
+    def __init__(self, server: uvicorn.Server, listening: socket.socket) -> None:
+        super().__init__(name="serving", daemon=True)
+        self.server, self._listening = server, listening
+        self._failure = "it stopped by itself"
+
+    def run(self) -> None:
+        """Serve until `server.should_exit`."""
+        try:
+            self.server.run(sockets=[self._listening])
+        except (Exception, SystemExit) as error:
+            self._failure = f"{type(error).__name__}: {first_line(error)}"
+
+    def check(self) -> None:
+        """Refuse to go on without it.
+
+        Raises:
+            SanaError: the thread has ended.
+        """
+        if not self.is_alive():
+            raise SanaError(f"the page is no longer served: {self._failure}", "start sana play again")
+
+
 @contextmanager
-def serving(app: ASGIApp, listening: socket.socket) -> Iterator[threading.Thread]:
+def serving(app: ASGIApp, listening: socket.socket) -> Iterator[Serving]:
     """Serve an application on a socket in a thread of its own, which is yielded.
 
     Connections that are still open at the end have three seconds.
+
+    Raises:
+        SanaError: it cannot be served.
     """
     config = uvicorn.Config(
         app,
@@ -186,13 +245,13 @@ def serving(app: ASGIApp, listening: socket.socket) -> Iterator[threading.Thread
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=3,
     )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="serving", daemon=True)
+    thread = Serving(uvicorn.Server(config), listening)
     thread.start()
     try:
-        while thread.is_alive() and not server.started:
+        while not thread.server.started:
+            thread.check()
             time.sleep(0.01)
         yield thread
     finally:
-        server.should_exit = True
+        thread.server.should_exit = True
         thread.join()

@@ -4,8 +4,10 @@ It knows no browser and no thread: a request comes as a record, answers are yiel
 """
 
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
@@ -17,10 +19,12 @@ from torch import Tensor
 from sana_cli.choices import Solver
 from sana_cli.config.keys import SampleConfig
 from sana_cli.errors import SanaError
+from sana_cli.runtime.device import is_out_of_memory, release_memory
 from sana_cli.sampling import pictures, sampler
 from sana_cli.sampling.conditioning import load_pipeline_encoder, prompt_notes, prompt_states
-from sana_cli.sampling.opened import NO_ROOM, Opened
+from sana_cli.sampling.opened import Opened
 from sana_cli.sampling.pictures import Cell
+from sana_cli.weights import checkpoint
 
 MOST_CHARACTERS = 1000  # of a prompt
 MOST_WORDS = 8  # of a prompt, if each is a picture
@@ -30,6 +34,7 @@ MOST_VARIATIONS = 12
 FEW_STEPS = 4  # the slider of few-step models ends here
 MANY_STEPS = 20  # and that of the others
 MOST_KEPT = 32  # prompts whose states are kept: 3 MB each with Gemma 2
+NO_ROOM = "start sana play with --height, --width or --device cpu"  # what to do then, on the page
 MANY_TOKENS = 1024  # of a sample; from here on, a batch is no faster than one image after another
 
 
@@ -86,24 +91,32 @@ class Studio:
         """
         self.opened, self._solver = opened, solver
         self.settings = opened.settings({"solver": solver})
-        self._encoder = load_pipeline_encoder(opened.pipeline, opened.device)
         self._pipeline = opened.pipeline
-        if self._pipeline.null_caption is None and not self._pipeline.model.guidance_embeds:
-            _, (null,) = prompt_states(self._pipeline, self._encoder, [""], None)
-            if not self._pipeline.null_follows_prompt:  # else each prompt has its own
-                self._pipeline = replace(self._pipeline, null_caption=null)
-        self._model = opened.load_transformer()
-        self._decoder = None if opened.decoder is None else opened.load_decoder(opened.decoder)
+        with _room(
+            opened.device,
+            f"there is no room on {opened.device} for encoder, transformer and autoencoder together",
+            "draw with sana sample, which loads one at a time, or elsewhere (`device` cpu)",
+        ):
+            self._encoder = load_pipeline_encoder(opened.pipeline, opened.device)
+            if self._pipeline.null_caption is None and not self._pipeline.model.guidance_embeds:
+                _, (null,) = prompt_states(self._pipeline, self._encoder, [""], None)
+                if not self._pipeline.null_follows_prompt:  # else each prompt has its own
+                    self._pipeline = replace(self._pipeline, null_caption=null)
+            self._model = opened.load_transformer()
+            self._decoder = None if opened.decoder is None else opened.load_decoder(opened.decoder)
         self._facts = opened.facts(opened.shape[0] if self._decoder is None else 3)
         self._kept: OrderedDict[tuple[str, ...], tuple[list[Tensor], list[Tensor], tuple[str, ...]]]
         self._kept = OrderedDict()
 
     def about(self) -> dict[str, Any]:
-        """What the page shows of the checkpoint, and the limits and defaults of its controls."""
+        """What the page shows of the checkpoint, and limits and defaults of its controls."""
         opened, settings, pipeline = self.opened, self.settings, self._pipeline
-        examples = list(pipeline.example_captions[:8])
-        first = " ".join(examples[::3][:3]) if pipeline.one_word_captions else examples[0]
-        most = FEW_STEPS if pipeline.model.guidance_embeds else MANY_STEPS
+        short = (caption for caption in pipeline.example_captions if len(caption) <= MOST_CHARACTERS)
+        examples = [caption for caption in short if caption.strip()][:8]
+        first = " ".join(examples[::3][:3] if pipeline.one_word_captions else examples[:1])
+        most, low, high = MANY_STEPS, 1.0, float(max(8, round(1.5 * settings.guidance_scale)))
+        if pipeline.model.guidance_embeds:
+            most, (low, high) = FEW_STEPS, checkpoint.learned_guidance(opened.place) or (low, high)
         return {
             "name": opened.name,
             "device": str(opened.device),
@@ -116,7 +129,8 @@ class Studio:
             "prompt": first,
             "seed": settings.seed,
             "guidance_scale": settings.guidance_scale,
-            "most_guidance": max(8, round(1.5 * settings.guidance_scale)),
+            "least_guidance": min(low, settings.guidance_scale),
+            "most_guidance": max(high, settings.guidance_scale),
             "steps": min(settings.steps, MOST_STEPS),
             "most_steps": min(max(most, settings.steps), MOST_STEPS),
             "most_characters": MOST_CHARACTERS,
@@ -164,7 +178,9 @@ class Studio:
     def _encode(self, words: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor], tuple[str, ...]]:
         """Caption states, null states and notes, of the last prompts from memory."""
         if words not in self._kept:
-            states = prompt_states(self._pipeline, self._encoder, list(words), None)
+            device = self.opened.device
+            with _room(device, f"there is no room on {device} to encode the prompt", NO_ROOM):
+                states = prompt_states(self._pipeline, self._encoder, list(words), None)
             self._kept[words] = *states, prompt_notes(self._pipeline, self._encoder, list(words), None)
         self._kept.move_to_end(words)
         if len(self._kept) > MOST_KEPT:
@@ -184,10 +200,16 @@ class Studio:
 
     def _decode(self, samples: Tensor) -> Tensor:
         """Pixels (B, C, H, W), uint8, of samples."""
-        self.opened.check_finite(samples)
+        if not samples.isfinite().all():
+            raise SanaError(
+                f"the images of {self.opened.name} are not finite",
+                "try less guidance, or start sana play with --precision fp32",
+            )
         if self._decoder is None:
             return sampler.to_pixels(samples)
-        return sampler.to_pixels(torch.cat(list(self._decoder.decode(samples))))
+        device = self.opened.device
+        with _room(device, f"there is no room on {device} to decode the picture", NO_ROOM):
+            return sampler.to_pixels(torch.cat(list(self._decoder.decode(samples))))
 
     def _picture(self, pixels: Tensor, cells: Sequence[Cell], settings: SampleConfig) -> bytes:
         """A PNG of images side by side, with their record."""
@@ -225,6 +247,23 @@ class Studio:
         for number, samples in enumerate([noise, *frames.sheets]):
             png = pictures.to_png(_side_by_side(self._decode(samples)))
             yield Message("frame", {"number": number}, png)
+
+
+@contextmanager
+def _room(device: torch.device, *lines: str) -> Iterator[None]:
+    """Turn out of memory in the block into a message of these lines, and release what it held.
+
+    Raises:
+        SanaError: there was no room.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which keep the tensors alive
+        release_memory(device)
+        raise SanaError(*lines) from None
 
 
 def _side_by_side(pixels: Tensor) -> Image.Image:

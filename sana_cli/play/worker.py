@@ -1,11 +1,12 @@
 """One thread draws, and each tab has one request waiting at most: its newest.
 
+A tab's first picture comes before what others get beside theirs.
+
 It knows no model and no network: a function draws, and a job's messages go to a function.
 """
 
 import threading
 from collections.abc import Callable, Generator
-from contextlib import closing
 
 from sana_cli.errors import SanaError, first_line
 from sana_cli.play.studio import Message, PictureRequest
@@ -24,7 +25,9 @@ class Job:
 
     def __init__(self, request: PictureRequest, send: Callable[[Message], object]) -> None:
         self.request, self.send = request, send
-        self.dropped = False  # nobody wants it any more
+        self.dropped = False  # cancelled
+        self.shown = False  # its picture is sent; variations and trajectory follow
+        self.drawing: Generator[Message, None, None] | None = None  # once it has begun
 
 
 class Worker:
@@ -35,7 +38,7 @@ class Worker:
 
         Args:
             draw: yields the answer to a request; it is closed early if nobody wants the rest.
-            most: how many tabs may wait.
+            most: how many tabs may wait for a picture.
         """
         self._draw, self._most = draw, most
         self._changed = threading.Condition()
@@ -54,7 +57,8 @@ class Worker:
         tab = job.request.tab
         with self._changed:
             older = self._waiting.get(tab)
-            if self._closed or (older is None and len(self._waiting) >= self._most):
+            others = [job for job in self._waiting.values() if job is not older and not job.shown]
+            if self._closed or len(others) >= self._most:
                 raise BusyError
             if self._current is not None and self._current.request.tab == tab:
                 self._current.dropped = True
@@ -71,7 +75,7 @@ class Worker:
                 del self._waiting[job.request.tab]
 
     def close(self) -> None:
-        """Drop all jobs, and wait until the thread has ended, which takes a solver step at most."""
+        """Drop all jobs, and wait for the thread's end, which takes a solver step at most."""
         with self._changed:
             self._closed = True
             jobs = [*self._waiting.values(), *([self._current] if self._current else [])]
@@ -83,26 +87,44 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
-            job.send(self._answer(job))
+            end = self._answer(job)
+            if end is not None:
+                if job.drawing is not None:
+                    job.drawing.close()
+                job.send(end)
 
     def _next(self) -> Job | None:
-        """Wait for the next job; None once the worker is closed."""
+        """Wait for the next job: one that has no picture comes first. None: the worker is closed."""
         with self._changed:
             self._current = None
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            self._current = self._waiting.pop(next(iter(self._waiting)))
+            self._current = self._waiting.pop(min(self._waiting, key=lambda tab: self._waiting[tab].shown))
             return self._current
 
-    def _answer(self, job: Job) -> Message:
-        """Draw a job and send its messages; returns the last one."""
+    def _interrupt(self, job: Job) -> bool:
+        """Let a job that has its picture wait while another tab has none; whether it waits."""
+        with self._changed:
+            others = any(not other.shown for other in self._waiting.values())
+            more = job.request.variations or job.request.trajectory
+            waits = bool(job.shown and more and others and not job.dropped)
+            if waits:
+                self._waiting[job.request.tab] = job
+                self._current = None
+            return waits
+
+    def _answer(self, job: Job) -> Message | None:
+        """Draw a job and send its messages. Returns the last one, or None while the job waits."""
         try:
-            with closing(self._draw(job.request)) as messages:
-                for message in messages:
-                    if job.dropped:
-                        return Message("replaced")
-                    job.send(message)
+            job.drawing = job.drawing or self._draw(job.request)
+            for message in job.drawing:
+                if job.dropped:
+                    return Message("replaced")
+                job.send(message)
+                job.shown = job.shown or message.kind == "picture"
+                if self._interrupt(job):
+                    return None
         except SanaError as problem:
             return Message("error", {"message": str(problem)})
         except Exception as error:  # the page must go on for other requests

@@ -527,8 +527,34 @@ def find_base(folder: Path) -> Path:
     )
 
 
-def find_teacher(folder: Path) -> Path:
+def step_around(source: Path) -> Path:
+    """The step folder that has what `find_checkpoint` found as its transformer; else that itself."""
+    folder = source.absolute().parent
+    return folder if source.name == "transformer" and (folder / RECORD).is_file() else source
+
+
+def learned_guidance(source: Path) -> tuple[float, float] | None:
+    """The guidance scales that a student was trained on, lowest and highest. None: not on record.
+
+    Args:
+        source: what `find_checkpoint` found.
+    """
+    folder = step_around(source)
+    record = read_record(folder) if (folder / RECORD).is_file() else None
+    if record is None or record.teacher is None:
+        return None
+    config = record.config
+    if config is None and (folder / STATE).is_file():
+        config = read_state(folder).config
+    return None if config is None else tuple(config["distill"]["guidance"])
+
+
+def find_teacher(folder: Path, how: str) -> Path:
     """The checkpoint that a student was distilled from: where the run's config says, or the record.
+
+    Args:
+        folder: the student.
+        how: a person can say where the teacher is now.
 
     Raises:
         SanaError: the checkpoint is no student, or its teacher is not there.
@@ -541,7 +567,7 @@ def find_teacher(folder: Path) -> Path:
         teacher,
         lambda config: config.distill.teacher,
         "was distilled, and its teacher",
-        "`beside` PATH",
+        how,
     )
 
 

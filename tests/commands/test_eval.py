@@ -6,6 +6,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 from helpers import again, child, embedded, invoke, sampled, small_config, trained
@@ -23,8 +24,11 @@ from sana_cli.errors import SanaError
 from sana_cli.judging import judge, plots, retrieval
 from sana_cli.judging.asked import judged_attributes, prompts_of, values_of
 from sana_cli.judging.judge import Judge, Share
-from sana_cli.judging.verdict import Reading, Swap, Verdict
+from sana_cli.judging.verdict import Reading, Swap, Verdict, difference_interval
+from sana_cli.play.studio import Studio
+from sana_cli.sampling.opened import open_checkpoint
 from sana_cli.sources import DIGIT_WORDS
+from sana_cli.weights import checkpoint
 
 
 @pytest.fixture
@@ -121,7 +125,7 @@ def test_rows_of_other_checkpoints_are_those_of_evaluations_of_their_own(
     options = EvalOptions(student.run.dir, images=40, seed=7)
     beside = replace(
         options,
-        beside=(Path("teacher"), config.run.dir, Path("shipped")),
+        beside=(Path("teacher"), Path("shipped")),
         steps=(1, 2),
         out=tmp_path / "e.json",
         plot=tmp_path / "e.png",
@@ -130,7 +134,7 @@ def test_rows_of_other_checkpoints_are_those_of_evaluations_of_their_own(
     own = judge_of(replace(options, steps=(1, 2)))
     of_teacher = judge_of(replace(options, target=config.run.dir))
     shipped = judge_of(replace(options, target=Path("shipped"), data=config.data.dir))
-    wanted = [*own.results, *of_teacher.results, *of_teacher.results, *shipped.results]
+    wanted = [*own.results, *of_teacher.results, *shipped.results]
     assert [replace(one, seconds=0) for one in together.results] == [
         replace(one, seconds=0) for one in wanted
     ]
@@ -144,13 +148,11 @@ def test_rows_of_other_checkpoints_are_those_of_evaluations_of_their_own(
         "student",
         "student",
         "run",
-        "run",
         "shipped:quickstart",
     ]
     assert [one["settings"]["solver"] for one in found["results"]] == [
         "scm",
         "scm",
-        "dpm++",
         "dpm++",
         "dpm++",
     ]
@@ -185,9 +187,68 @@ def test_a_sweep_of_a_few_step_model(judged: tuple[Config, Judge]) -> None:
     assert summary.comparison.student.settings.guidance_scale == 1.4  # its own
 
 
+def test_what_a_student_learned_goes_with_its_folder(judged: tuple[Config, Judge], tmp_path: Path) -> None:
+    """Also in a copy, and without training/; the page's slider ends there."""
+    config, _ = judged
+    teacher = trained(config).checkpoint
+    step, _ = checkpoint.newest_step(student_of(config).run.dir)
+    assert teacher is not None
+    assert step is not None
+    copied = shutil.copytree(step, tmp_path / "copied")
+    released = checkpoint.release(step, tmp_path / "released", {}, {})
+    for folder in (step, copied, released, copied / "transformer"):
+        assert checkpoint.learned_guidance(folder) == (1.0, 2.2)
+    shipped = checkpoint.learned_guidance(checkpoint.shipped("quickstart-distilled"))
+    assert shipped is not None
+    assert shipped[0] == 1 < shipped[1]
+    for none in (teacher, checkpoint.shipped(), tmp_path):
+        assert checkpoint.learned_guidance(none) is None
+    about = Studio(open_checkpoint(copied, device="cpu")).about()
+    assert (about["least_guidance"], about["guidance_scale"], about["most_guidance"]) == (1.0, 1.5, 2.2)
+
+
+def test_a_few_step_model_has_no_shift_and_no_interval(judged: tuple[Config, Judge]) -> None:
+    """As `sana sample` says."""
+    config, _ = judged
+    trained(config)
+    student = student_of(config).run.dir
+    for name, text in (("flow_shift", "3"), ("guidance_interval", "0 0.5")):
+        flag, values = "--" + name.replace("_", "-"), text.split()
+        printed = invoke("eval", str(student), "--images", "20", flag, *values)
+        assert printed.exit_code == 2
+        assert printed.stderr.startswith(f"error: {flag}: ")
+        assert invoke("sample", "4", "--checkpoint", str(student), flag, *values).stderr == printed.stderr
+
+
+def test_a_checkpoint_that_is_named_twice_is_judged_once(judged: tuple[Config, Judge]) -> None:
+    """The target too, and by any of its names."""
+    config, _ = judged
+    teacher = trained(config).checkpoint
+    assert teacher is not None
+    student = student_of(config).run.dir
+    beside = (Path("teacher"), config.run.dir, teacher / "transformer", student)
+    summary = judge_of(EvalOptions(student, images=20, beside=beside))
+    places = [result.checkpoint for result in summary.results]
+    assert places == [student / "checkpoints" / "step-000002", teacher]
+    assert summary.notes == (
+        *(2 * [f"{teacher} is named twice, and judged once"]),
+        f"{places[0]} is named twice, and judged once",
+    )
+    by_weights = judge_of(EvalOptions(teacher / "transformer", images=20))
+    assert by_weights.target == teacher
+
+
 def test_the_interval_of_a_difference() -> None:
     """The example of Newcombe (1998), table II, method 10: 0.0524 to 0.3339."""
     assert _points(Share("", 56, 70), Share("", 48, 80)) == "+20.0 points (+5.2 to +33.4)"
+
+
+def test_the_interval_between_all_and_none() -> None:
+    """Wilson's of none of n ends at z^2 / (n + z^2), and that of all of n mirrors it."""
+    n, z = 30, NormalDist().inv_cdf(0.975)
+    off = math.sqrt(2) * z**2 / (n + z**2)
+    assert difference_interval(Share("", n, n), Share("", 0, n)) == pytest.approx((1 - off, 1), abs=1e-4)
+    assert difference_interval(Share("", 0, n), Share("", n, n)) == pytest.approx((-1, off - 1), abs=1e-4)
 
 
 def test_what_is_concluded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,11 @@
 """`sana play`: where it is served, how it ends, and what a person can get wrong."""
 
+import http.client
 import json
 import signal
 import socket
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -62,12 +64,58 @@ def test_settings_of_the_command_hold_for_all_pictures(tmp_path: Path) -> None:
 
 def test_only_this_machine_unless_it_is_asked_for() -> None:
     page, steps = serving(host="0.0.0.0")
-    assert page.url == f"http://localhost:{port_of(page)}/"
+    assert page.url == f"http://127.0.0.1:{port_of(page)}/"
     assert not page.is_local
     close(steps)
     page, steps = serving(host="127.0.0.1", port=port_of(page))
     assert page.url == f"http://127.0.0.1:{port_of(page)}/"
     close(steps)
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "is_local"),
+    [
+        ("0", "127.0.0.1", False), ("127.0.0.2", "127.0.0.2", True), ("localhost", "localhost", True),
+        ("::", "[::1]", False), ("::1", "[::1]", True),
+    ],
+)  # fmt: skip
+def test_a_host_is_judged_by_its_address(host: str, url: str, is_local: bool) -> None:
+    if ":" in host and not has_ipv6():
+        pytest.skip("no IPv6 here")
+    page, steps = serving(host=host)
+    assert (page.url, page.is_local) == (f"http://{url}:{port_of(page)}/", is_local)
+    with closing(http.client.HTTPConnection(url.strip("[]"), port_of(page), timeout=60)) as connection:
+        connection.request("GET", "/about")
+        assert connection.getresponse().status == 200
+    close(steps)
+
+
+def test_a_server_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, steps = serving()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "serving"]
+    thread.server.should_exit = True  # type: ignore[attr-defined]
+    with pytest.raises(SanaError, match=r"^the page is no longer served: it stopped by itself\n"):
+        next(steps)
+    with pytest.raises(ConnectionRefusedError):
+        fetched(port_of(page))
+
+    def fail(*_given: object, **_named: object) -> None:
+        raise RuntimeError("no loop")
+
+    monkeypatch.setattr("uvicorn.Server.run", fail)
+    printed = invoke("play", "shipped", "--device", "cpu")
+    assert (printed.exit_code, printed.stdout) == (1, "")
+    assert printed.stderr == (
+        "error: the page is no longer served: RuntimeError: no loop\nstart sana play again\n"
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
@@ -106,7 +154,8 @@ MISTAKES = [
     (("shipped", "--solver", "scm"), 2, "--solver: scm is for Sprint models, which this is not"),
     (("--adapter", "lora.safetensors"), 2, "--adapter: lora.safetensors changes a model"),
     (("shipped", "--host", "nowhere.invalid"), 2, "--host: nowhere.invalid: "),
-    (("shipped", "--host", "192.0.2.1", "--port", "7262"), 2, "--port: 7262 on 192.0.2.1: "),
+    (("shipped", "--host", "a..b"), 2, "--host: a..b: no name of a machine\n"),
+    (("shipped", "--host", "192.0.2.1"), 2, "--host: 192.0.2.1 is no address of this machine\n127.0.0.1 is "),
 ]
 
 

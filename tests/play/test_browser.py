@@ -1,5 +1,6 @@
 """The page in a real browser: it draws while one types, saves, and asks nobody else."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from helpers import close, sampled
 from helpers.pages import drawing, pixels, student
 
 from sana_cli.commands.play import PlayOptions, play
 from sana_cli.sampling import pictures
+from sana_cli.weights import checkpoint
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -25,7 +28,9 @@ DRAWN = "#picture[data-seed]"
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield browser
         browser.close()
 
@@ -50,6 +55,11 @@ class Visit:
         self.page.goto(self.url)
         self.page.wait_for_selector(DRAWN)
         self.settle()
+
+    @property
+    def drawings(self) -> int:
+        """How many pictures the page has asked for."""
+        return sum(url.endswith("/draw") for url in self.asked)
 
     def settle(self) -> str:
         """Wait until nothing is drawn any more; returns the source of the picture."""
@@ -129,6 +139,103 @@ def test_the_trajectory_is_there_where_there_are_steps(browser: "Browser") -> No
         visit.page.wait_for_selector(f"#frames figure:nth-child({frames}):last-child:not(.stale)")
     visit.page.evaluate("steps.value = 1; steps.dispatchEvent(new Event('input'))")
     visit.page.wait_for_selector("#way", state="hidden")
+    visit.end()
+
+
+def test_the_first_picture_is_that_of_sample(browser: "Browser", tmp_path: Path) -> None:
+    """Drawn once, at the very guidance on record."""
+    folder = shutil.copytree(checkpoint.shipped(), tmp_path / "mine")
+    record = json.loads((folder / checkpoint.RECORD).read_text())
+    record["sample"]["guidance_scale"] = 2.25
+    (folder / checkpoint.RECORD).write_text(json.dumps(record))
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint._seal(folder)
+    visit = Visit(browser, checkpoint=folder)
+    page = visit.page
+    page.wait_for_selector("#frames figure:nth-child(9):not(.stale)")
+    page.wait_for_timeout(200)
+    assert visit.drawings == 1
+    assert page.inner_text("#guidance-is") == "2.25"
+    theirs = sampled(folder, page.input_value("#prompt"), separate=tmp_path / "theirs")
+    assert np.array_equal(
+        pixels(visit.saved()), np.array(pictures.to_image(torch.cat(list(theirs.pixels), dim=-1)))
+    )
+    page.evaluate("guidance.value = 3.14159; guidance.dispatchEvent(new Event('input'))")
+    assert (page.input_value("#guidance"), page.inner_text("#guidance-is")) == ("3.14", "3.14")
+    page.evaluate("guidance.value = 3; guidance.dispatchEvent(new Event('input'))")
+    assert page.inner_text("#guidance-is") == "3.0"
+    visit.end()
+
+
+def test_what_stands_beside_a_picture_is_of_that_picture(browser: "Browser") -> None:
+    """During a preview and after an error nothing can be saved."""
+    visit = Visit(browser, checkpoint=Path("shipped"))
+    page = visit.page
+    page.evaluate("""() => take(
+      {}, { ...settings(), prompt: "other" }, { kind: "step", done: 1, total: 2, bytes: 1 }, new Uint8Array(1)
+    )""")
+    assert (page.is_visible("#save"), page.inner_text("#took")) == (False, "")
+    assert page.get_attribute("#picture", "alt") == "other"
+    page.fill("#prompt", "4")
+    page.wait_for_selector("#save:not([hidden])")
+    assert page.inner_text("#took").startswith("drawn in")
+    page.fill("#prompt", "1 2 3 4 5 6 7 8 9")
+    page.wait_for_selector("#said.wrong")
+    assert (page.is_visible("#save"), page.inner_text("#took")) == (False, "")
+    page.evaluate("failed(new SyntaxError('odd'))")
+    page.wait_for_selector("#said:text('SyntaxError: odd')")
+    visit.end()
+
+
+def test_pictures_that_are_gone_are_forgotten(browser: "Browser") -> None:
+    visit = Visit(browser, checkpoint=Path("shipped"))
+    page = visit.page
+    page.wait_for_selector("#frames figure:nth-child(9):not(.stale)")
+    page.evaluate("""() => {
+      window.revoked = 0;
+      const revoke = URL.revokeObjectURL;
+      URL.revokeObjectURL = url => { window.revoked++; revoke.call(URL, url); };
+    }""")
+    page.fill("#prompt", "")
+    page.wait_for_selector("#picture", state="hidden")
+    assert page.evaluate("window.revoked") == 6 + 9
+    visit.end()
+
+
+def test_notes_are_announced_after_typing(browser: "Browser") -> None:
+    visit = Visit(browser, checkpoint=Path("shipped"))
+    said = visit.page.evaluate("""async () => {
+      const said = [], box = $("prompt");
+      new MutationObserver(() => said.push($("said").textContent)).observe($("said"), { childList: true });
+      for (let end = 1; end <= 6; end++) {
+        box.value = "banana".slice(0, end);
+        box.dispatchEvent(new Event("input"));
+        await new Promise(resolve => setTimeout(resolve, 100));
+      }
+      while (!said.length) await new Promise(resolve => setTimeout(resolve, 10));
+      return said;
+    }""")
+    assert said == ["words that this checkpoint was never trained on: banana"]
+    visit.end()
+
+
+def test_other_seeds_are_drawn_while_they_are_open(browser: "Browser") -> None:
+    """They begin folded up where the first picture took long."""
+    visit = Visit(browser, checkpoint=Path("shipped"))
+    page = visit.page
+    page.evaluate("""() => {
+      first = true;
+      take({}, settings(), { kind: "picture", seed: 0, seconds: 2.1, notes: [] }, new Uint8Array(1));
+    }""")
+    assert page.locator("#seeds[open]").count() == 0
+    with page.expect_request("**/draw") as asked:
+        page.press("#prompt", "1")
+    assert json.loads(asked.value.post_data or "")["variations"] == 0
+    page.wait_for_selector("#stage[aria-busy=false]")
+    with page.expect_request("**/draw") as asked:
+        page.click("#seeds summary")
+    assert json.loads(asked.value.post_data or "")["variations"] == 6
+    page.wait_for_selector("#variations figure:nth-child(6):not(.stale)")
     visit.end()
 
 

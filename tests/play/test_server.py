@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -10,10 +11,12 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from helpers.pages import asked, drawing, fetched, served
+from helpers.pages import asked, drawing, fetched, parsed, request, served
 
+from sana_cli.play import server
 from sana_cli.play.server import MOST_BYTES, PAGE
 from sana_cli.play.studio import Message, PictureRequest
+from sana_cli.play.worker import Job, Worker
 
 
 def quick(request: PictureRequest) -> Generator[Message, None, None]:
@@ -66,6 +69,9 @@ def test_other_names_are_refused(port: int, host: str) -> None:
     for path, method in (("/", "GET"), ("/about", "GET"), ("/draw", "POST")):
         status, _, body = fetched(port, path, method, json.dumps(asked()), Host=host)
         assert status in (400, 403), body
+        assert status == 400 or body.endswith(
+            b"\nopen it by its address in digits, or start it with --host NAME"
+        )
         assert b"mine" not in body
 
 
@@ -74,7 +80,11 @@ def test_other_names_are_refused(port: int, host: str) -> None:
 )
 def test_other_pages_are_refused(port: int, origin: str) -> None:
     status, headers, body = fetched(port, "/draw", "POST", json.dumps(asked()), Origin=origin)
-    assert (status, body) == (403, b"another page may not use this one: Origin is not its own")
+    assert status == 403
+    assert body.decode().splitlines() == [
+        "another page may not use this one: Origin is not its own",
+        "open it by its own address, which begins with http://",
+    ]
     assert "access-control-allow-origin" not in headers
     own = f"http://127.0.0.1:{port}"
     assert fetched(port, "/draw", "POST", json.dumps(asked()), Origin=own)[0] == 200
@@ -95,6 +105,10 @@ def test_a_server_on_all_addresses_is_reached_by_them_and_by_no_foreign_name() -
         assert fetched(port, Host=f"192.168.0.7:{port}")[0] == 200
         assert fetched(port, Host="[fe80::1]")[0] == 200
         assert fetched(port, Host="evil.example")[0] == 403
+    with closing(Worker(quick)) as worker, closing(socket.create_server(("127.0.0.1", 0))) as listening:
+        app = server.make_app({}, worker, "0", "0.0.0.0")  # as `--host 0` listens
+        with server.serving(app, listening):
+            assert fetched(listening.getsockname()[1], Host="192.168.0.7")[0] == 200
     with served(quick, host="my-machine") as port:
         assert fetched(port, Host="my-machine")[0] == 200
         assert fetched(port, Host="192.168.0.7")[0] == 403
@@ -176,16 +190,21 @@ def test_many_tabs_do_not_queue_up() -> None:
 
 
 def test_too_many_tabs_are_told_to_come_back() -> None:
-    gate = threading.Event()
+    begun, gate = threading.Event(), threading.Event()
 
     def draw(request: PictureRequest) -> Generator[Message, None, None]:
+        begun.set()
         assert gate.wait(60)
         yield from quick(request)
 
     with served(draw, most=2) as port, ThreadPoolExecutor(9) as pool:
-        waiting = [
-            pool.submit(fetched, port, "/draw", "POST", json.dumps(asked(tab=tab))) for tab in "abcdefgh"
-        ]
+
+        def ask(tab: str) -> Any:
+            return pool.submit(fetched, port, "/draw", "POST", json.dumps(asked(tab=tab)))
+
+        waiting = [ask("a")]
+        assert begun.wait(60)
+        waiting += map(ask, "bcdefgh")
         while sum(one.done() for one in waiting) < 5:  # one is drawn and two wait
             time.sleep(0.001)
         gate.set()
@@ -216,3 +235,53 @@ def test_a_client_that_leaves_is_not_drawn_for() -> None:
             steps.release()
             time.sleep(0.01)
             assert time.monotonic() < deadline
+
+
+def test_a_request_that_does_not_arrive_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MOST_SECONDS", 0.2)
+    with served(quick) as port, closing(socket.create_connection(("127.0.0.1", port), 60)) as tab:
+        tab.sendall(b"POST /draw HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n{")
+        answer = b""
+        while part := tab.recv(1000):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert answer.endswith(b"the request took longer than 0.2 s")
+
+
+def test_a_slow_reader_misses_previews_alone() -> None:
+    drawn, count, preview = threading.Event(), 400, bytes(200_000)
+
+    def draw(request: PictureRequest) -> Generator[Message, None, None]:
+        for _ in range(count):
+            yield Message("step", {"done": 1, "total": 2}, preview)
+        yield Message("picture", {"seed": request.seed})
+        drawn.set()
+
+    with served(draw) as port, closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as slow:
+        slow.request("POST", "/draw", json.dumps(asked()))
+        assert drawn.wait(60)
+        *previews, picture, end = parsed(slow.getresponse().read())
+    assert 0 < len(previews) < count
+    assert (picture.kind, end.kind) == ("picture", "done")
+
+
+def test_drawing_outlives_the_server() -> None:
+    """Its loop is closed while a picture is drawn."""
+    begun, gate, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def draw(request: PictureRequest) -> Generator[Message, None, None]:
+        begun.set()
+        assert gate.wait(60)
+        yield from quick(request)
+
+    with (
+        closing(Worker(draw)) as worker,
+        closing(socket.create_server(("127.0.0.1", 0))) as listening,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with server.serving(server.make_app({}, worker), listening):
+            pool.submit(drawing, listening.getsockname()[1])
+            assert begun.wait(60)
+        gate.set()
+        worker.put(Job(request(tab="b"), lambda message: ended.set() if message.kind == "done" else None))
+        assert ended.wait(60)

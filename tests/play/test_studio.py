@@ -1,8 +1,11 @@
 """What the page's models draw: the pictures of `sana sample`, in order, with their record."""
 
+import copy
 import json
-from collections import Counter
+from collections import Counter, OrderedDict
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from sana_cli.errors import SanaError
 from sana_cli.play import studio as studios
 from sana_cli.play.studio import Message, PictureRequest, Studio
 from sana_cli.sampling import conditioning, pictures
-from sana_cli.sampling.opened import open_checkpoint
+from sana_cli.sampling.opened import Opened, open_checkpoint
 
 
 def studio(checkpoint: str | Path, **options: Any) -> Studio:
@@ -156,6 +159,59 @@ def test_what_the_page_is_told(digits: Studio, one_step: Studio) -> None:
     few = one_step.about()
     assert (few["most_steps"], few["solver"], few["one_word"]) == (4, "scm", False)
     assert json.dumps(few)
+    assert (few["least_guidance"], few["most_guidance"]) == (1, 8)  # what it learned is not on record
+
+
+@pytest.mark.parametrize("captions", [(), ("x" * 1001, " ", "a cube"), ("x" * 1001,)])
+def test_examples_are_captions_that_the_page_takes(captions: tuple[str, ...], one_step: Studio) -> None:
+    of = copy.copy(one_step)
+    of._pipeline = replace(of._pipeline, example_captions=captions)
+    about = of.about()
+    assert (about["examples"], about["prompt"]) == (
+        (["a cube"], "a cube") if len(captions) == 3 else ([], "")
+    )
+
+
+def no_room(*_given: object, **_named: object) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_no_room_is_one_message(one_step: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the command while models load, and of the page afterwards, with what the page has."""
+    released: list[object] = []
+    monkeypatch.setattr(studios, "release_memory", released.append)
+
+    def refused(draw: Any) -> list[str]:
+        with pytest.raises(SanaError) as caught:
+            draw()
+        return str(caught.value).splitlines()
+
+    of, restart = copy.copy(one_step), "start sana play with --height, --width or --device cpu"
+    of._kept = OrderedDict()
+    of._decoder = SimpleNamespace(decode=no_room)  # type: ignore[assignment]
+    assert refused(lambda: drawn(of)) == ["there is no room on cpu to decode the picture", restart]
+    with monkeypatch.context() as patch:
+        patch.setattr("sana_cli.sampling.sampler._sample_batch", no_room)
+        assert refused(lambda: drawn(of))[1] == restart
+    monkeypatch.setattr(studios, "prompt_states", no_room)
+    assert refused(lambda: drawn(of, prompt="other")) == [
+        "there is no room on cpu to encode the prompt",
+        restart,
+    ]
+    monkeypatch.setattr(Opened, "load_transformer", no_room)
+    assert refused(lambda: Studio(one_step.opened)) == [
+        "there is no room on cpu for encoder, transformer and autoencoder together",
+        "draw with sana sample, which loads one at a time, or elsewhere (`device` cpu)",
+    ]
+    assert released == [torch.device("cpu")] * 3
+
+
+def test_images_that_overflow_are_one_message(one_step: Studio) -> None:
+    with pytest.raises(SanaError) as caught:
+        one_step._decode(torch.full((1, 1, 8, 8), torch.nan))
+    assert str(caught.value).endswith(
+        "are not finite\ntry less guidance, or start sana play with --precision fp32"
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,17 @@ class Drawer:
             assert self.steps.acquire(timeout=60)
             self.drawn.append((asked.prompt, step))
             yield Message("step", {"done": step + 1})
+            if step == 0 and asked.variations:
+                yield Message("picture")
 
 
 class Asked(Job):
     """A job that keeps its messages."""
 
-    def __init__(self, prompt: str, tab: str = "a", steps: int = 1) -> None:
+    def __init__(self, prompt: str, tab: str = "a", steps: int = 1, variations: int = 0) -> None:
         self.got: list[str] = []
         self.ended = threading.Event()
-        super().__init__(request(prompt=prompt, tab=tab, steps=steps), self._take)
+        super().__init__(request(prompt=prompt, tab=tab, steps=steps, variations=variations), self._take)
 
     def _take(self, message: Message) -> None:
         self.got.append(message.kind)
@@ -85,6 +87,29 @@ def test_a_stale_drawing_stops_between_two_steps() -> None:
         assert (stale.end(), newer.end()) == ("replaced", "done")
     assert draw.drawn == [("stale", 0), ("stale", 1), ("newer", 0)]
     assert stale.got == ["step", "replaced"]
+
+
+@pytest.mark.parametrize("asks_again", [False, True])
+def test_the_picture_of_another_tab_comes_before_variations(asks_again: bool) -> None:
+    """These go on afterwards, unless their tab has asked again."""
+    draw = Drawer()
+    with closing(Worker(draw, most=1)) as worker:
+        first, other, third = Asked("first", "a", 3, variations=2), Asked("other", "b"), Asked("third", "c")
+        worker.put(first)
+        draw.steps.release()
+        until(lambda: "picture" in first.got)
+        worker.put(other)
+        draw.steps.release()
+        until(lambda: "a" in worker._waiting and "b" not in worker._waiting)
+        if asks_again:
+            worker.put(third := Asked("newer", "a"))
+        else:
+            worker.put(third)  # a tab that has its picture is not one of the few that may wait
+        draw.steps.release(9)
+        assert [job.end() for job in (other, third)] == ["done", "done"]
+        assert first.end() == ("replaced" if asks_again else "done")
+    assert draw.drawn[:3] == [("first", 0), ("first", 1), ("other", 0)]
+    assert draw.drawn[3:] == ([("newer", 0)] if asks_again else [("third", 0), ("first", 2)])
 
 
 def test_few_tabs_may_wait() -> None:
