@@ -66,6 +66,9 @@ pictures: .venv/dev  ## make the pictures of the docs: grids, plot, report and p
 	  "a round {red,blue,green} monster with {white horns,a yellow crown,pink antennae} and two eyes, smiling, on black"
 	$(BIN)/sana sample --checkpoint shipped:critters --prompts-file configs/prompts/critters-seen.txt --out docs/critters-seen.png
 	$(BIN)/sana sample --checkpoint shipped:critters --prompts-file configs/prompts/critters-unseen.txt --out docs/critters-unseen.png
+	$(BIN)/sana sample --checkpoint shipped:critters-distilled --out docs/fewstep-critters.png --grid \
+	  "a round {red,blue,green} monster with {white horns,a yellow crown,pink antennae} and two eyes, smiling, on black"
+	$(BIN)/sana sample --checkpoint shipped:quickstart-distilled --prompts-file configs/prompts/lesson.txt --out docs/fewstep-digits.png
 	rm -rf runs/pictures docs/digits.png
 	$(BIN)/python benchmarks/learning.py --scales 3 --folder runs/pictures --plot docs/quickstart.png
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,1665 \
