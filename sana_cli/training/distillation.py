@@ -27,7 +27,7 @@ from sana_cli.training.objective import LOSS, Draws, MicroBatch
 from sana_cli.training.student import GUIDANCE_EMBEDDER
 from sana_cli.trigflow import per_image
 
-LEAK = 0.02  # of the edge at which pixels are cut when drawn: a gradient leads back inside
+LEAK = 0.02  # slope outside of [-1, 1], where pixels are cut
 LEVEL_MEAN, LEVEL_STD = 0.2, 1.6  # of scm's noise levels, as published
 HUBER = 1e-2  # where the consistency loss turns from squares to magnitudes
 CONSISTENCY_SCALE = 0.1  # of its loss, beside the critic's
@@ -42,7 +42,7 @@ ON_DRAWN, ON_REAL, OWN_NOISE = range(3)  # the noises
 
 @dataclass(frozen=True)
 class _Point:
-    """Samples on the path, and what they are to become."""
+    """Samples on the path from data to noise, with the guidance that the student is given."""
 
     x: Tensor  # (B, C, H, W) at sigma
     sigma: Tensor  # (B,)
@@ -109,7 +109,7 @@ class Distillation:
         return self.config.critic_rate if name.startswith(f"{CRITIC}.") else 1.0
 
     def noise_levels(self, quantiles: Tensor) -> Tensor:
-        """A share at sigma 1; the rest on the levels of the solver's steps, or log-normal as published (scm)."""
+        """A share at sigma 1, and the rest on the levels of the solver's steps; log-normal for scm, as published."""
         config = self.config
         if config.method == "scm":
             normal = torch.special.ndtri(quantiles).float()
@@ -145,7 +145,10 @@ class Distillation:
     # -- student and teacher
 
     def _drawn(self, x_0: Tensor) -> Tensor:
-        """What is seen of a prediction: pixels are cut at the edge, and a critic of uncut ones learns that edge alone."""
+        """What is seen of a prediction: pixels are cut to [-1, 1], as they are when a picture is written.
+
+        A critic of uncut pixels would learn that edge alone. A leak keeps a gradient outside.
+        """
         if not self.is_pixels:
             return x_0
         cut = x_0.clamp(-1, 1)
