@@ -10,6 +10,7 @@ nohup ignores SIGHUP.
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,9 +66,19 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
         number for number in SIGNALS if number in kept or signal.getsignal(number) is not signal.SIG_IGN
     ]
     previous = [signal.signal(number, handler) for number in numbers]
+    report = sys.unraisablehook
+
+    def report_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(
+            unraisable.exc_value, Asked
+        ):  # raised in a callback of Python's: `attentive` sees it
+            report(unraisable)
+
+    sys.unraisablehook = report_others
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for number, old in zip(numbers, previous, strict=True):
             signal.signal(number, old)
 

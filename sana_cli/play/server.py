@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -99,10 +98,10 @@ class Guard:
         await app(scope, receive, answer)
 
     def _is_ours(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
+        found = re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^:/@\[\]]+)(:\d+)?", host)
+        if found is None:
             return False
+        name = found[1].strip("[]").lower()
         return name in self.names or (self.any_address and _is_address(name))
 
 

@@ -201,7 +201,7 @@ def _check_header(path: Path, length: int) -> None:
     size, end = path.stat().st_size, 8 + length  # bytes
     dtypes: set[str] = set()
     if end <= size and length <= _LONGEST_HEADER:
-        unreadable = (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError)
+        unreadable = (OSError, ValueError, RecursionError, TypeError, LookupError, AttributeError)
         with suppress(*unreadable), path.open("rb") as file:
             header = json.loads(file.read(end)[8:])
             entries = [entry for name, entry in header.items() if name != "__metadata__"]

@@ -27,6 +27,7 @@ from sana_cli.errors import SanaError
 from sana_cli.model import build
 from sana_cli.runtime import files
 from sana_cli.weights import checkpoint, configs
+from sana_cli.weights.reader import read_weights
 
 
 def test_what_diffusers_saves_loads_here(tmp_path: Path) -> None:
@@ -284,3 +285,11 @@ def test_training_starts_from_any_of_them(tmp_path: Path) -> None:
         with pytest.raises(SanaError, match=rf"model\.timestep_scale: it has {scale}, not {scale / 2}"):
             list(train(TrainOptions(other)))
         assert not (tmp_path / "refused" / "checkpoints").exists()
+
+
+def test_a_header_with_one_offset_is_damaged(tmp_path: Path) -> None:
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}'
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(SanaError, match="is damaged"):
+        read_weights(path)

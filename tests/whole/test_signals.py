@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from helpers import (
     wait_until,
 )
 
-from sana_cli import cli, flow
+from sana_cli import cli, flow, interrupts
 from sana_cli.config.keys import Config
 from sana_cli.runtime import files
 from sana_cli.training import metrics, trainer
@@ -195,3 +196,25 @@ def test_sigterm_ends_embedding_and_leaves_no_dataset(small: Path, tmp_path: Pat
     output = process.communicate(timeout=60)[1]
     assert (process.returncode, "error: terminated" in output) == (143, True)
     assert not (tmp_path / "data" / "quickstart").exists()
+
+
+def test_a_signal_in_a_callback_of_python_prints_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python swallows it there; other errors in callbacks are still reported."""
+
+    class Dropped:
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+
+        def __del__(self) -> None:
+            raise self.error
+
+    reported = list[object]()
+    kept, sys.unraisablehook = sys.unraisablehook, lambda unraisable: reported.append(unraisable.exc_value)
+    try:
+        with interrupts.handling(interrupts.raise_asked):
+            Dropped(interrupts.Asked(15))
+            assert reported == []
+            Dropped(ValueError("wrong"))
+            assert [str(error) for error in reported] == ["wrong"]
+    finally:
+        sys.unraisablehook = kept
