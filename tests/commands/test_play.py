@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import signal
 import socket
 import sys
@@ -19,6 +20,13 @@ from sana_cli import play as package
 from sana_cli.commands import play as command
 from sana_cli.commands.play import PlayOptions, PlayServing, play
 from sana_cli.errors import SanaError
+
+
+@pytest.fixture(autouse=True)
+def ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of tests that run beside these would take a port as soon as it is free."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    monkeypatch.setattr(command, "FIRST_PORT", command.FIRST_PORT + command.PORTS * (1 + worker))
 
 
 def serving(**options: Any) -> tuple[PlayServing, Any]:
