@@ -326,14 +326,13 @@ class SanaTransformer(nn.Module):
         if (guidance is not None) != self.config.guidance_embeds:
             raise ValueError("guidance is needed by models with guidance_embeds, and by no others")
         with kernels.native_arithmetic(self.scale_shift_table):
-            return self._predict(
-                hidden_states,
-                encoder_hidden_states,
-                timestep,
-                guidance,
-                encoder_attention_mask,
-                caption_index,
-            )
+            given = (encoder_hidden_states, timestep, guidance, encoder_attention_mask, caption_index)
+            ((x, embedded),) = deque(self._residual_stream(hidden_states, *given), maxlen=1)
+            shift, scale = (self.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
+            x = self.proj_out(torch.addcmul(shift, self.norm_out(x), 1 + scale))  # (B, N, p p C)
+            return rearrange(
+                x, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=height // patch, ph=patch, pw=patch, c=channels
+            )  # fmt: skip
 
     def captions(
         self, states: Tensor, mask: Tensor | None = None, caption_index: Tensor | None = None
@@ -351,24 +350,6 @@ class SanaTransformer(nn.Module):
                 made.append(block.attn2.keys_values(caption))
             bias = _mask_bias(mask, rows, caption.dtype)
             return Captions(tuple((k[rows], v[rows]) for k, v in made), bias)
-
-    def _predict(
-        self,
-        x: Tensor,
-        states: Tensor | Captions,
-        timestep: Tensor,
-        guidance: Tensor | None,
-        mask: Tensor | None,
-        caption_index: Tensor | None,
-    ) -> Tensor:
-        channels, height, patch = x.shape[1], x.shape[2], self.config.patch_size
-        stream = self._residual_stream(x, states, timestep, guidance, mask, caption_index)
-        ((x, embedded),) = deque(stream, maxlen=1)
-        shift, scale = (self.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
-        x = self.proj_out(torch.addcmul(shift, self.norm_out(x), 1 + scale))  # (B, N, p p C)
-        return rearrange(
-            x, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=height // patch, ph=patch, pw=patch, c=channels
-        )  # fmt: skip
 
     def features(
         self,

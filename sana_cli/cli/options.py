@@ -192,3 +192,21 @@ class ModelOptions:
         "Of the transformer. Default: as it was trained, or as it is stored."
     )
     device: str = option("auto, cpu, mps, cuda or cuda:N.", default="auto")
+
+
+@dataclass(frozen=True)
+class AroundOptions:
+    """What stands around the transformer: adapters, caption encoder, autoencoder."""
+
+    HEADING: ClassVar = ModelOptions.HEADING
+
+    adapter: list[str] | None = adapter_option(
+        "A LoRA or another adapter to put on the checkpoint, and how strongly"
+    )
+    encoder: str | None = option("The caption encoder: a folder, a Hugging Face id, or tiny.", path="PATH")
+    instruction: str | None = option(
+        "Text before each prompt, in place of the model family's; '' for none.", metavar="TEXT"
+    )
+    autoencoder: str | None = option(
+        "The DC-AE that decodes latents: a folder or a Hugging Face id.", path="PATH"
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import typer
 
 from sana_cli.choices import Solver
-from sana_cli.cli.options import ModelOptions, adapter_option, argument, given, grouped, option
+from sana_cli.cli.options import AroundOptions, ModelOptions, argument, given, grouped, option
 from sana_cli.cli.process import console, load_torch, user_errors
 from sana_cli.interrupts import Asked, Stop
 
@@ -43,24 +43,6 @@ class ImageOptions:
     height: int | None = option("Pixels. Default: as trained.", min=1)
     width: int | None = option("Pixels. Default: as trained.", min=1)
     solver: Solver | None = option("In place of the checkpoint's own.")
-
-
-@dataclass(frozen=True)
-class AroundOptions:
-    """What stands around the transformer."""
-
-    HEADING: ClassVar = ModelOptions.HEADING
-
-    adapter: list[str] | None = adapter_option(
-        "A LoRA or another adapter to put on the checkpoint, and how strongly"
-    )
-    encoder: str | None = option("The caption encoder: a folder, a Hugging Face id, or tiny.", path="PATH")
-    instruction: str | None = option(
-        "Text before each prompt, in place of the model family's; '' for none.", metavar="TEXT"
-    )
-    autoencoder: str | None = option(
-        "The DC-AE that decodes latents: a folder or a Hugging Face id.", path="PATH"
-    )
 
 
 @grouped

@@ -8,10 +8,10 @@ import typer
 
 from sana_cli.choices import Offload, Solver
 from sana_cli.cli.options import (
+    AroundOptions,
     ModelOptions,
     PrintOptions,
     SamplingOptions,
-    adapter_option,
     argument,
     given,
     grouped,
@@ -73,25 +73,15 @@ class SolverOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Which checkpoint, encoder and autoencoder to use."""
+    """Which checkpoint, and where its parts are while it draws."""
 
     HEADING: ClassVar = ModelOptions.HEADING
 
     checkpoint: Path | None = option(
         "A run, a step folder, a diffusers folder, a file of weights (diffusers, official, mindiffusion's), or "
-        "`shipped:NAME` for weights that come with sana: quickstart (also `shipped`) or critters. "
+        "`shipped:NAME` for weights that come with sana: quickstart (also `shipped`), critters, and their students in one step, NAME-distilled. "
         "Default: the newest checkpoint under runs/, else `shipped`.",
         path="PATH",
-    )
-    adapter: list[str] | None = adapter_option(
-        "A LoRA or another adapter to put on the checkpoint, and how strongly"
-    )
-    encoder: str | None = option("The caption encoder: a folder, a Hugging Face id, or tiny.", path="PATH")
-    instruction: str | None = option(
-        "Text before each prompt, in place of the model family's; '' for none.", metavar="TEXT"
-    )
-    autoencoder: str | None = option(
-        "The DC-AE that decodes latents: a folder or a Hugging Face id.", path="PATH"
     )
     offload: Offload = option(
         "model (and auto): encoder, transformer and decoder take turns on the device; none: all stay there.",
@@ -107,6 +97,7 @@ def sample(
     sampling: SamplingOptions,
     file: FileOptions,
     checkpoint: CheckpointOptions,
+    around: AroundOptions,
     model: ModelOptions,
     printing: PrintOptions,
 ) -> None:
@@ -134,7 +125,7 @@ def sample(
             raise SanaError(
                 "`json`: stdout has the picture already", "drop it, or give `out` a file", exit_code=2
             )
-        options = SampleOptions(**given(prompt, solver, sampling, file, checkpoint, model))
+        options = SampleOptions(**given(prompt, solver, sampling, file, checkpoint, around, model))
         summary = console.watch(attentive(run(options)), _progress, quiet=printing.json)
         if printing.json:
             return console.print_json(summary)

@@ -23,14 +23,8 @@ from sana_cli.training.student import student_architecture
 from sana_cli.weights import checkpoint
 from sana_cli.weights.reader import read_weights
 
-KEPT = (
-    "seed",
-    "precision",
-    "activation_checkpointing",
-    "parallel",
-    "compile",
-    "chunk",
-)  # of the teacher's run
+# keys of `train` that are those of the teacher's run
+KEPT = ("seed", "precision", "activation_checkpointing", "parallel", "compile", "chunk")
 GUIDANCE_EMBEDS_SCALE = 0.1  # of SANA-Sprint: 0.1 times the guidance scale is the student's input
 RANGE = 1.5  # times the teacher's guidance scale: the largest that a student learns
 MORE_GUIDANCE = 1.1  # times the teacher's, for pixels: the critic widens what guidance narrows
@@ -80,7 +74,8 @@ def distill_config(options: DistillOptions) -> Config:
         SanaError: no teacher, one that cannot teach, or one whose dataset is not known.
     """
     source = find_base_model(options.teacher, TEACHER) if options.teacher else _newest_teacher()
-    teacher, pipeline = read_teacher(source), open_pipeline(source)
+    teacher = read_teacher(source)
+    pipeline = open_pipeline(source, weights=teacher)
     base, name, config = _around(source, options)
     if pipeline.fingerprint is not None:
         way_out = "give the config that the teacher was trained with, or none"

@@ -33,7 +33,7 @@ from sana_cli.judging.verdict import Reading, Swap, Verdict, pooled, real_readin
 from sana_cli.runtime import files, outputs
 from sana_cli.runtime.device import resolve_device, resolve_precision
 from sana_cli.sampling import pictures, sampler
-from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
+from sana_cli.sampling.pipeline import Pipeline, check_few_step, given_settings, open_pipeline
 from sana_cli.sources import BadImage, decode_image, fit_image
 from sana_cli.text import check_same_encoder
 from sana_cli.weights import checkpoint
@@ -204,16 +204,9 @@ def _settings(options: EvalOptions, pipeline: Pipeline) -> list[SampleConfig]:
         SanaError: a setting is wrong, or has no meaning for a few-step model.
     """
     base = pipeline.sample.model_dump() | {"seed": options.seed}
-    if pipeline.model.guidance_embeds:  # as `sana sample` does
-        if options.flow_shift not in (None, 1):
-            raise SanaError(
-                "`flow_shift`: the scm solver has noise levels of its own, which have no shift", exit_code=2
-            )
-        if options.guidance_interval is not None:
-            raise SanaError(
-                "`guidance_interval`: this model has its guidance built in, and no null branch to steer by",
-                exit_code=2,
-            )
+    check_few_step(
+        pipeline, {"flow_shift": options.flow_shift, "guidance_interval": options.guidance_interval}
+    )
     for key in ("guidance_interval", "flow_shift"):
         if getattr(options, key) is not None:
             base[key] = getattr(options, key)

@@ -153,7 +153,7 @@ class Studio:
         words = self._words(request.prompt)
         captions, nulls, notes = self._encode(words)
         cells = [Cell(word, settings.seed + number) for number, word in enumerate(words)]
-        frames = sampler.Frames(settings.steps)
+        frames = sampler.Frames(settings.steps, all_of_them=request.trajectory)
         for step in self._sample(captions, nulls, cells, settings):
             frames.add(step)
             whole = self._decoder is None and len(step.x_0) == len(cells) and step.done < step.total
@@ -234,7 +234,7 @@ class Studio:
         for first in range(0, count, at_once):
             some = rows[first : first + at_once]
             flat = [cell for row in some for cell in row]
-            last = sampler.Frames(settings.steps)
+            last = sampler.Frames(settings.steps, all_of_them=False)
             for step in self._sample(captions * len(some), nulls * len(some), flat, settings):
                 last.add(step)
                 yield Message("step")

@@ -20,7 +20,7 @@ from sana_cli.model import SanaTransformer
 from sana_cli.runtime import hub
 from sana_cli.runtime.device import resolve_device, resolve_precision
 from sana_cli.sampling import sampler
-from sana_cli.sampling.pipeline import Pipeline, given_settings, open_pipeline
+from sana_cli.sampling.pipeline import Pipeline, check_few_step, given_settings, open_pipeline
 from sana_cli.weights import checkpoint
 from sana_cli.weights.applied import Applied, notes_on, read_applied
 
@@ -78,20 +78,9 @@ class Opened:
         if pipeline.unknown_scheduler is not None and "solver" not in given:
             raise pipeline.unknown_scheduler
         settings = given_settings(pipeline, pipeline.sample.model_dump(), given)
-        if settings.solver == "scm" and settings.flow_shift != 1:
-            if "flow_shift" in given:
-                raise SanaError(
-                    "`flow_shift`: the scm solver has noise levels of its own, which have no shift",
-                    exit_code=2,
-                )
-            settings = settings.model_copy(update={"flow_shift": 1.0})
+        check_few_step(pipeline, given | {"negative_prompt": negative_prompt})
         if pipeline.model.guidance_embeds:
-            for name in ("negative_prompt", "guidance_interval"):
-                if (given | {"negative_prompt": negative_prompt}).get(name) is not None:
-                    raise SanaError(
-                        f"`{name}`: this model has its guidance built in, and no null branch to steer by",
-                        exit_code=2,
-                    )
+            settings = settings.model_copy(update={"flow_shift": 1.0})
         return settings
 
     def recipe(self, settings: SampleConfig) -> sampler.Recipe:

@@ -125,6 +125,25 @@ def given_settings(pipeline: Pipeline, base: Mapping[str, Any], given: Mapping[s
     return settings
 
 
+def check_few_step(pipeline: Pipeline, given: Mapping[str, Any]) -> None:
+    """Refuse settings that have no meaning for a few-step model; those that are None are not given.
+
+    Raises:
+        SanaError: names the first one.
+    """
+    if not pipeline.model.guidance_embeds:
+        return
+    if given.get("flow_shift") not in (None, 1):
+        raise SanaError(
+            "`flow_shift`: the scm solver has noise levels of its own, which have no shift", exit_code=2
+        )
+    for name in ("negative_prompt", "guidance_interval"):
+        if given.get(name) is not None:
+            raise SanaError(
+                f"`{name}`: this model has its guidance built in, and no null branch to steer by", exit_code=2
+            )
+
+
 def _around(place: Path) -> Path:
     """The folder whose records speak of `place`: a file or folder named inside a pipeline has that pipeline around it."""
     folder = (place if place.is_dir() else place.parent).absolute()
