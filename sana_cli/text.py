@@ -49,11 +49,17 @@ def config_fingerprint(text: TextConfig) -> dict[str, Any]:
         "instruction": text.instruction,
         "template": text.template,
         "lowercase": text.lowercase,
+        **_layer(text),
     }
     return settings if text.dtype == "auto" else settings | {"dtype": text.dtype}
 
 
-_OLD_DEFAULTS = {"lowercase": False}  # of fingerprints older than these settings
+def _layer(text: TextConfig) -> dict[str, int]:
+    """The layer, if there is one: without one a fingerprint is as it was before there were layers."""
+    return {} if text.layer is None else {"layer": text.layer}
+
+
+_OLD_DEFAULTS = {"lowercase": False, "layer": None}  # of fingerprints without these settings
 
 
 def check_same_encoder(
@@ -64,6 +70,7 @@ def check_same_encoder(
     Raises:
         SanaError: naming each field that differs.
     """
+    given = {"layer": None} | dict(given)
     # weights identify an encoder, while its name may differ
     fields = [key for key in given if key != "encoder" or "weights" not in given]
     wrong = [key for key in fields if recorded.get(key, _OLD_DEFAULTS.get(key)) != given[key]]
@@ -75,7 +82,7 @@ def check_same_encoder(
 
 def text_config(fingerprint: Mapping[str, Any], encoder: str | None = None) -> TextConfig:
     """The settings that a fingerprint records. `encoder` replaces the recorded model name."""
-    keys = ("revision", "dtype", "max_length", "instruction", "template", "lowercase")
+    keys = ("revision", "dtype", "max_length", "instruction", "template", "lowercase", "layer")
     settings = _OLD_DEFAULTS | dict(fingerprint)
     return TextConfig(encoder=encoder or settings["encoder"], **{key: settings[key] for key in keys})
 
@@ -286,9 +293,13 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
         if text.template != "none":
             what = "text.template: the tiny encoder has no chat template"
             raise SanaError(what, "use text.template: none", exit_code=2)
+        if text.layer is not None:
+            raise SanaError("text.layer: the tiny encoder has no layers", "use text.layer: null", exit_code=2)
         model, tokenizer, vocabulary = WordVectors(), WordTokenizer(), "words in lower case"
     else:
         model, hf_tokenizer = _from_hugging_face(text.encoder, text.revision, dtype)
+        if text.layer is not None:
+            _keep_layers(model, text.layer, text.encoder)
         tokenizer = HuggingFaceTokenizer(hf_tokenizer, text.template)
         vocabulary = json.dumps([type(hf_tokenizer).__name__, sorted(hf_tokenizer.get_vocab().items())])
     fingerprint = {
@@ -303,6 +314,7 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
         "instruction": text.instruction,
         "template": text.template,
         "lowercase": text.lowercase,
+        **_layer(text),
     }
     model.requires_grad_(False).eval().to(device)
     return CaptionEncoder(model, tokenizer, text, fingerprint, device)
@@ -350,6 +362,34 @@ def _shake(name: str) -> Tensor:
     raw = hashlib.shake_256(f"sana tiny encoder 2: {name}".encode()).digest(2 * TINY_DIM)
     integers = torch.frombuffer(bytearray(raw), dtype=torch.uint16).to(torch.float32)
     return ((integers + 0.5) / 32768 - 1) * 3**0.5
+
+
+def _keep_layers(model: nn.Module, count: int, encoder: str) -> None:
+    """Leave out all but the first `count` layers, in place. What follows them, such as a final norm, stays.
+
+    Raises:
+        SanaError: it has no more than that, or it does not show which modules are its layers.
+    """
+    config: Any = model.config
+    there = getattr(config, "num_hidden_layers", None)
+    if there is not None and count >= there:
+        raise SanaError(
+            f"text.layer: {encoder} has {there} layers", "give fewer, or null for all of them", exit_code=2
+        )
+    stacks = {
+        name: child
+        for name, child in model.named_modules()
+        if isinstance(child, nn.ModuleList) and len(child) == there
+    }
+    outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if len(outer) != 1:
+        raise SanaError(
+            f"text.layer: {encoder} does not show which of its modules are its layers",
+            "use text.layer: null",
+        )
+    parent, _, attribute = outer[0].rpartition(".")
+    setattr(model.get_submodule(parent), attribute, stacks[outer[0]][:count])
+    config.num_hidden_layers = count
 
 
 def _from_hugging_face(encoder: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Any]:

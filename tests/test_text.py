@@ -80,6 +80,47 @@ def test_states_are_those_of_transformers_for_each_caption_alone(
     assert encoder.dim == 32
 
 
+@pytest.mark.parametrize("family", ["gemma", "t5", "bert", "modernbert"])
+def test_a_layers_states_are_the_hidden_states_of_transformers_after_its_final_norm(
+    models: dict[str, Path], family: str
+) -> None:
+    from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
+    encoder = text.load_encoder(TextConfig(encoder=str(models[family]), layer=1), CPU)
+    found = dict(encoder.encode(CAPTIONS, torch.float32))
+    loader: Any = AutoModelForTextEncoding if family == "t5" else AutoModel
+    reference = loader.from_pretrained(models[family]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models[family])
+    norms = {"gemma": "norm", "t5": "encoder.final_layer_norm", "modernbert": "final_norm"}
+    norm = reference.get_submodule(norms[family]) if family in norms else torch.nn.Identity()
+    for caption in CAPTIONS:
+        with torch.no_grad():
+            given = tokenizer(caption, return_tensors="pt")
+            whole = reference(**given, output_hidden_states=True)
+            expected = norm(whole.hidden_states[1])[0]
+        assert torch.allclose(found[caption], expected, rtol=1e-4, atol=1e-4), caption
+        assert not torch.allclose(expected, whole.last_hidden_state[0], atol=1e-3)
+    assert encoder.fingerprint["layer"] == 1
+    whole_one = text.load_encoder(TextConfig(encoder=str(models[family])), CPU)
+    assert encoder.fingerprint["weights"] != whole_one.fingerprint["weights"]
+
+
+def test_a_layer_that_is_not_there_is_refused(gemma: Path) -> None:
+    with pytest.raises(SanaError, match=r"text\.layer: .* has \d+ layers\ngive fewer, or null"):
+        text.load_encoder(TextConfig(encoder=str(gemma), layer=99), CPU)
+    with pytest.raises(SanaError, match="tiny encoder has no layers"):
+        text.load_encoder(TextConfig(layer=1), CPU)
+
+
+def test_a_dataset_of_another_layer_is_refused() -> None:
+    recorded = text.config_fingerprint(TextConfig(layer=6))
+    with pytest.raises(SanaError, match=r"text\.layer: it has 6, not None"):
+        text.check_same_encoder(recorded, text.config_fingerprint(TextConfig()), "it")
+    old = {key: value for key, value in recorded.items() if key != "layer"}
+    text.check_same_encoder(old, text.config_fingerprint(TextConfig()), "it")  # from before there were layers
+    assert text.text_config(recorded | {"dtype": "fp32"}).layer == 6
+
+
 def test_each_distinct_caption_goes_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = text.load_encoder(TextConfig(), CPU)
     rows = 0

@@ -434,6 +434,7 @@ def _surroundings(path: Path, pipeline: Pipeline) -> dict[str, Any]:
             (
                 f"after {text.instruction[:32]!r}..." if text.instruction else f"template {text.template}",
                 *(["lower-cased"] if text.lowercase else []),
+                *([f"layer {text.layer}"] if text.layer is not None else []),
                 f"at most {text.max_length} tokens",
             )
         )

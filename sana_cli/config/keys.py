@@ -250,6 +250,10 @@ class TextConfig(Section):
         "chat: the tokenizer's chat template around each caption; lesson: the same, begun twice, as the lesson did",
     )
     lowercase: bool = free(False, "lower-case and strip captions first, as diffusers' SanaPipeline does")
+    layer: PositiveInt | None = free(
+        None,
+        "how many of the encoder's layers run, before its final norm; the others are left out; null: all of them",
+    )
 
 
 class ModelConfig(Section):

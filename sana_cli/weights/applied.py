@@ -59,6 +59,7 @@ class Applied:
         with suppress(ValueError, RecursionError):  # of an untrusted file
             asked = json.loads(own.get(checkpoint.TEXT_SETTINGS, "null"))
             if text is not None and isinstance(asked, dict):
+                asked = {"layer": None} | asked  # what older ones do not say
                 odd = [
                     key for key in checkpoint.TEXT_KEYS if key in asked and asked[key] != getattr(text, key)
                 ]
