@@ -6,7 +6,6 @@ the same seed.
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,22 +68,33 @@ class Results:
     """All records, by question, world and name; each has one for each seed."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self.found: dict[tuple[str, str, str], dict[int, Record]] = defaultdict(dict)
+        self._found: dict[tuple[str, str, str], dict[int, Record]] = {}
         for record in records:
             run = record["run"]
-            self.found[run["question"], run["world"], run["name"]][run["seed"]] = record
+            of = run["question"], run["world"], run["name"]
+            self._found.setdefault(of, {})[run["seed"]] = record
+
+    def runs(self, question: str, world: str, name: str) -> dict[int, Record]:
+        """The runs of a name, by seed."""
+        return self._found.get((question, world, name), {})
+
+    def seconds_per_step(self, record: Record) -> float:
+        """Of the runs of a record's name: the least of their seeds, which other work disturbed least."""
+        run = record["run"]
+        runs = self.runs(run["question"], run["world"], run["name"]).values()
+        return min(float(one["seconds_per_step"]) for one in runs)
 
     def names(self, question: str, world: str) -> list[str]:
         """The names of a question's runs in a world, in their order."""
-        return [name for of, where, name in self.found if (of, where) == (question, world)]
+        return [name for of, where, name in self._found if (of, where) == (question, world)]
 
     def estimate(self, question: str, world: str, name: str, value: Value) -> Estimate:
         """A value of the runs of a name."""
-        return Estimate.of([value(record) for record in self.found[question, world, name].values()])
+        return Estimate.of([value(record) for record in self.runs(question, world, name).values()])
 
     def difference(self, question: str, world: str, names: tuple[str, str], value: Value) -> Estimate:
         """The value of the first minus that of the second, of the seeds that both have."""
-        first, second = (self.found[question, world, name] for name in names)
+        first, second = (self.runs(question, world, name) for name in names)
         return Estimate.of(
             [value(first[seed]) - value(second[seed]) for seed in sorted(first) if seed in second]
         )
@@ -123,15 +133,27 @@ def mark_of(record: Record, steps: int | None) -> Mark:
     return marks[-1] if steps is None else next(mark for mark in marks if mark["steps"] == steps)
 
 
-def at_time(value: Callable[[int], Value], seconds: float) -> Value:
-    """A value after so many seconds of training, between the checkpoints before and after."""
+def at_time(value: Callable[[int], Value], seconds: float, rate: Value) -> Value:
+    """A value after so many seconds of training, between the checkpoints before and after.
+
+    `rate` gives the seconds of a step: not the record's own, which other work on the machine disturbs.
+    """
 
     def found(record: Record) -> float:
         steps = [mark["steps"] for mark in record["marks"]]
-        times = [count * record["seconds_per_step"] for count in steps]
-        return float(np.interp(seconds, times, [value(count)(record) for count in steps]))
+        times = [count * rate(record) for count in steps]
+        if not times[0] <= seconds <= times[-1] * (1 + 1e-9):
+            return math.nan
+        values = [value(count)(record) for count in steps]
+        return float(np.interp(math.log(seconds), np.log(times), values))
 
     return found
+
+
+def far_at_time(seconds: float, rate: Value) -> Value:
+    """The Fréchet distance after so many seconds, its logarithm between the checkpoints before and after."""
+    logarithm = at_time(lambda count: lambda record: math.log(distance(count)(record)), seconds, rate)
+    return lambda record: math.exp(logarithm(record))
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -164,9 +186,9 @@ def equal_time(results: Results, world: str, leave_out: Sequence[str]) -> float:
         record
         for name in results.names("width", world)
         if name.isdigit() and name not in leave_out
-        for record in results.found["width", world, name].values()
+        for record in results.runs("width", world, name).values()
     ]
-    return min(record["marks"][-1]["steps"] * record["seconds_per_step"] for record in records)
+    return min(record["marks"][-1]["steps"] * results.seconds_per_step(record) for record in records)
 
 
 def width_table(results: Results, world: str, steps: int, part: str, leave_out: Sequence[str] = ()) -> str:
@@ -180,39 +202,42 @@ def width_table(results: Results, world: str, steps: int, part: str, leave_out: 
             continue
         of = ("width", world, name)
         parts = [results.estimate(*of, lambda record: record["parameters"] / 1e6).mean]
-        parts += [results.estimate(*of, lambda record: 1000 * record["seconds_per_step"]).mean]
+        parts += [results.estimate(*of, lambda record: 1000 * results.seconds_per_step(record)).mean]
         values = [share("seen", part, steps), distance(steps)]
-        values += [at_time(lambda count: share("seen", part, count), seconds), at_time(distance, seconds)]
+        values += [
+            at_time(lambda count: share("seen", part, count), seconds, results.seconds_per_step),
+            far_at_time(seconds, results.seconds_per_step),
+        ]
         rows.append(
             [name, f"{parts[0]:.2f}", f"{parts[1]:.0f}", *(results.estimate(*of, v).text() for v in values)]
         )
     return table(header, rows)
 
 
-def rates_table(results: Results, world: str, steps: int) -> str:
+def rates_table(results: Results, world: str, steps: int, part: str) -> str:
     """Two widths at half and twice their learning rate."""
     names = [name for name in results.names("width", world) if "rate" in name]
     of = dict.fromkeys(name.partition(",")[0] for name in names)
     rows = []
     for name in [*of, *names]:
-        found = results.found["width", world, name]
+        found = results.runs("width", world, name)
         first = {min(found): found[min(found)]} if found else {}
         values = [
             Estimate.of([value(record) for record in first.values()]).text()
-            for value in (share("seen", "all", steps), distance(steps))
+            for value in (share("seen", part, steps), distance(steps))
         ]
         rows.append([name, *values])
-    return table(["width", f"as asked after {steps} steps, seed 0", "distance"], sorted(rows))
+    return table([f"width, {world}", f"as asked after {steps} steps, seed 0", "distance"], sorted(rows))
 
 
 def lesson_table(results: Results, world: str, steps: int) -> str:
     """Every width after as many steps as the lesson's own was given, of the first seed."""
     rows = []
     for name in results.names("width", world):
-        found = results.found["width", world, name]
+        found = results.runs("width", world, name)
         if name.isdigit() and any(mark["steps"] == steps for mark in found[min(found)]["marks"]):
             record = found[min(found)]
-            seconds = steps * record["seconds_per_step"]
+            seconds = steps * results.seconds_per_step(record)
             values = [share("seen", "all", steps)(record), distance(steps)(record), seconds]
             rows.append([name, f"{record['parameters'] / 1e6:.1f}", *(f"{value:.1f}" for value in values)])
     return table(
@@ -241,7 +266,7 @@ def probe_table(results: Results, sigma: str) -> str:
     """R^2 of a token's place, read from its state."""
     rows, count = [], 0
     for name in results.names("places", "sides"):
-        records = results.found["places", "sides", name].values()
+        records = results.runs("places", "sides", name).values()
         count = len(next(iter(records))["places"][sigma])
         read = [Estimate.of([record["places"][sigma][layer] for record in records]) for layer in range(count)]
         rows.append([name, *(one.text(2) for one in read)])
@@ -252,7 +277,7 @@ def sizes_table(results: Results, world: str) -> str:
     """Pictures that are as asked at other sizes than the 32 pixels of training."""
     rows, sides = [], list[str]()
     for name in results.names("places", world):
-        records = results.found["places", world, name].values()
+        records = results.runs("places", world, name).values()
         sides = list(next(iter(records))["sizes"])
         read = [
             Estimate.of([100 * hits / count for hits, count in (r["sizes"][side]["all"] for r in records)])
@@ -308,7 +333,7 @@ def _curve(panel: Any, number: int, x: Sequence[float], found: Sequence[Estimate
 
 
 def _steps(results: Results, of: tuple[str, str, str]) -> list[int]:
-    return [mark["steps"] for mark in next(iter(results.found[of].values()))["marks"]]
+    return [mark["steps"] for mark in next(iter(results.runs(*of).values()))["marks"]]
 
 
 def captions_plot(results: Results, path: Path) -> None:
@@ -333,7 +358,7 @@ def width_plot(results: Results, path: Path, parts: Mapping[str, str]) -> None:
         for number, name in enumerate(names):
             of = ("width", world, name)
             steps = _steps(results, of)
-            rate = results.estimate(*of, lambda record: record["seconds_per_step"]).mean
+            rate = results.estimate(*of, results.seconds_per_step).mean
             seconds = [count * rate for count in steps]
             shares = [results.estimate(*of, share("seen", part, count)) for count in steps]
             _curve(panels[2 * place], number, seconds, shares, f"width {name}")
@@ -356,7 +381,7 @@ def places_plot(results: Results, path: Path, sigma: str) -> None:
     figure, panels = _panels(3)
     for number, name in enumerate(results.names("places", "sides")):
         of = ("places", "sides", name)
-        steps, records = _steps(results, of), results.found[of].values()
+        steps, records = _steps(results, of), results.runs(*of).values()
         _curve(
             panels[0], number, steps, [results.estimate(*of, share("seen", "all", s)) for s in steps], name
         )
@@ -414,6 +439,8 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
         if begin not in text:
             raise ValueError(f"the page has no marker {begin.strip()}")
         before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
+        inside, closed, after = rest.partition(end)
+        if not closed or "<!-- " in inside:
+            raise ValueError(f"the page has no {end} after {begin.strip()}")
         text = f"{before}{begin}\n{content}\n\n{end}{after}"
     return text

