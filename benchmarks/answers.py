@@ -180,6 +180,17 @@ def captions_table(results: Results) -> str:
     return table(header, rows)
 
 
+def real_distance(results: Results, question: str, world: str) -> str:
+    """What a table calls the distance: with that of as many real pictures, to compare with."""
+    found = [
+        mark["real_distance"]
+        for name in results.names(question, world)
+        for record in results.runs(question, world, name).values()
+        for mark in record["marks"]
+    ]
+    return f"distance (real pictures: {found[0]:.1f})" if found else "distance"
+
+
 def equal_time(results: Results, world: str, leave_out: Sequence[str]) -> float:
     """The seconds that every width of a world was trained for."""
     records = [
@@ -188,13 +199,17 @@ def equal_time(results: Results, world: str, leave_out: Sequence[str]) -> float:
         if name.isdigit() and name not in leave_out
         for record in results.runs("width", world, name).values()
     ]
-    return min(record["marks"][-1]["steps"] * results.seconds_per_step(record) for record in records)
+    return min(
+        (record["marks"][-1]["steps"] * results.seconds_per_step(record) for record in records),
+        default=math.nan,
+    )
 
 
 def width_table(results: Results, world: str, steps: int, part: str, leave_out: Sequence[str] = ()) -> str:
     """Accuracy and distance by width, after as many steps and after as long a time."""
     seconds = equal_time(results, world, leave_out)
-    header = ["width", "million parameters", "ms a step", f"as asked after {steps} steps", "distance"]
+    far = real_distance(results, "width", world)
+    header = ["width", "million parameters", "ms a step", f"as asked after {steps} steps", far]
     header += [f"as asked after {seconds:.0f} s", "distance"]
     rows = []
     for name in results.names("width", world):
@@ -248,7 +263,8 @@ def lesson_table(results: Results, world: str, steps: int) -> str:
 def places_table(results: Results, steps: Sequence[int]) -> str:
     """Blocks with and without the convolution's neighbours and fixed positions."""
     header = ["block", *(f"left and right as asked, {count} steps" for count in steps)]
-    header += [f"exchanged, {steps[-2]} steps", "distance", "one shape as asked", "distance"]
+    header += [f"exchanged, {steps[-2]} steps", real_distance(results, "places", "sides")]
+    header += ["one shape as asked", real_distance(results, "places", "shapes")]
     rows = []
     for name in results.names("places", "sides"):
         of = ("places", "sides", name)
