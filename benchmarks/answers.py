@@ -336,6 +336,11 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, dpi=110, format="png")
 
 
+def _names(results: Results, question: str, worlds: Sequence[str]) -> list[str]:
+    """The names in some worlds, each once: a name has one colour in all panels."""
+    return list(dict.fromkeys(name for world in worlds for name in results.names(question, world)))
+
+
 def _curve(panel: Any, number: int, x: Sequence[float], found: Sequence[Estimate], name: str) -> None:
     half = [0 if math.isnan(one.half) else one.half for one in found]
     style = {
@@ -360,19 +365,21 @@ def captions_plot(results: Results, path: Path) -> None:
             of = ("captions", "critters", name)
             steps = _steps(results, of)
             _curve(panel, number, steps, [results.estimate(*of, share(kind, "each", s)) for s in steps], name)
-        panel.set(xlabel="steps of 32", title=f"captions: {title}", ylim=(20, 101))
+        panel.set(xlabel="steps of 32", title=f"captions: {title}", ylim=(10, 101))
     panels[0].set(ylabel="single attributes as asked, %")
-    panels[-1].legend(fontsize="x-small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     _save(figure, path)
 
 
 def width_plot(results: Results, path: Path, parts: Mapping[str, str]) -> None:
     """Accuracy and distance over the seconds of training, by width; `parts` says what a world counts."""
     figure, panels = _panels(2 * len(parts))
+    names = sorted(filter(str.isdigit, _names(results, "width", list(parts))), key=int)
     for place, (world, part) in enumerate(parts.items()):
-        names = [name for name in results.names("width", world) if name.isdigit()]
         for number, name in enumerate(names):
             of = ("width", world, name)
+            if not results.runs(*of):
+                continue
             steps = _steps(results, of)
             rate = results.estimate(*of, results.seconds_per_step).mean
             seconds = [count * rate for count in steps]
@@ -388,7 +395,7 @@ def width_plot(results: Results, path: Path, parts: Mapping[str, str]) -> None:
         panels[2 * place + 1].set(xlabel="seconds of training, one core")
         panels[2 * place].set_xscale("log")
         panels[2 * place + 1].set_xscale("log")
-    panels[0].legend(fontsize="x-small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     _save(figure, path)
 
 
