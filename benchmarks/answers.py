@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from learning import COMBINATIONS
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -22,7 +23,6 @@ Mark = Mapping[str, Any]  # its scores after some steps
 Value = Callable[[Record], float]
 
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t by the number of seeds
-COMBINATIONS = ("colours", "faces")  # kinds of unseen critters that are new combinations of known things
 KINDS = {  # of captions, and what a table calls them
     "seen": "seen",
     "combinations": "new combinations",
@@ -125,6 +125,21 @@ def share(kind: str, part: str, steps: int | None = None) -> Value:
 def distance(steps: int | None = None) -> Value:
     """The Fréchet distance after so many steps."""
     return lambda record: float(mark_of(record, steps)["distance"])
+
+
+def place_read(sigma: str, layer: int) -> Value:
+    """R^2 of a token's place after so many blocks, at a noise level."""
+    return lambda record: float(record["places"][sigma][layer])
+
+
+def at_size(side: str) -> Value:
+    """The share in per cent of pictures that are as asked, drawn at another size."""
+
+    def value(record: Record) -> float:
+        hits, count = record["sizes"][side]["all"]
+        return float(100 * hits / count)
+
+    return value
 
 
 def mark_of(record: Record, steps: int | None) -> Mark:
@@ -282,9 +297,9 @@ def probe_table(results: Results, sigma: str) -> str:
     """R^2 of a token's place, read from its state."""
     rows, count = [], 0
     for name in results.names("places", "sides"):
-        records = results.runs("places", "sides", name).values()
-        count = len(next(iter(records))["places"][sigma])
-        read = [Estimate.of([record["places"][sigma][layer] for record in records]) for layer in range(count)]
+        of = ("places", "sides", name)
+        count = len(next(iter(results.runs(*of).values()))["places"][sigma])
+        read = [results.estimate(*of, place_read(sigma, layer)) for layer in range(count)]
         rows.append([name, *(one.text(2) for one in read)])
     return table(["block", "before any", *(f"after block {layer}" for layer in range(1, count))], rows)
 
@@ -293,12 +308,9 @@ def sizes_table(results: Results, world: str) -> str:
     """Pictures that are as asked at other sizes than the 32 pixels of training."""
     rows, sides = [], list[str]()
     for name in results.names("places", world):
-        records = results.runs("places", world, name).values()
-        sides = list(next(iter(records))["sizes"])
-        read = [
-            Estimate.of([100 * hits / count for hits, count in (r["sizes"][side]["all"] for r in records)])
-            for side in sides
-        ]
+        of = ("places", world, name)
+        sides = list(next(iter(results.runs(*of).values()))["sizes"])
+        read = [results.estimate(*of, at_size(side)) for side in sides]
         rows.append([name, *(one.text() for one in read)])
     return table([world, *(f"{side} x {side}" for side in sides)], rows)
 
@@ -404,20 +416,15 @@ def places_plot(results: Results, path: Path, sigma: str) -> None:
     figure, panels = _panels(3)
     for number, name in enumerate(results.names("places", "sides")):
         of = ("places", "sides", name)
-        steps, records = _steps(results, of), results.runs(*of).values()
+        steps, first = _steps(results, of), next(iter(results.runs(*of).values()))
         _curve(
             panels[0], number, steps, [results.estimate(*of, share("seen", "all", s)) for s in steps], name
         )
-        layers = range(len(next(iter(records))["places"][sigma]))
-        read = [Estimate.of([record["places"][sigma][layer] for record in records]) for layer in layers]
+        layers = range(len(first["places"][sigma]))
+        read = [results.estimate(*of, place_read(sigma, layer)) for layer in layers]
         _curve(panels[1], number, list(layers), read, name)
-        sides = list(next(iter(records))["sizes"])
-        shares = [
-            Estimate.of(
-                [100 * hits / count for hits, count in (record["sizes"][side]["all"] for record in records)]
-            )
-            for side in sides
-        ]
+        sides = list(first["sizes"])
+        shares = [results.estimate(*of, at_size(side)) for side in sides]
         _curve(panels[2], number, list(map(int, sides)), shares, name)
     panels[0].set(
         xlabel="steps of 32", ylabel="both objects on their sides, %", title="left and right", ylim=(0, 101)

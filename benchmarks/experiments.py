@@ -368,10 +368,7 @@ class Place:
                 }
             )
         assert model is not None, "there is a mark"
-        _save_strip(
-            drawn[0].pixels[:: max(1, len(drawn[0].pixels) // 8)][:8],
-            self.folder / "strips" / f"{run.file_name}.png",
-        )
+        _save_strip(drawn[0].pixels, self.folder / "strips" / f"{run.file_name}.png")
         lines = (config.run.dir / "metrics.jsonl").read_text("utf-8").splitlines()
         rates = [json.loads(line)["samples_per_second"] for line in lines]
         found: dict[str, Any] = {
@@ -393,9 +390,7 @@ class Place:
                 small = F.interpolate(pixels.float(), dataset.image_shape[1:], mode="area").round().byte()
                 verdict = verdict_on(judged, groups[0].of([groups[0].texts[i] for i in captions[0]], small))
                 found["sizes"][str(side)] = reading(verdict.seen)
-                _save_strip(
-                    pixels[:: len(pixels) // 8][:8], self.folder / "strips" / f"{run.file_name}-{side}.png"
-                )
+                _save_strip(pixels, self.folder / "strips" / f"{run.file_name}-{side}.png")
         return found
 
 
@@ -443,8 +438,10 @@ def draw(
 
 
 def _save_strip(pixels: Tensor, path: Path) -> None:
+    """Write eight evenly spaced pictures of pixels (n, C, H, W) beside each other, or all if fewer."""
     path.parent.mkdir(exist_ok=True)
-    strip = torch.cat([*pixels], dim=2).permute(1, 2, 0).squeeze(-1).numpy()
+    chosen = pixels[:: max(1, len(pixels) // 8)][:8]
+    strip = torch.cat([*chosen], dim=2).permute(1, 2, 0).squeeze(-1).numpy()
     Image.fromarray(strip).save(path)
 
 

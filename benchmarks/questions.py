@@ -27,7 +27,7 @@ from typing import Any
 
 import answers
 import torch
-from experiments import BARE, TINY, WORLDS, Place, Run, package
+from experiments import BARE, TINY, WORLDS, Place, Run
 
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files
@@ -40,7 +40,6 @@ SHORT_SEED = 0
 ENCODERS = (
     TINY, "MiniLM", "MiniLM, random", "SmolLM2", "SmolLM2, random", "SmolLM2, layer 6", "SmolLM2, layer 15",
 )  # fmt: skip
-WIDTHS = (48, 96, 192, 384, 512)
 LESSON_WIDTH = 1152
 EQUAL_STEPS = {"digits": 300, "critters": 300}
 MARKS = {  # by world and width: all to `EQUAL_STEPS`, narrow ones on until they had as much time as wide ones
@@ -165,10 +164,6 @@ def _prepare(place: Place, world: str, encoder: str, for_judge: bool) -> None:
         place.judge(world)
 
 
-def _carry_out(place: Place, run: Run) -> None:
-    place.carry_out(run)
-
-
 def say(*words: Any) -> None:
     """Print a line with the time."""
     print(time.strftime("%H:%M:%S"), *words, flush=True)
@@ -176,25 +171,22 @@ def say(*words: Any) -> None:
 
 def carry_out(place: Place, wanted: list[Run], processes: int) -> None:
     """Make what is not there: datasets and judges, then runs, `processes` at a time."""
-    for encoder in sorted({run.encoder.partition(",")[0] for run in wanted} - {TINY}):
-        package(encoder)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    for encoder in dict.fromkeys(run.encoder for run in wanted):
+        place.encoder_sets(encoder)  # made here, so that no two workers make one
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin)
     try:
         needed = dict.fromkeys((run.world, TINY, True) for run in wanted)
         needed |= dict.fromkeys((run.world, run.encoder, False) for run in wanted)
         for world in {run.world for run in wanted if not WORLDS[run.world].judge_sets}:
             needed.pop((world, TINY, False), None)  # its judge learns from the same
-        encoders = sorted({encoder for _, encoder, _ in needed}, key=len)
-        for encoder in encoders:  # one after the other: some are made of others
-            place.encoder_sets(encoder)
         begun = {pool.submit(_prepare, place, *one): one for one in needed}
         for future in as_completed(begun):
             future.result()
             say("dataset", *begun[future][:2], "and its judge" * begun[future][2])
         missing = [run for run in wanted if place.record(run) is None]
         say(f"{len(wanted)} runs, {len(missing)} to make")
-        started = {pool.submit(_carry_out, place, run): run for run in missing}
+        started = {pool.submit(place.carry_out, run): run for run in missing}
         for number, finished in enumerate(as_completed(started), 1):
             finished.result()
             run = started[finished]

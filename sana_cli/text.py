@@ -70,7 +70,7 @@ def check_same_encoder(
     Raises:
         SanaError: naming each field that differs.
     """
-    given = {"layer": None} | dict(given)
+    given = _OLD_DEFAULTS | dict(given)
     # weights identify an encoder, while its name may differ
     fields = [key for key in given if key != "encoder" or "weights" not in given]
     wrong = [key for key in fields if recorded.get(key, _OLD_DEFAULTS.get(key)) != given[key]]
