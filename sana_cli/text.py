@@ -219,6 +219,29 @@ class CaptionEncoder:
         whole = f"{self.text.instruction}{caption}" if instructed else caption
         return self.tokenizer.length(whole) > len(ids)
 
+    @torch.inference_mode()
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know of this encoder before a model learns from its states.
+
+        Of a trained model that reads from left to right, the first token's state says little of that token, because
+        attention uses it to rest on (arXiv 2309.17453). So something must come before a caption. Whether the model
+        reads so is tried out: then another second token does not change the first state.
+        """
+        if isinstance(self.tokenizer, WordTokenizer) or self.text.instruction or self.text.template != "none":
+            return ()
+        first, *rest = self.tokenizer("two words", UNLIMITED)
+        if first in self.tokenizer.tokenizer.all_special_ids:
+            return ()
+        pairs = torch.tensor([[first, rest[-1] if rest else first], [first, self.tokenizer.pad_id]])
+        one, other = self.model(input_ids=pairs.to(self.device)).last_hidden_state[:, 0]
+        if not torch.equal(one, other):
+            return ()
+        return (
+            f"{self.fingerprint['encoder']} reads from left to right, and its tokenizer puts no token before a caption: "
+            "its first state then says little of a caption's first word. To keep that word, put something before it: "
+            "text.instruction, such as 'Picture: '",
+        )
+
     def encode(
         self, captions: Iterable[str], dtype: torch.dtype = torch.bfloat16, instruct: bool = True
     ) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,28 @@ def test_a_layers_states_are_the_hidden_states_of_transformers_after_its_final_n
     assert encoder.fingerprint["layer"] == 1
     whole_one = text.load_encoder(TextConfig(encoder=str(models[family])), CPU)
     assert encoder.fingerprint["weights"] != whole_one.fingerprint["weights"]
+
+
+@pytest.mark.parametrize(("family", "warned"), [("gemma", True), ("t5", False), ("bert", False)])
+def test_a_decoder_without_a_first_token_is_warned_of(
+    models: dict[str, Path], family: str, warned: bool, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(models[family], tmp_path / family)
+    encoder = text.load_encoder(TextConfig(encoder=str(folder)), CPU)
+    assert encoder.warnings() == (), "its tokenizer puts <bos> first"
+
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text("utf-8"))
+    tokenizer["post_processor"] = None
+    file.write_text(json.dumps(tokenizer), "utf-8")
+    encoder = text.load_encoder(TextConfig(encoder=str(folder)), CPU)
+    assert isinstance(encoder.tokenizer, text.HuggingFaceTokenizer)
+    assert encoder.tokenizer("two", 9) == encoder.tokenizer.tokenizer.convert_tokens_to_ids(list("two"))
+    assert ["reads from left to right" in warning for warning in encoder.warnings()] == [True] * warned
+    for mended in (TextConfig(instruction="Picture: "), TextConfig(template="chat")):
+        encoder = text.load_encoder(mended.model_copy(update={"encoder": str(folder)}), CPU)
+        assert encoder.warnings() == (), mended
+    assert text.load_encoder(TextConfig(), CPU).warnings() == ()
 
 
 def test_a_layer_that_is_not_there_is_refused(gemma: Path) -> None:

@@ -89,7 +89,7 @@ class EmbedSummary:
     seconds: float
     peak_memory: int
     cut: int = 0  # captions longer than text.max_length, which were cut there
-    notes: tuple[str, ...] = ()  # what a person should know: work that could not be shared out
+    notes: tuple[str, ...] = ()  # what a person should know of the encoder, or why work was not shared out
     shapes: tuple[ShapeReport, ...] = ()  # with data.buckets: what became of the images
     most_enlarged: tuple[str, ...] = ()  # names of a few, with how much
     fit: str = "crop"
@@ -281,7 +281,7 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
             done = _summary(
                 Dataset(directory), start, peak_memory(device), was_there=False, resumed=embedder.resumed
             )
-            yield replace(done, notes=reader.notes)
+            yield replace(done, notes=(*encoder.warnings(), *reader.notes))
         here.wait()
 
 
