@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,13 @@ def say(*words: Any) -> None:
     print(time.strftime("%H:%M:%S"), *words, flush=True)
 
 
+def _slowest_first(dataset: tuple[str, str, bool]) -> bool:
+    """For sorting: an encoder takes minutes, and another process can go on with the rest meanwhile."""
+    return dataset[1] == TINY
+
+
 def carry_out(place: Place, wanted: list[Run], processes: int) -> None:
-    """Make what is not there: datasets and judges, then runs, `processes` at a time."""
+    """Make what is not there: datasets and judges, and the runs that need them, `processes` at a time."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     for encoder in dict.fromkeys(run.encoder for run in wanted):
         place.encoder_sets(encoder)  # made here, so that no two workers make one
@@ -180,17 +185,29 @@ def carry_out(place: Place, wanted: list[Run], processes: int) -> None:
         needed |= dict.fromkeys((run.world, run.encoder, False) for run in wanted)
         for world in {run.world for run in wanted if not WORLDS[run.world].judge_sets}:
             needed.pop((world, TINY, False), None)  # its judge learns from the same
-        begun = {pool.submit(_prepare, place, *one): one for one in needed}
-        for future in as_completed(begun):
-            future.result()
-            say("dataset", *begun[future][:2], "and its judge" * begun[future][2])
-        missing = [run for run in wanted if place.record(run) is None]
-        say(f"{len(wanted)} runs, {len(missing)} to make")
-        started = {pool.submit(place.carry_out, run): run for run in missing}
-        for number, finished in enumerate(as_completed(started), 1):
-            finished.result()
-            run = started[finished]
-            say(f"{number}/{len(missing)}", run.question, run.world, run.name, f"seed {run.seed}")
+        begun: dict[Future[None], Run | tuple[str, str, bool]] = {
+            pool.submit(_prepare, place, *one): one for one in sorted(needed, key=_slowest_first)
+        }
+        waiting, there = list(wanted), 0
+        while begun:
+            for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                future.result()
+                done = begun.pop(future)
+                if isinstance(done, Run):
+                    there += 1
+                    say(f"{there}/{len(wanted)}", done.question, done.world, done.name, f"seed {done.seed}")
+                    continue
+                del needed[done]
+                say("dataset", *done[:2], "and its judge" * done[2])
+                ready = [
+                    run
+                    for run in waiting
+                    if not {(run.world, TINY, True), (run.world, run.encoder, False)} & set(needed)
+                ]
+                waiting = [run for run in waiting if run not in ready]
+                missing = [run for run in ready if place.record(run) is None]
+                there += len(ready) - len(missing)
+                begun |= {pool.submit(place.carry_out, run): run for run in missing}
     except BaseException:  # the first that fails ends all, at once
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in multiprocessing.active_children():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import answers
 import experiments
@@ -269,3 +270,49 @@ def test_a_run_that_was_stopped_goes_on(small: Place, monkeypatch: pytest.Monkey
     assert isinstance(begun[0], TrainStart)
     assert begun[0].step == 2
     assert small.record(run) is not None
+
+
+class Diary(Place):
+    """A place where nothing is made, but what was asked for is kept in its order."""
+
+    def encoder_sets(self, name: str) -> tuple[str, ...]:
+        return ()
+
+    def prepare(self, world: str, encoder: str, for_judge: bool) -> None:
+        self._write(f"{world} {'judge' if for_judge else encoder}")
+
+    def judge(self, world: str) -> Any:
+        if world == "shapes":
+            raise SanaError("it learns nothing")
+
+    def record(self, run: Run) -> dict[str, Any] | None:
+        return {"hash": ""} if run.seed == 1 else None
+
+    def carry_out(self, run: Run) -> None:
+        self._write(f"run {run.world} {run.encoder}")
+
+    def _write(self, line: str) -> None:
+        with (self.folder / "diary").open("a") as diary:
+            diary.write(f"{line}\n")
+
+
+def test_each_run_comes_after_its_datasets_and_judge(tmp_path: Path) -> None:
+    def runs(world: str, encoder: str) -> list[Run]:
+        return [Run("captions", encoder, world, (1,), seed, encoder=encoder) for seed in (0, 1, 2)]
+
+    wanted = [*runs("critters", "tiny"), *runs("critters", "MiniLM"), *runs("digits", "MiniLM")]
+    questions.carry_out(Diary(tmp_path), wanted, 2)
+    lines = (tmp_path / "diary").read_text().splitlines()
+    # digits are judged by what learns from the same dataset
+    datasets = ["critters judge", "critters tiny", "critters MiniLM", "digits judge", "digits MiniLM"]
+    assert sorted(lines) == sorted(
+        [*datasets, *(f"run {run.world} {run.encoder}" for run in wanted if run.seed != 1)]
+    )
+    for at, line in enumerate(lines):
+        if line.startswith("run "):
+            _, world, encoder = line.split()
+            assert {f"{world} judge", f"{world} {encoder}"} <= set(lines[:at])
+
+    with pytest.raises(SanaError, match="it learns nothing"):
+        questions.carry_out(Diary(tmp_path), runs("shapes", "tiny"), 2)
+    assert "run shapes tiny" not in (tmp_path / "diary").read_text()
