@@ -76,7 +76,7 @@ def choose(sizes: Iterable[int], height: int, width: int, fit: str = "crop") -> 
     return next(fitting, None) or closest(descending[-1], height, width)
 
 
-def scale(image: Shape, shape: Shape, fit: str = "crop") -> float:
+def scale(image: tuple[float, float], shape: Shape, fit: str = "crop") -> float:
     """How much larger an image gets: "crop" covers the shape, "pad" stays inside it."""
     ratios = shape[0] / image[0], shape[1] / image[1]
     return max(ratios) if fit == "crop" else min(ratios)

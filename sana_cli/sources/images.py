@@ -3,18 +3,22 @@
 `containers.py` decides which bytes the decoders see, `depth.py` handles brightness and
 transparency, `colour.py` colour profiles. It runs in worker processes.
 
+A photo has a hundred times the pixels that are kept, and a JPEG decoder can leave most of them out: it sums
+blocks of 2, 4 or 8 pixels while it decodes. `decode` lets it, down to `SPARE` times what is kept.
+
 Shapes: H W height and width in pixels, C channels.
 """
 
 import io
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
 from sana_cli import buckets
 from sana_cli.errors import SanaError, first_line
@@ -34,6 +38,11 @@ UNREAD = {  # other formats: not read, but reported
 }  # fmt: skip
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 2**20
+SPARE = (
+    2.0  # times the kept height and width that are decoded at least: resizing hides how the decoder scaled
+)
+
+Box = tuple[float, float, float, float]  # left, top, right and bottom edge, in pixels
 
 
 def unread_reason(name: str) -> str | None:
@@ -42,11 +51,33 @@ def unread_reason(name: str) -> str | None:
     return f"pictures of {suffix} are not read: convert it to PNG or JPEG" if suffix in UNREAD else None
 
 
+@dataclass(frozen=True)
+class Need:
+    """How much of a picture is kept, so that no more is decoded."""
+
+    size: Callable[[int, int], tuple[float, float]]  # kept height and width, of the whole picture's
+    grey: bool = False  # its colours are not
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture, perhaps smaller than it was."""
+
+    image: Image.Image  # L or RGB
+    original: tuple[int, int]  # its height and width before
+    box: Box  # where the picture lies in `image`: a last row or column may go beyond it
+
+
 def decode_image(image: bytes | Path | np.ndarray) -> Image.Image:
+    """Like `decode`, all of it."""
+    return decode(image).image
+
+
+def decode(image: bytes | Path | np.ndarray, need: Need | None = None) -> Decoded:
     """Decode a file, its bytes or pixels: upright, L or RGB in sRGB, transparency over white.
 
     Only the first frame is decoded. White depends on the data type (255, 65535 or 1.0), never
-    on the values.
+    on the values. A JPEG is decoded at a half, a quarter or an eighth where `need` allows it.
 
     Raises:
         BadImage: it is not an image or is damaged, is over `MAX_PIXELS` or `MAX_FILE_BYTES`, or
@@ -54,7 +85,7 @@ def decode_image(image: bytes | Path | np.ndarray) -> Image.Image:
         OSError: the file cannot be read.
     """
     if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
+        return _whole(Image.fromarray(image))
     with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         if size == 0:
@@ -67,7 +98,7 @@ def decode_image(image: bytes | Path | np.ndarray) -> Image.Image:
             raise BadImage("a Git LFS pointer, not the image: run git lfs pull")
         try:
             with warnings.catch_warnings(action="ignore"):  # about unusual files
-                return _decode(*containers.strip_metadata(file, beginning, size))
+                return _decode(*containers.strip_metadata(file, beginning, size), need)
         except BadImage:
             raise
         except UnidentifiedImageError as error:
@@ -80,13 +111,18 @@ def decode_image(image: bytes | Path | np.ndarray) -> Image.Image:
             raise BadImage(f"damaged: {first_line(error)}") from error
 
 
-def _decode(file: BinaryIO, info: Mapping[str, Any]) -> Image.Image:
+def _whole(image: Image.Image) -> Decoded:
+    return Decoded(image, (image.height, image.width), (0, 0, image.width, image.height))
+
+
+def _decode(file: BinaryIO, info: Mapping[str, Any], need: Need | None) -> Decoded:
     """Decode to 8 bits, L or RGB. `info` has profile and orientation by Pillow's names."""
     with Image.open(file, formats=depth.FORMATS) as opened:
         width, height = opened.size
         if width * height > MAX_PIXELS:
             raise BadImage(f"{width:,} x {height:,} pixels; the most is {MAX_PIXELS:,} in all")
         opened.info.update(info)
+        covered = None if need is None else _scale_down(opened, need)
         opened.tile = tiles = depth.fix_tiles(opened)
         opened.load()
         profile = opened.info.get("icc_profile")
@@ -97,14 +133,38 @@ def _decode(file: BinaryIO, info: Mapping[str, Any]) -> Image.Image:
             if tiles and opened.mode in ("RGB", "RGBA", "CMYK"):
                 depth.refuse_faint_colours(opened, tiles[0], file)
             image = colour.to_srgb(depth.with_alpha(opened, tiles, file), profile)
-        turn = _TURNS.get(_orientation(opened))
+        orientation = _orientation(opened)
     if image.mode in ("LA", "RGBA"):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
     plain = image.copy() if image is opened else image  # independent of the file
+    turn = _TURNS.get(orientation)
     plain = plain if turn is None else plain.transpose(turn)
     plain.info = {}
-    return plain
+    if covered is None:
+        return _whole(plain)
+    box = _turned(covered, plain.size, orientation)
+    return Decoded(plain, (width, height) if orientation in _SIDEWAYS else (height, width), box)
+
+
+def _scale_down(opened: Image.Image, need: Need) -> tuple[float, float] | None:
+    """Let a JPEG decoder leave out what is not needed. Return the width and height that the picture then covers.
+
+    None if it is decoded as it is.
+    """
+    if not isinstance(opened, JpegImagePlugin.JpegImageFile):
+        return None
+    width, height = opened.size
+    sideways = _orientation(opened) in _SIDEWAYS
+    kept = need.size(*((width, height) if sideways else (height, width)))
+    least = [max(1, math.ceil(SPARE * side)) for side in (kept if sideways else kept[::-1])]
+    # with a profile the colours are needed even for grey
+    grey = need.grey and colour.srgb_transform(opened.info.get("icc_profile"), opened.mode) is None
+    drafted = opened.draft("L" if grey else None, (least[0], least[1]))
+    if drafted is None or opened.size == (width, height):
+        return None
+    _, (_, _, right, bottom) = drafted
+    return right, bottom
 
 
 _TURNS = {
@@ -116,6 +176,19 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # height and width change places
+_FROM_RIGHT, _FROM_BOTTOM = (
+    (2, 3, 6, 7),
+    (3, 4, 7, 8),
+)  # where the first column and row of the turned picture come to be
+
+
+def _turned(covered: tuple[float, float], size: tuple[int, int], orientation: Any) -> Box:
+    """Where the part that began top left and was `covered` wide and high lies in the turned picture of `size`."""
+    across, down = covered[::-1] if orientation in _SIDEWAYS else covered
+    left = size[0] - across if orientation in _FROM_RIGHT else 0.0
+    top = size[1] - down if orientation in _FROM_BOTTOM else 0.0
+    return left, top, left + across, top + down
 
 
 def _orientation(opened: Image.Image) -> Any:
@@ -131,29 +204,31 @@ def _orientation(opened: Image.Image) -> Any:
 # --- fitting ----------------------------------------------------------------------------------
 
 
-def fit_image(image: Image.Image, size: tuple[int, int], channels: int, fit: str = "crop") -> np.ndarray:
-    """Resize (bicubic, antialiased) and convert: (C, H, W) uint8.
+def fit_image(
+    image: Image.Image, size: tuple[int, int], channels: int, fit: str = "crop", part: Box | None = None
+) -> np.ndarray:
+    """Resize (bicubic, antialiased) and convert the image, or a part of it: (C, H, W) uint8.
 
-    "crop" covers `size` and cuts out the centre; "pad" fits the whole image in, on white.
+    "crop" covers `size` and cuts out the centre; "pad" fits the whole in, on white.
     """
     height, width = size
     if channels not in (1, 3):
         raise SanaError(f"model.in_channels: images have 1 or 3 channels, not {channels}", exit_code=2)
     image = image.convert("L" if channels == 1 else "RGB")
-    scale = buckets.scale((image.height, image.width), size, fit)
+    whole = (0, 0, image.width, image.height)
+    part = whole if part is None else part
+    across, down = part[2] - part[0], part[3] - part[1]
+    scale = buckets.scale((down, across), size, fit)
     if fit == "crop":  # resize only the visible box: the image may be very long
-        inner = min(image.width, width / scale), min(image.height, height / scale)
-        left, top = (image.width - inner[0]) / 2, (image.height - inner[1]) / 2
-        if image.size != (width, height):
-            box = (left, top, left + inner[0], top + inner[1])
+        inner = min(across, width / scale), min(down, height / scale)
+        left, top = part[0] + (across - inner[0]) / 2, part[1] + (down - inner[1]) / 2
+        if part != whole or image.size != (width, height):
+            box = (left, top, min(left + inner[0], image.width), min(top + inner[1], image.height))
             image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     else:
-        inside = (
-            min(width, max(1, round(image.width * scale))),
-            min(height, max(1, round(image.height * scale))),
-        )
-        if inside != image.size:
-            image = image.resize(inside, Image.Resampling.BICUBIC)
+        inside = min(width, max(1, round(across * scale))), min(height, max(1, round(down * scale)))
+        if part != whole or inside != image.size:
+            image = image.resize(inside, Image.Resampling.BICUBIC, box=part)
         if inside != (width, height):
             sheet = Image.new(image.mode, (width, height), "white")
             sheet.paste(image, ((width - inside[0]) // 2, (height - inside[1]) // 2))
@@ -175,6 +250,16 @@ class Fitting:
         """Height and width that an image of this height and width gets."""
         return self.size if self.buckets is None else buckets.choose(self.buckets, height, width, self.fit)
 
+    @property
+    def need(self) -> Need:
+        """What is kept of an image."""
+
+        def kept(height: int, width: int) -> tuple[float, float]:
+            scale = buckets.scale((height, width), self.size_for(height, width), self.fit)
+            return height * scale, width * scale
+
+        return Need(kept, grey=self.channels == 1)
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -190,10 +275,10 @@ def decode_all(images: Sequence[Encoded], fitting: Fitting) -> list[Fitted | str
     for image in images:
         try:
             encoded = image if isinstance(image, bytes | Path | np.ndarray) else image.draw(*fitting.size)
-            decoded = decode_image(encoded)
-            original = decoded.height, decoded.width
-            pixels = fit_image(decoded, fitting.size_for(*original), fitting.channels, fitting.fit)
-            found.append(Fitted(np.ascontiguousarray(pixels), original))
+            decoded = decode(encoded, fitting.need)
+            size = fitting.size_for(*decoded.original)
+            pixels = fit_image(decoded.image, size, fitting.channels, fitting.fit, decoded.box)
+            found.append(Fitted(np.ascontiguousarray(pixels), decoded.original))
         except BadImage as error:
             found.append(str(error))
         except SanaError:

@@ -5,7 +5,7 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -953,3 +953,92 @@ def test_padding_keeps_the_whole_image() -> None:
     assert (padded[:, :4] == 255).all()
     assert (padded[:, 12:] == 255).all()
     assert (data.fit_image(wide, (16, 16), 3)[1] == 0).all()
+
+
+# --- JPEG decoders that scale ---------------------------------------------------------------------------------
+
+
+@cache
+def photo(height: int, width: int) -> Image.Image:
+    """Colours at every scale, as in a photo, and hard edges."""
+    draws = np.random.default_rng(0)
+    total = np.zeros((height, width, 3))
+    for octave in range(2, 9):
+        small = draws.normal(size=(2**octave, 2**octave, 3)).astype(np.float32)
+        layers = [
+            Image.fromarray(layer).resize((width, height), Image.Resampling.BICUBIC)
+            for layer in small.transpose(2, 0, 1)
+        ]
+        total += np.stack([np.asarray(layer) for layer in layers], axis=-1) * 0.6**octave
+    levels = (128 + 90 * total / total.std()).clip(0, 255).astype(np.uint8)
+    levels[height // 3 : height // 2, width // 5 : width // 4] = 250, 20, 30
+    levels[height // 2 :, width // 2 : width // 2 + 3] = 0
+    return Image.fromarray(levels)
+
+
+def fitted_by(raw: bytes, fitting: images.Fitting) -> tuple[np.ndarray, np.ndarray, images.Decoded]:
+    """An image as it is embedded; and all of it decoded first, which is the slow way."""
+    (found,) = images.decode_all([raw], fitting)
+    assert isinstance(found, images.Fitted)
+    whole = data.decode_image(raw)
+    assert found.original == (whole.height, whole.width)
+    slow = data.fit_image(whole, fitting.size_for(*found.original), fitting.channels, fitting.fit)
+    return found.pixels.astype(int), slow.astype(int), images.decode(raw, fitting.need)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_scaled_jpeg_is_as_if_all_of_it_was_decoded(orientation: int, fit: str, channels: int) -> None:
+    raw = encoded(photo(805, 1203), "JPEG", quality=92, exif=b"Exif\0\0" + exif(orientation))
+    for size in ((40, 48), (100, 70), (128, 144)):  # by 8, 4 and 2 if cropped; 805 and 1203 are no multiples
+        fitting = images.Fitting(size, channels, fit)
+        found, slow, decoded = fitted_by(raw, fitting)
+        assert found.shape == (channels, *size)
+        assert max(decoded.original) == 1203
+        times = decoded.image.height / fitting.need.size(*decoded.original)[0]
+        assert 2 <= times < 4.1 or decoded.image.height < decoded.original[0] / 7
+        assert decoded.image.height < decoded.original[0] / 1.9, "it was scaled"
+        assert abs(found - slow).mean() < 1
+        assert abs(found - slow).max() < 24
+        assert abs(found.mean() - slow.mean()) < 0.1
+        shifted = abs(found[:, :, 1:] - slow[:, :, :-1]).mean(), abs(found[:, 1:] - slow[:, :-1]).mean()
+        assert min(shifted) > 10 * abs(found - slow).mean(), "so that a shift of a tenth would be seen"
+
+
+def test_a_jpeg_is_never_scaled_below_twice_what_is_kept() -> None:
+    raw = encoded(photo(160, 320), "JPEG")
+    for side, width in ((20, 80), (21, 160), (40, 160), (41, 320), (160, 320), (400, 320)):
+        need = images.Fitting((side, side), 3).need
+        assert images.decode(raw, need).image.width == width, side
+    wide = images.Fitting((32, 32), 3, buckets=(32, 64)).need  # (32, 64) is a shape of the second table
+    assert images.decode(raw, wide).original == (160, 320)
+    assert np.array_equal(*fitted_by(encoded(photo(160, 320)), images.Fitting((20, 20), 3))[:2]), (
+        "a PNG is not"
+    )
+
+
+def test_a_jpeg_with_a_profile_is_scaled_in_colour() -> None:
+    raw = encoded(photo(805, 1203), "JPEG", quality=92, icc_profile=P3_PROFILE)
+    found, slow, decoded = fitted_by(raw, images.Fitting((40, 48), 1))
+    assert decoded.image.mode == "RGB"
+    assert abs(found - slow).mean() < 1
+    plain = images.decode(encoded(photo(80, 120), "JPEG"), images.Fitting((20, 20), 1).need)
+    assert plain.image.mode == "L"
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_grey_printed_and_progressive_jpegs_are_scaled_too(mode: str, progressive: bool) -> None:
+    raw = encoded(photo(805, 1203).convert(mode), "JPEG", quality=92, progressive=progressive)
+    for channels in (1, 3):
+        found, slow, decoded = fitted_by(raw, images.Fitting((40, 48), channels))
+        assert decoded.image.width == 151
+        assert abs(found - slow).mean() < 1
+
+
+def test_a_damaged_jpeg_is_refused_when_scaled() -> None:
+    raw = encoded(photo(805, 1203), "JPEG")
+    (reason,) = images.decode_all([raw[: len(raw) // 2]], images.Fitting((16, 16), 3))
+    assert isinstance(reason, str)
+    assert reason.startswith("damaged: ")
