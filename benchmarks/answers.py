@@ -370,10 +370,13 @@ def _steps(results: Results, of: tuple[str, str, str]) -> list[int]:
 
 
 def captions_plot(results: Results, path: Path) -> None:
-    """Single attributes as asked over steps, by kind of caption."""
+    """Single attributes as asked over steps, by kind of caption, of those encoders that all seeds have."""
     figure, panels = _panels(len(KINDS))
+    names = results.names("captions", "critters")
+    seeds = {name: len(results.runs("captions", "critters", name)) for name in names}
+    names = [name for name in names if seeds[name] == max(seeds.values())]
     for panel, (kind, title) in zip(panels, KINDS.items(), strict=True):
-        for number, name in enumerate(results.names("captions", "critters")):
+        for number, name in enumerate(names):
             of = ("captions", "critters", name)
             steps = _steps(results, of)
             _curve(panel, number, steps, [results.estimate(*of, share(kind, "each", s)) for s in steps], name)
@@ -433,7 +436,7 @@ def places_plot(results: Results, path: Path, sigma: str) -> None:
     panels[1].set(ylim=(-0.05, 1.02), xticks=[*layers])
     panels[2].set(xlabel="pixels to a side", title="drawn at other sizes than 32", ylim=(0, 101))
     panels[2].set(xticks=[*map(int, sides)])
-    panels[0].legend(fontsize="x-small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     _save(figure, path)
 
 

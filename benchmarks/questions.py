@@ -227,6 +227,7 @@ CAPTION_PAIRS = (
     (TINY, "MiniLM"),
     (TINY, "SmolLM2"),
     ("SmolLM2, layer 6", "SmolLM2"),
+    ("SmolLM2, layer 6", "MiniLM"),
     ("SmolLM2, layer 15", "SmolLM2"),
     ("MiniLM", "MiniLM, no caption norm"),
     ("SmolLM2", "SmolLM2, no caption norm"),
