@@ -12,7 +12,7 @@ Shapes: H W height and width in pixels, C channels.
 import io
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,9 +38,8 @@ UNREAD = {  # other formats: not read, but reported
 }  # fmt: skip
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 2**20
-SPARE = (
-    2.0  # times the kept height and width that are decoded at least: resizing hides how the decoder scaled
-)
+# times the kept height and width that are decoded at least: resizing hides how the decoder scaled
+SPARE = 2.0
 
 Box = tuple[float, float, float, float]  # left, top, right and bottom edge, in pixels
 
@@ -52,11 +51,22 @@ def unread_reason(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Need:
-    """How much of a picture is kept, so that no more is decoded."""
+class Fitting:
+    """What becomes of images."""
 
-    size: Callable[[int, int], tuple[float, float]]  # kept height and width, of the whole picture's
-    grey: bool = False  # its colours are not
+    size: tuple[int, int]  # height and width of all, and of drawings
+    channels: int
+    fit: str = "crop"
+    buckets: tuple[int, ...] | None = None  # sizes of the tables that each image's shape is chosen from
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that an image of this height and width gets."""
+        return self.size if self.buckets is None else buckets.choose(self.buckets, height, width, self.fit)
+
+    def kept(self, height: int, width: int) -> tuple[float, float]:
+        """Height and width to which the whole of an image of this height and width is resized."""
+        scale = buckets.scale((height, width), self.size_for(height, width), self.fit)
+        return height * scale, width * scale
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,11 @@ def decode_image(image: bytes | Path | np.ndarray) -> Image.Image:
     return decode(image).image
 
 
-def decode(image: bytes | Path | np.ndarray, need: Need | None = None) -> Decoded:
+def decode(image: bytes | Path | np.ndarray, fitting: Fitting | None = None) -> Decoded:
     """Decode a file, its bytes or pixels: upright, L or RGB in sRGB, transparency over white.
 
     Only the first frame is decoded. White depends on the data type (255, 65535 or 1.0), never
-    on the values. A JPEG is decoded at a half, a quarter or an eighth where `need` allows it.
+    on the values. A JPEG is decoded at a half, a quarter or an eighth where `fitting` needs no more.
 
     Raises:
         BadImage: it is not an image or is damaged, is over `MAX_PIXELS` or `MAX_FILE_BYTES`, or
@@ -98,7 +108,7 @@ def decode(image: bytes | Path | np.ndarray, need: Need | None = None) -> Decode
             raise BadImage("a Git LFS pointer, not the image: run git lfs pull")
         try:
             with warnings.catch_warnings(action="ignore"):  # about unusual files
-                return _decode(*containers.strip_metadata(file, beginning, size), need)
+                return _decode(*containers.strip_metadata(file, beginning, size), fitting)
         except BadImage:
             raise
         except UnidentifiedImageError as error:
@@ -115,14 +125,14 @@ def _whole(image: Image.Image) -> Decoded:
     return Decoded(image, (image.height, image.width), (0, 0, image.width, image.height))
 
 
-def _decode(file: BinaryIO, info: Mapping[str, Any], need: Need | None) -> Decoded:
+def _decode(file: BinaryIO, info: Mapping[str, Any], fitting: Fitting | None) -> Decoded:
     """Decode to 8 bits, L or RGB. `info` has profile and orientation by Pillow's names."""
     with Image.open(file, formats=depth.FORMATS) as opened:
         width, height = opened.size
         if width * height > MAX_PIXELS:
             raise BadImage(f"{width:,} x {height:,} pixels; the most is {MAX_PIXELS:,} in all")
         opened.info.update(info)
-        covered = None if need is None else _scale_down(opened, need)
+        covered = None if fitting is None else _scale_down(opened, fitting)
         opened.tile = tiles = depth.fix_tiles(opened)
         opened.load()
         profile = opened.info.get("icc_profile")
@@ -147,7 +157,7 @@ def _decode(file: BinaryIO, info: Mapping[str, Any], need: Need | None) -> Decod
     return Decoded(plain, (width, height) if orientation in _SIDEWAYS else (height, width), box)
 
 
-def _scale_down(opened: Image.Image, need: Need) -> tuple[float, float] | None:
+def _scale_down(opened: Image.Image, fitting: Fitting) -> tuple[float, float] | None:
     """Let a JPEG decoder leave out what is not needed. Return the width and height that the picture then covers.
 
     None if it is decoded as it is.
@@ -156,10 +166,12 @@ def _scale_down(opened: Image.Image, need: Need) -> tuple[float, float] | None:
         return None
     width, height = opened.size
     sideways = _orientation(opened) in _SIDEWAYS
-    kept = need.size(*((width, height) if sideways else (height, width)))
+    kept = fitting.kept(*((width, height) if sideways else (height, width)))
     least = [max(1, math.ceil(SPARE * side)) for side in (kept if sideways else kept[::-1])]
     # with a profile the colours are needed even for grey
-    grey = need.grey and colour.srgb_transform(opened.info.get("icc_profile"), opened.mode) is None
+    grey = (
+        fitting.channels == 1 and colour.srgb_transform(opened.info.get("icc_profile"), opened.mode) is None
+    )
     drafted = opened.draft("L" if grey else None, (least[0], least[1]))
     if drafted is None or opened.size == (width, height):
         return None
@@ -177,10 +189,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)  # height and width change places
-_FROM_RIGHT, _FROM_BOTTOM = (
-    (2, 3, 6, 7),
-    (3, 4, 7, 8),
-)  # where the first column and row of the turned picture come to be
+# where the edge that is first in the file is the last of the turned picture
+_FROM_RIGHT, _FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 def _turned(covered: tuple[float, float], size: tuple[int, int], orientation: Any) -> Box:
@@ -238,30 +248,6 @@ def fit_image(
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """What becomes of images."""
-
-    size: tuple[int, int]  # height and width of all, and of drawings
-    channels: int
-    fit: str = "crop"
-    buckets: tuple[int, ...] | None = None  # sizes of the tables that each image's shape is chosen from
-
-    def size_for(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that an image of this height and width gets."""
-        return self.size if self.buckets is None else buckets.choose(self.buckets, height, width, self.fit)
-
-    @property
-    def need(self) -> Need:
-        """What is kept of an image."""
-
-        def kept(height: int, width: int) -> tuple[float, float]:
-            scale = buckets.scale((height, width), self.size_for(height, width), self.fit)
-            return height * scale, width * scale
-
-        return Need(kept, grey=self.channels == 1)
-
-
-@dataclass(frozen=True)
 class Fitted:
     """An image as it is stored, and its height and width before."""
 
@@ -275,7 +261,7 @@ def decode_all(images: Sequence[Encoded], fitting: Fitting) -> list[Fitted | str
     for image in images:
         try:
             encoded = image if isinstance(image, bytes | Path | np.ndarray) else image.draw(*fitting.size)
-            decoded = decode(encoded, fitting.need)
+            decoded = decode(encoded, fitting)
             size = fitting.size_for(*decoded.original)
             pixels = fit_image(decoded.image, size, fitting.channels, fitting.fit, decoded.box)
             found.append(Fitted(np.ascontiguousarray(pixels), decoded.original))

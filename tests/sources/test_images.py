@@ -983,7 +983,7 @@ def fitted_by(raw: bytes, fitting: images.Fitting) -> tuple[np.ndarray, np.ndarr
     whole = data.decode_image(raw)
     assert found.original == (whole.height, whole.width)
     slow = data.fit_image(whole, fitting.size_for(*found.original), fitting.channels, fitting.fit)
-    return found.pixels.astype(int), slow.astype(int), images.decode(raw, fitting.need)
+    return found.pixels.astype(int), slow.astype(int), images.decode(raw, fitting)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -996,7 +996,7 @@ def test_a_scaled_jpeg_is_as_if_all_of_it_was_decoded(orientation: int, fit: str
         found, slow, decoded = fitted_by(raw, fitting)
         assert found.shape == (channels, *size)
         assert max(decoded.original) == 1203
-        times = decoded.image.height / fitting.need.size(*decoded.original)[0]
+        times = decoded.image.height / fitting.kept(*decoded.original)[0]
         assert 2 <= times < 4.1 or decoded.image.height < decoded.original[0] / 7
         assert decoded.image.height < decoded.original[0] / 1.9, "it was scaled"
         assert abs(found - slow).mean() < 1
@@ -1009,9 +1009,9 @@ def test_a_scaled_jpeg_is_as_if_all_of_it_was_decoded(orientation: int, fit: str
 def test_a_jpeg_is_never_scaled_below_twice_what_is_kept() -> None:
     raw = encoded(photo(160, 320), "JPEG")
     for side, width in ((20, 80), (21, 160), (40, 160), (41, 320), (160, 320), (400, 320)):
-        need = images.Fitting((side, side), 3).need
-        assert images.decode(raw, need).image.width == width, side
-    wide = images.Fitting((32, 32), 3, buckets=(32, 64)).need  # (32, 64) is a shape of the second table
+        fitting = images.Fitting((side, side), 3)
+        assert images.decode(raw, fitting).image.width == width, side
+    wide = images.Fitting((32, 32), 3, buckets=(32, 64))  # (32, 64) is a shape of the second table
     assert images.decode(raw, wide).original == (160, 320)
     assert np.array_equal(*fitted_by(encoded(photo(160, 320)), images.Fitting((20, 20), 3))[:2]), (
         "a PNG is not"
@@ -1023,7 +1023,7 @@ def test_a_jpeg_with_a_profile_is_scaled_in_colour() -> None:
     found, slow, decoded = fitted_by(raw, images.Fitting((40, 48), 1))
     assert decoded.image.mode == "RGB"
     assert abs(found - slow).mean() < 1
-    plain = images.decode(encoded(photo(80, 120), "JPEG"), images.Fitting((20, 20), 1).need)
+    plain = images.decode(encoded(photo(80, 120), "JPEG"), images.Fitting((20, 20), 1))
     assert plain.image.mode == "L"
 
 
