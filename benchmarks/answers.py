@@ -220,9 +220,25 @@ def equal_time(results: Results, world: str, leave_out: Sequence[str]) -> float:
     )
 
 
+def width_values(
+    results: Results, world: str, steps: int, part: str, leave_out: Sequence[str] = ()
+) -> dict[str, Value]:
+    """What widths are compared by: after as many steps, and after as long a time."""
+    seconds = equal_time(results, world, leave_out)
+    return {
+        f"as asked, {steps} steps": share("seen", part, steps),
+        "distance": distance(steps),
+        f"as asked, {seconds:.0f} s": at_time(
+            lambda count: share("seen", part, count), seconds, results.seconds_per_step
+        ),
+        f"distance, {seconds:.0f} s": far_at_time(seconds, results.seconds_per_step),
+    }
+
+
 def width_table(results: Results, world: str, steps: int, part: str, leave_out: Sequence[str] = ()) -> str:
     """Accuracy and distance by width, after as many steps and after as long a time."""
     seconds = equal_time(results, world, leave_out)
+    values = width_values(results, world, steps, part, leave_out).values()
     far = real_distance(results, "width", world)
     header = ["width", "million parameters", "ms a step", f"as asked after {steps} steps", far]
     header += [f"as asked after {seconds:.0f} s", "distance"]
@@ -233,14 +249,8 @@ def width_table(results: Results, world: str, steps: int, part: str, leave_out: 
         of = ("width", world, name)
         parts = [results.estimate(*of, lambda record: record["parameters"] / 1e6).mean]
         parts += [results.estimate(*of, lambda record: 1000 * results.seconds_per_step(record)).mean]
-        values = [share("seen", part, steps), distance(steps)]
-        values += [
-            at_time(lambda count: share("seen", part, count), seconds, results.seconds_per_step),
-            far_at_time(seconds, results.seconds_per_step),
-        ]
-        rows.append(
-            [name, f"{parts[0]:.2f}", f"{parts[1]:.0f}", *(results.estimate(*of, v).text() for v in values)]
-        )
+        texts = [results.estimate(*of, value).text() for value in values]
+        rows.append([name, f"{parts[0]:.2f}", f"{parts[1]:.0f}", *texts])
     return table(header, rows)
 
 

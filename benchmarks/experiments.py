@@ -354,7 +354,7 @@ class Place:
             model = checkpoint.load_transformer(place)
             drawn = []
             for number, (group, ids) in enumerate(zip(groups, captions, strict=True)):
-                states = states_of(group.dataset, ids)
+                states = group.dataset.shared_states(ids)
                 pixels = draw(model, states, null, config, dataset.image_shape, 10_000 * number)
                 drawn.append(group.of([group.texts[caption] for caption in ids], pixels))
             verdict = verdict_on(judged, *drawn)
@@ -384,7 +384,7 @@ class Place:
         if run.probe:
             found["places"] = probe(model, dataset, held_out or dataset)
             found["sizes"] = {}
-            states = states_of(groups[0].dataset, captions[0])
+            states = groups[0].dataset.shared_states(captions[0])
             for side in (24, 32, 48, 64):
                 pixels = draw(model, states, null, config, (dataset.image_shape[0], side, side), 0)
                 small = F.interpolate(pixels.float(), dataset.image_shape[1:], mode="area").round().byte()
@@ -399,13 +399,6 @@ def datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     split = config.data.held_out
     held_out = None if split is None else Dataset(held_out_dir(config.data.dir, split))
     return Dataset(config.data.dir), held_out
-
-
-def states_of(dataset: Dataset, ids: Sequence[int]) -> list[Tensor]:
-    """The states of captions, of which those that are alike share a tensor."""
-    distinct = sorted(set(ids))
-    found = dict(zip(distinct, dataset.states(distinct), strict=True))
-    return [found[caption] for caption in ids]
 
 
 def reading(found: Reading) -> dict[str, Any]:
@@ -514,7 +507,7 @@ def _states(model: transformer.SanaTransformer, dataset: Dataset, sigma: float, 
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     x = (1 - sigma) * images + sigma * noise
     states, mask = pad_states(
-        [s.float() for s in states_of(dataset, [ids[0] for ids in dataset.caption_ids(rows)])]
+        [s.float() for s in dataset.shared_states([ids[0] for ids in dataset.caption_ids(rows)])]
     )
     timestep = torch.full((1,), 1000 * sigma * model.config.timestep_scale)
     blocks = range(model.config.num_layers)

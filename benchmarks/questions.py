@@ -246,18 +246,9 @@ PLACE_VALUES = {
 }
 
 
-def width_values(results: answers.Results, world: str) -> dict[str, answers.Value]:
-    """What widths are compared by: after as many steps, and after as long a time."""
-    part, steps = COUNTED[world], EQUAL_STEPS[world]
-    seconds = answers.equal_time(results, world, [str(LESSON_WIDTH)])
-    return {
-        f"as asked, {steps} steps": answers.share("seen", part, steps),
-        "distance": answers.distance(steps),
-        f"as asked, {seconds:.0f} s": answers.at_time(
-            lambda count: answers.share("seen", part, count), seconds, results.seconds_per_step
-        ),
-        f"distance, {seconds:.0f} s": answers.far_at_time(seconds, results.seconds_per_step),
-    }
+def of_widths(world: str) -> tuple[str, int, str, list[str]]:
+    """How the widths of a world are compared: steps, what is counted, and the width that is left out."""
+    return world, EQUAL_STEPS[world], COUNTED[world], [str(LESSON_WIDTH)]
 
 
 def tables(results: answers.Results, questions: Sequence[str]) -> dict[str, str]:
@@ -271,13 +262,12 @@ def tables(results: answers.Results, questions: Sequence[str]) -> dict[str, str]
     if "width" in questions:
         for world in MARKS:
             if results.names("width", world):
-                given = (results, world, EQUAL_STEPS[world], COUNTED[world], [str(LESSON_WIDTH)])
-                found[f"width, {world}"] = answers.width_table(*given)
+                found[f"width, {world}"] = answers.width_table(results, *of_widths(world))
                 found[f"width, {world}, differences"] = answers.differences(
                     results,
                     ("width", world),
                     (*WIDTH_PAIRS, SHORT_WIDTH_PAIRS[0]),
-                    width_values(results, world),
+                    answers.width_values(results, *of_widths(world)),
                 )
         found["width, rates"] = "\n\n".join(
             answers.rates_table(results, world, EQUAL_STEPS[world], part) for world, part in COUNTED.items()
@@ -303,7 +293,11 @@ def signs(records: Sequence[answers.Record]) -> str:
     others = answers.Results([one for one in records if one["run"]["seed"] != SHORT_SEED])
     compared: tuple[tuple[tuple[str, str], Pairs, Mapping[str, answers.Value]], ...] = (
         (("captions", "critters"), CAPTION_PAIRS, CAPTION_VALUES),
-        (("width", "digits"), SHORT_WIDTH_PAIRS, width_values(answers.Results(records), "digits")),
+        (
+            ("width", "digits"),
+            SHORT_WIDTH_PAIRS,
+            answers.width_values(answers.Results(records), *of_widths("digits")),
+        ),
         (("places", "sides"), PLACE_PAIRS, PLACE_VALUES),
     )
     rows, same = [], 0

@@ -510,9 +510,7 @@ def _draw(
     ]
     given = list[Tensor]()
     for group, captions in zip(prompts, chosen, strict=True):
-        distinct = sorted(set(captions))  # images that share a caption share its tensor
-        states = dict(zip(distinct, group.dataset.states(distinct), strict=True))
-        given += [states[caption] for caption in captions]
+        given += group.dataset.shared_states(captions)
     seeds = range(options.seed, options.seed + len(given))
     every = sum(setting.steps for candidate in candidates for setting in candidate.settings)
     before = 0

@@ -185,6 +185,12 @@ class Dataset:
             found.append(shard["states"][start:end])
         return found
 
+    def shared_states(self, caption_ids: Sequence[int]) -> list[Tensor]:
+        """The same, where captions that are alike share a tensor, as a sampler can tell by it."""
+        distinct = sorted(set(caption_ids))
+        found = dict(zip(distinct, self.states(distinct), strict=True))
+        return [found[caption] for caption in caption_ids]
+
     def longest_caption(self) -> int:
         """Tokens of the longest caption."""
         return max(
