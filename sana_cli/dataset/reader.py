@@ -235,6 +235,15 @@ class Dataset:
         found: np.ndarray = self._shape_numbers[shards]
         return found
 
+    def rows_of_shape(self, number: int, places: np.ndarray) -> np.ndarray:
+        """The rows (B,) of images by their places among those of a shape, in the order of rows."""
+        shards = np.flatnonzero(self._shape_numbers == number)
+        starts = self._image_starts[shards]
+        ends = np.cumsum(self._image_starts[shards + 1] - starts)
+        which = np.searchsorted(ends, places, side="right")
+        rows: np.ndarray = self._image_starts[shards + 1][which] - (ends[which] - places)
+        return rows
+
     def original_sizes(self) -> np.ndarray:
         """Height and width of every image before it was fitted, (n, 2)."""
         # copies: what is read of a shard keeps its file mapped

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sana_cli.dataset.order import Shuffle
 from sana_cli.dataset.reader import Dataset
 from sana_cli.runtime.records import Origin
 
 Shape = tuple[int, int, int]  # channels, height, width
-CHUNKS, STREAMS = 1, 2  # uses of the generator for the order of rows, beside that of epochs, 0
+CHUNKS, GROUPS, STREAMS = range(3)  # what an order is of, in its key
+BLOCK = 4096  # images whose order is computed at once
 
 
 class TrainSet(Protocol):
@@ -80,13 +82,31 @@ class Part:
         return math.floor(epochs * self.images)
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """The images of one shape of a part: an endless row of permutations of them."""
+
+    part: int
+    shape: int  # its number in the part's dataset
+    count: int
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """What an epoch has, by the numbers of streams: where each begins in it, and how many images it takes."""
+
+    firsts: np.ndarray
+    counts: np.ndarray
+
+
 class Mixture:
     """Datasets of one encoder and one kind of sample as a `TrainSet`, in an order drawn from a seed.
 
-    Each dataset is an endless stream of permutations of its rows. An epoch takes the next
-    `times * rows` of each stream and shuffles them together. So no image is dropped, and after any
-    epoch the counts of a dataset's images differ by one at most. With one dataset seen once, an
-    epoch is a permutation of it.
+    The images of one shape of a dataset are an endless stream of permutations of them. An epoch takes the next
+    `times * rows` images of each dataset, of each shape its share, and shuffles them together. So no image is
+    dropped, and after any epoch the counts of a dataset's images differ by one at most. With one dataset seen
+    once, an epoch is a permutation of it. The place of each image is computed (`order.py`): no list of images is
+    kept, and any part of a run is as cheap as its beginning.
 
     Rows and caption ids are those of the parts, one part after the other.
     """
@@ -101,7 +121,18 @@ class Mixture:
         self.shapes = tuple(sorted(every, key=lambda shape: (-shape[1] * shape[2], shape)))
         number = {shape: at for at, shape in enumerate(self.shapes)}
         self._numbers = [np.array([number[shape] for shape in part.dataset.shapes]) for part in parts]
-        self._order = lru_cache(maxsize=2)(self._draw_epoch)
+        self._streams = [
+            _Stream(at, shape, count)
+            for at, part in enumerate(self.parts)
+            for shape, count in enumerate(part.dataset.shapes.values())
+        ]
+        # streams whose images are shuffled together: all, or those of one shape
+        self._groups = [np.arange(len(self._streams))]
+        if chunk > 1 and len(self.shapes) > 1:
+            shapes = np.array([self._numbers[stream.part][stream.shape] for stream in self._streams])
+            self._groups = [np.flatnonzero(shapes == shape) for shape in range(len(self.shapes))]
+        self._epoch = lru_cache(maxsize=2)(self._count_epoch)
+        self._block = lru_cache(maxsize=2)(self._draw_block)
 
     def __len__(self) -> int:
         return int(self.row_starts[-1])
@@ -129,28 +160,77 @@ class Mixture:
         while number < first + count:
             epoch = self.epoch_of(number)
             start, end = self.starts(epoch), min(self.starts(epoch + 1), first + count)
-            found.append(self._order(epoch)[number - start : end - start])
-            number = end
+            block, inside = divmod(number - start, BLOCK)
+            found.append(self._block(epoch, block)[inside : inside + end - number])
+            number += len(found[-1])
         return np.concatenate(found)
 
-    def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch in their order."""
-        taken = []
-        for number, part in enumerate(self.parts):
-            first, end = part.taken(epoch), part.taken(epoch + 1)
-            rows = shuffled_rows(first, end - first, len(part.dataset), self.seed, STREAMS + number)
-            taken.append(self.row_starts[number] + np.sort(rows))
-        there = np.concatenate(taken)
-        shuffled: np.ndarray = there[_permutation(len(there), self.seed, epoch)]
-        if self.chunk == 1 or len(self.shapes) == 1:
-            return shuffled
-        numbers = self.shape_numbers(shuffled)
-        chunks = [
-            rows[at : at + self.chunk]
-            for rows in (shuffled[numbers == number] for number in range(len(self.shapes)))
-            for at in range(0, len(rows), self.chunk)
-        ]
-        return np.concatenate([chunks[at] for at in _permutation(len(chunks), self.seed, epoch, CHUNKS)])
+    def _count_epoch(self, epoch: int) -> _Epoch:
+        firsts, ends = (np.array(self._taken(number), dtype=np.int64) for number in (epoch, epoch + 1))
+        return _Epoch(firsts, ends - firsts)
+
+    def _taken(self, epochs: int) -> list[int]:
+        """How many images of each stream the first `epochs` epochs have."""
+        found = []
+        for part in self.parts:
+            rows = len(part.dataset)
+            times, more = divmod(part.taken(epochs), rows)
+            for count in part.dataset.shapes.values():  # of what is left, each shape has its share
+                share = more * count // rows
+                found.append(times * count + share)
+                more, rows = more - share, rows - count
+        return found
+
+    def _draw_block(self, epoch: int, block: int) -> np.ndarray:
+        """The rows of the `BLOCK` images from `block * BLOCK` of an epoch, fewer at its end."""
+        counts = self._epoch(epoch).counts
+        places = np.arange(BLOCK * block, min(BLOCK * (block + 1), int(counts.sum())))
+        groups, inside = self._grouped(epoch, [int(counts[group].sum()) for group in self._groups], places)
+        found = np.empty(len(places), dtype=np.int64)
+        for number in np.unique(groups):
+            of_group = np.flatnonzero(groups == number)
+            found[of_group] = self._of_group(epoch, int(number), inside[of_group])
+        return found
+
+    def _grouped(self, epoch: int, counts: list[int], places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The group of each place of an epoch, and its place in that. Groups have these counts, cut into chunks."""
+        if len(counts) == 1:
+            return np.zeros_like(places), places
+        chunks = np.array([-(-count // self.chunk) for count in counts])
+        ends = np.cumsum(chunks)
+        order = Shuffle(int(ends[-1]), (self.seed, epoch, CHUNKS))
+        # the last chunk of a group may be short by a few: what comes after it begins as much earlier
+        missing = chunks * self.chunk - counts
+        short = np.flatnonzero(missing)
+        at = order.places(ends[short] - 1)
+        sorting = np.argsort(at)
+        lacking = np.cumsum(missing[short][sorting])
+        begins = (at[sorting] + 1) * self.chunk - lacking  # what follows each of them
+        passed = np.searchsorted(begins, places, side="right")
+        shifted = places + np.concatenate([[0], lacking])[passed]
+        chunk = order(shifted // self.chunk)
+        group = np.searchsorted(ends, chunk, side="right")
+        return group, (chunk - (ends - chunks)[group]) * self.chunk + shifted % self.chunk
+
+    def _of_group(self, epoch: int, group: int, places: np.ndarray) -> np.ndarray:
+        """The rows at these places of a group in an epoch."""
+        here, plan = self._groups[group], self._epoch(epoch)
+        ends = np.cumsum(plan.counts[here])
+        shuffled = Shuffle(int(ends[-1]), (self.seed, epoch, GROUPS, group))(places)
+        which = np.searchsorted(ends, shuffled, side="right")
+        inside = shuffled - (ends - plan.counts[here])[which]
+        found = np.empty(len(places), dtype=np.int64)
+        for at in np.unique(which):
+            stream, of_stream = self._streams[here[at]], np.flatnonzero(which == at)
+            times, at_place = np.divmod(plan.firsts[here[at]] + inside[of_stream], stream.count)
+            for time in np.unique(times):
+                of_time = np.flatnonzero(times == time)
+                key = (self.seed, int(time), STREAMS, stream.part, stream.shape)
+                rows = self.parts[stream.part].dataset.rows_of_shape(
+                    stream.shape, Shuffle(stream.count, key)(at_place[of_time])
+                )
+                found[of_stream[of_time]] = self.row_starts[stream.part] + rows
+        return found
 
     def _split(self, rows: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """By part of rows or caption ids: the part's number, their places, their numbers inside it."""
@@ -213,20 +293,3 @@ class SingleDataset(Mixture):
     def __init__(self, dataset: Dataset, seed: int) -> None:
         super().__init__([Part(dataset)], seed)
         self.dataset = dataset
-
-
-def shuffled_rows(first: int, count: int, length: int, seed: int, use: int = 0) -> np.ndarray:
-    """Rows `first` .. `first + count` of an endless stream of permutations of `length` rows."""
-    found, at, end = [np.empty(0, dtype=np.int64)], first, first + count
-    while at < end:
-        number, inside = divmod(at, length)
-        found.append(_permutation(length, seed, number, use)[inside : inside + end - at])
-        at += len(found[-1])
-    return np.concatenate(found)
-
-
-def _permutation(length: int, seed: int, number: int, use: int = 0) -> np.ndarray:
-    """A permutation that depends on these alone. `use`: 0 for epochs, CHUNKS, or STREAMS + part."""
-    return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, use, 0])).permutation(
-        length
-    )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from sana_cli.dataset.order import Shuffle
 from sana_cli.dataset.trainset import TrainSet
 from sana_cli.runtime.distributed import World
 from sana_cli.text import pad_states
@@ -83,10 +84,8 @@ def held_out_batch(
     depends on the weights alone.
     """
     rows = held_out_rows(numbers, len(train_set), images)
-    order = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, HELD_OUT])).permutation(
-        images
-    )
-    return _draw(train_set, objective, seed, HELD_OUT, numbers, rows, (order[numbers] + 0.5) / images, 0.0)
+    levels = (Shuffle(images, (seed, HELD_OUT))(numbers) + 0.5) / images
+    return _draw(train_set, objective, seed, HELD_OUT, numbers, rows, levels, 0.0)
 
 
 def held_out_rows(numbers: np.ndarray, length: int, images: int) -> np.ndarray:

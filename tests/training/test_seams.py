@@ -17,8 +17,9 @@ from sana_cli.adapters import attach, is_adapter, layers_of, matching, new_chang
 from sana_cli.commands.train import TrainOptions, TrainSummary, train
 from sana_cli.config.keys import Architecture, Config
 from sana_cli.dataset.match import resolve_architecture
+from sana_cli.dataset.order import Shuffle
 from sana_cli.dataset.reader import Dataset
-from sana_cli.dataset.trainset import Shape, SingleDataset, shuffled_rows
+from sana_cli.dataset.trainset import Shape, SingleDataset
 from sana_cli.errors import Interrupted
 from sana_cli.model import SanaTransformer, build
 from sana_cli.runtime import files
@@ -137,7 +138,13 @@ class TwoSizes:
         return sum(map(len, self.parts))
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        return shuffled_rows(first, count, len(self), self.seed)
+        epochs, places = np.divmod(np.arange(first, first + count), len(self))
+        return np.array(
+            [
+                int(Shuffle(len(self), (self.seed, int(epoch)))(places[at : at + 1])[0])
+                for at, epoch in enumerate(epochs)
+            ]
+        )
 
     def shape_numbers(self, rows: np.ndarray) -> np.ndarray:
         return (rows >= len(self.parts[0])).astype(np.int64)
