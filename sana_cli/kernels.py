@@ -83,6 +83,9 @@ class _GatedSiLU(torch.autograd.Function):
 
 def gated_silu(both: Tensor) -> Tensor:
     """x silu(gate) of the two halves (..., h) of one tensor (..., 2h)."""
+    if torch.compiler.is_compiling():  # which breaks at a function with a forward derivative, and joins these itself
+        x, gate = both.chunk(2, dim=-1)
+        return x * F.silu(gate)
     return _GatedSiLU.apply(both)  # type: ignore[no-untyped-call]
 
 
@@ -95,6 +98,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, N, L)
     return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
+
+
+def any_captions(caption: Tensor | tuple[Tensor, Tensor], bias: Tensor | None) -> None:
+    """Tell the compiler that captions (K, L, D) and their bias (B, 1, 1, L) come in any number and length.
+
+    Batches differ in both. Left to find that out, it would compile again for the second batch, in a way that
+    depends on which batches came first: a resumed run would not be the same to the bit.
+    """
+    for tensor, dims in ((caption, [0, 1]), (bias, [3])):
+        if isinstance(tensor, Tensor):
+            torch._dynamo.maybe_mark_dynamic(tensor, dims)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run a compiled model as it is written, for batches of other shapes than training's."""
+    with torch.compiler.set_stance("force_eager") if getattr(model, "is_compiled", False) else nullcontext():
+        yield
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,7 @@ class SanaTransformer(nn.Module):
         self.activation_checkpointing = (
             False  # keep a block's input only, and recompute the rest in the backward pass
         )
+        self.is_compiled = False
         dim, patch = config.inner_dim, config.patch_size
         self.patch_embed = PatchEmbed(config)
         self.time_embed = TimeEmbed(dim, config.guidance_embeds)
@@ -334,6 +335,19 @@ class SanaTransformer(nn.Module):
                 x, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=height // patch, ph=patch, pw=patch, c=channels
             )  # fmt: skip
 
+    def compile_blocks(self, compiled: bool = True) -> None:
+        """Run every block through `torch.compile`, or again as it is written.
+
+        All blocks share what is compiled. It serves any number and length of captions; each other shape is
+        compiled when it is first seen.
+        """
+        for block in self.transformer_blocks:
+            if compiled:
+                block.compile(dynamic=False)  # but for what `any_captions` marks
+            else:
+                block._compiled_call_impl = None
+        self.is_compiled = compiled
+
     def captions(
         self, states: Tensor, mask: Tensor | None = None, caption_index: Tensor | None = None
     ) -> Captions:
@@ -382,7 +396,8 @@ class SanaTransformer(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The tokens (B, N, D) after each block, with the embedded timestep (B or 1, D)."""
         height, patch = x.shape[2], self.config.patch_size
-        x = self.patch_embed(x)  # (B, N, D)
+        # under autocast patches come out in bf16, and the first block would make them float32
+        x = self.patch_embed(x).to(self.scale_shift_table.dtype)  # (B, N, D)
         modulation, embedded = self.time_embed(timestep, guidance, x.dtype)  # (B or 1, 6, D), (B or 1, D)
         captions: Sequence[Tensor | tuple[Tensor, Tensor]]
         if isinstance(states, Captions):
@@ -390,6 +405,8 @@ class SanaTransformer(nn.Module):
         else:
             caption = self.caption_norm(self.caption_projection(states))  # (K, L, D)
             captions, bias = [caption] * self.config.num_layers, _mask_bias(mask, caption_index, x.dtype)
+        if self.is_compiled:
+            kernels.any_captions(captions[0], bias)
         for block, caption in zip(self.transformer_blocks, captions, strict=True):
             given = (x, caption, caption_index, bias, modulation, height // patch)
             recompute = self.activation_checkpointing and torch.is_grad_enabled()

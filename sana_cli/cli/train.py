@@ -72,10 +72,12 @@ def run_config(config: "Config", resume: str, dry_run: bool, printing: PrintOpti
 
 
 def _progress(step: object, config: "Config", quiet: bool) -> "console.Line | None":
-    from sana_cli.commands.train import TrainStart, TrainStep
+    from sana_cli.commands.train import TrainNote, TrainStart, TrainStep
 
     if isinstance(step, TrainStart) and not quiet:
         _print_start(step, config)
+    if isinstance(step, TrainNote) and not quiet:
+        console.note(step.text)
     return _line(step) if isinstance(step, TrainStep) else None
 
 

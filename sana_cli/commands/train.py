@@ -25,7 +25,7 @@ from sana_cli.runtime.device import has_native_bf16, is_out_of_memory, peak_memo
 from sana_cli.runtime.distributed import World, world
 from sana_cli.runtime.launch import launch
 from sana_cli.runtime.records import Base
-from sana_cli.training import metrics, report, resume
+from sana_cli.training import compiling, metrics, report, resume
 from sana_cli.training.grids import GridSampler, grid_path
 from sana_cli.training.initial import (
     begin,
@@ -63,6 +63,13 @@ class TrainStart:
     notes: tuple[
         str, ...
     ]  # what a person should know: checkpoints passed over; another cut into micro-batches
+
+
+@dataclass(frozen=True)
+class TrainNote:
+    """Before the first step: what takes long, or what was decided."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def plan(options: TrainOptions) -> TrainPlan:
     return found
 
 
-def train(options: TrainOptions) -> Iterator[TrainStart | TrainStep | TrainSummary]:
+def train(options: TrainOptions) -> Iterator[TrainStart | TrainNote | TrainStep | TrainSummary]:
     """Train; yields a `TrainStart`, a `TrainStep` for each step, and at the end a `TrainSummary`.
 
     Until `TrainStart` nothing has been written, and it does no harm to stop it by an exception. Every
@@ -134,12 +141,14 @@ def train(options: TrainOptions) -> Iterator[TrainStart | TrainStep | TrainSumma
             not finite, or a disk that fails. The checkpoints that were there stay.
     """
     begin = time.perf_counter()
+    compiling.use_cache()
     with world(cuda=launch().size > 1 and choose_device(options.config).type == "cuda") as here:
         with here.together():
             options = replace(options, config=with_base_recipe(options.config))
         run = _load(options, here)
         yield TrainStart(run.plan, run.first_step, run.saver.folder, run.notes)
         with _writing(run, options.config) as log:
+            yield from map(TrainNote, _compile(run))
             yield from _steps(run, log)
         yield _summary(run, time.perf_counter() - begin)
 
@@ -162,6 +171,7 @@ class _Run:
     first_step: int
     notes: tuple[str, ...]
     skipped: tuple[str, ...]
+    was_compiled: bool | None  # as it was before it goes on; None: it begins
 
     @property
     def world(self) -> World:
@@ -215,6 +225,7 @@ def _load(options: TrainOptions, here: World) -> _Run:
         first_step=trainer.step,
         notes=(*notes, *(prompts.notes if prompts is not None else ())),
         skipped=skipped,
+        was_compiled=None if saved is None else saved.state.compiled,
     )
 
 
@@ -276,6 +287,55 @@ def _writing(run: _Run, config: Config) -> Iterator[metrics.Log | None]:
             yield log
         except OSError as error:
             raise files.storage_error(error, f"writing {directory}") from error
+
+
+# --- compiled blocks --------------------------------------------------------------------------
+
+
+def _compile(run: _Run) -> Iterator[str]:
+    """Compile the blocks, if the config says so, or if the run is so already, or where it pays. Yields notes.
+
+    A run goes on as it began: the sums of compiled blocks differ in their last bits.
+    """
+    train, trainer = run.config.train, run.trainer
+    device = trainer.placement.device
+    steps_left = train.steps - run.first_step
+    if train.compile is False or (train.compile == "auto" and run.was_compiled is False) or not steps_left:
+        return
+    missing = compiling.missing_compiler(device)
+    if train.compile is True or run.was_compiled:
+        if missing is None:
+            trainer.model.compile_blocks()
+        else:
+            yield f"blocks are no longer compiled: this machine lacks {missing}"
+        return
+    if missing is not None or not _may_compile(run):
+        if missing is not None and steps_left * run.plan.micro_batches >= compiling.FEWEST:
+            yield f"blocks are not compiled: this machine lacks {missing}"
+        return
+    facts = {
+        "model": run.plan.model.model_dump(mode="json"),
+        "shape": run.trainer.task.train_set.shapes[0],
+        "precision": run.plan.precision,
+        "adapter": run.config.adapter.model_dump(mode="json"),
+        "train": [train.batch_size, train.weights, train.activation_checkpointing, run.world.size],
+    }
+    kind = compiling.kind_of_micro_batch(device, facts)
+    left = steps_left * run.plan.micro_batches
+    for found in compiling.decide(kind, left, trainer.seconds_of_micro_batch, trainer.compile):
+        if isinstance(found, str):
+            yield found
+            continue
+        everywhere = all(run.world.gather(found.compiled))
+        if trainer.model.is_compiled and not everywhere:
+            trainer.model.compile_blocks(False)
+        if found.why:
+            yield found.why
+
+
+def _may_compile(run: _Run) -> bool:
+    """Whether compiling was ever found to work for runs like this one, and shapes are few."""
+    return not (run.config.distill.on or run.trainer.sharded or len(run.trainer.task.train_set.shapes) > 1)
 
 
 # --- the order of things ----------------------------------------------------------------------

@@ -529,7 +529,11 @@ class TrainConfig(Section):
     activation_checkpointing: bool = free(
         False, "keep only the input of each block and recompute the rest: less memory, a third more time"
     )
-    compile: bool = free(False, "torch.compile each block: minutes to start, faster steps on a GPU")
+    compile: bool | Literal["auto"] = free(
+        "auto",
+        "torch.compile each block; auto: where the steps that are left pay for its start, as measured on this "
+        "machine; a resumed run goes on as it began",
+    )
 
 
 class LogConfig(Section):

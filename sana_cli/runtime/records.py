@@ -251,6 +251,7 @@ class State(Record):
     samples_seen: Annotated[int, Field(gt=0, lt=2**62)]
     precision: str
     dataset_sha256: str
+    compiled: bool = False  # by torch.compile, whose sums differ in their last bits
     window: dict[str, Any] = {}
     last: dict[str, float] = {}
     config: dict[str, dict[str, Any]]

@@ -177,7 +177,7 @@ class StepBatches:
             start = time.perf_counter()
             ahead, self._ahead = self._ahead, None
             batch = (
-                ahead[1].result() if ahead is not None and ahead[0] == (step, m) else self._make(step, part)
+                ahead[1].result() if ahead is not None and ahead[0] == (step, m) else self.make(step, part)
             )
             if m + 1 < len(parts):
                 self._begin(step, m + 1, parts[m + 1])
@@ -187,9 +187,10 @@ class StepBatches:
             yield part, batch
 
     def _begin(self, step: int, m: int, part: Slice) -> None:
-        self._ahead = (step, m), self._thread.submit(self._make, step, part)
+        self._ahead = (step, m), self._thread.submit(self.make, step, part)
 
-    def _make(self, step: int, part: Slice) -> MicroBatch:
+    def make(self, step: int, part: Slice) -> MicroBatch:
+        """A micro-batch of the step after `step` steps."""
         numbers = step * self.images + part.numbers
         return training_batch(self.train_set, self.objective, self.seed, numbers, step)
 

@@ -26,6 +26,7 @@ from sana_cli.runtime.device import (
 from sana_cli.runtime.distributed import World
 from sana_cli.runtime.launch import launch
 from sana_cli.training import metrics
+from sana_cli.training.compiling import missing_compiler
 from sana_cli.training.initial import check_student
 from sana_cli.training.optim import optimizer_bytes
 from sana_cli.training.prompts import GRID_CAPTIONS
@@ -124,6 +125,8 @@ def make_plan(
     device = choose_device(config)
     precision, native = resolve_precision(train.precision, device), has_native_bf16(device)
     _check_bf16(config, device, precision)
+    if train.compile is True and (missing := missing_compiler(device)) is not None:
+        raise SanaError(f"train.compile: this machine lacks {missing}", "install it, or use train.compile=auto")
     reason = (
         f"{device.type} {'has' if native else 'lacks'} native bf16"
         if train.precision == "auto"

@@ -65,6 +65,7 @@ class Saver:
             samples_seen=self.step * self.plan.batch,
             precision=self.plan.precision,
             dataset_sha256=record.dataset.sha256,
+            compiled=trainer.model.is_compiled,
             window=progress.window.state(),
             last=progress.last,
             config={section: config[section] for section in RECORDED},

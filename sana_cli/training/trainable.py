@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sana_cli.kernels import uncompiled
 from sana_cli.model import SanaTransformer, is_matrix
 from sana_cli.runtime.distributed import shard_like
 
@@ -129,7 +130,8 @@ class WeightAverage:
                 if not _is_like(average, weight):
                     at_home.append((average, average.data))
                     average.data = average.data.to(weight)
-            yield self.model.eval()
+            with uncompiled(self.model):
+                yield self.model.eval()
         finally:
             for average, data in at_home:
                 average.data = data

@@ -7,6 +7,7 @@ Shapes: n images of a step, B of a micro-batch.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -141,9 +142,6 @@ class Trainer:
             task.trainable.to_bf16(model)
         model = model.to("cpu" if self.sharded else device)  # shards go to the device block by block
         model.train().activation_checkpointing = train.activation_checkpointing
-        if train.compile:
-            for layer in model.transformer_blocks:
-                layer.compile()
         averaged = config.optim.ema_decay is not None
         if self.sharded:
             self.average = WeightAverage.of_shards(
@@ -181,6 +179,28 @@ class Trainer:
             tensor.copy_(objective[name])
         self.optimizer.load(optimizer, step)
         self.step = step
+
+    # -- compiled blocks
+
+    def seconds_of_micro_batch(self, times: int = 5) -> float:
+        """The least seconds of a micro-batch, forward and back, of so many. Weights and gradients stay as they are."""
+        part, least = self.batches.cut(self.step)[0], math.inf
+        batch = self.batches.make(self.step, part).to(self.placement.device)
+        for _ in range(times):
+            begin = time.perf_counter()
+            with self._weights_cast_once(), self.replicas.gradients(last=False):
+                loss = total(self.replicas.model(batch)).sum()
+                loss.backward()
+            float(sum(p.grad.sum() for p in self.parameters[:1] if p.grad is not None))  # a GPU is done
+            least = min(least, time.perf_counter() - begin)
+            self.optimizer.zero_grad()
+        return least
+
+    def compile(self) -> tuple[float, float]:
+        """Compile the blocks: seconds until the first micro-batch is done, and those of a later one."""
+        self.model.compile_blocks()
+        first = self.seconds_of_micro_batch(1)
+        return first, self.seconds_of_micro_batch()
 
     # -- one step
 

@@ -439,7 +439,7 @@ def in_worlds(config: Config, images: int, processes: int) -> dict[str, Tensor]:
             trainer.task.train_set.shape_numbers(rows), config.train.batch_size, World(rank, processes)
         )
         for part in parts:
-            batch = trainer.batches._make(3, part)
+            batch = trainer.batches.make(3, part)
             if not part.padding:
                 (total(trainer.task.objective.losses(trainer.model, batch)).sum() / images).backward()
         modules = (trainer.model, trainer.loss_module.objective_modules)

@@ -197,7 +197,7 @@ def gradients(config: Config, train_set: TwoSizes, batch_size: int, processes: i
         trainer = Trainer(build(model, 0), Task(objective, train_set), changed, CPU, 11)
         parts = cut(train_set.shape_numbers(train_set.rows(0, 11)), batch_size, World(rank, processes))
         for part in parts:
-            batch = trainer.batches._make(0, part)
+            batch = trainer.batches.make(0, part)
             assert len(batch.x_0) == len(part.numbers) <= batch_size
             if not part.padding:
                 seen += part.numbers.tolist()

@@ -5,13 +5,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import HELD_OUT, again, embedded, make_trainer, metrics_lines, rectified_flow, trained
+import torch._dynamo
+from helpers import (
+    HELD_OUT,
+    again,
+    assert_same_tensors,
+    checkpoint_tensors,
+    embedded,
+    make_trainer,
+    metrics_lines,
+    rectified_flow,
+    trained,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sana_cli.config.keys import Config
 from sana_cli.dataset.layout import held_out_dir
 from sana_cli.dataset.reader import Dataset
 from sana_cli.dataset.trainset import SingleDataset
+from sana_cli.errors import SanaError
 from sana_cli.training import batches
 from sana_cli.weights import checkpoint
 
@@ -68,7 +80,33 @@ def test_held_out_loss_is_that_of_the_averaged_weights_on_fixed_draws(config: Co
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_blocks_give_the_same_run(config: Config) -> None:
-    plain = trained(again(config, f"run.dir={config.run.dir}-plain", "train.steps=2"))
-    compiled = trained(again(config, "train.compile=true", "train.steps=2"))
-    assert compiled.loss == pytest.approx(plain.loss, rel=1e-4)
+def test_compiled_blocks_give_the_same_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close to the plain one; the same to the bit when it is resumed, compiled as it began though `auto` would not."""
+    steps = ("train.steps=4", "save.every=2", "save.keep=9", "log.sample_every=2")
+
+    def in_folder(name: str, *overrides: str) -> Config:
+        return again(config, f"run.dir={config.run.dir}-{name}", *steps, *overrides)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain = trained(in_folder("plain"))
+    whole = trained(in_folder("whole", "train.compile=true"))
+    assert whole.loss == pytest.approx(plain.loss, rel=1e-4)
+    # one graph serves every batch, however many captions it has and however long
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+    first = whole.checkpoint.with_name(checkpoint.step_name(2))
+    assert checkpoint.read_state(first).compiled
+    assert not checkpoint.read_state(plain.checkpoint).compiled
+    torch._dynamo.reset()  # another process would start so
+    resumed = trained(in_folder("resumed"), resume=str(first))
+    assert checkpoint.read_state(resumed.checkpoint).compiled
+    assert_same_tensors(checkpoint_tensors(whole.checkpoint), checkpoint_tensors(resumed.checkpoint))
+
+    monkeypatch.setattr("sana_cli.commands.train.compiling.missing_compiler", lambda _device: "a compiler")
+    elsewhere = trained(in_folder("elsewhere"), resume=str(first))
+    assert elsewhere.loss == pytest.approx(whole.loss, rel=1e-4)
+    assert not checkpoint.read_state(elsewhere.checkpoint).compiled
+    monkeypatch.setattr("sana_cli.training.plan.missing_compiler", lambda _device: "a compiler")
+    with pytest.raises(SanaError, match=r"train\.compile: this machine lacks a compiler"):
+        trained(in_folder("refused", "train.compile=true"))
