@@ -6,7 +6,7 @@ layer that is more than its weights (an adapter, a hook, a parametrization) is c
 Shapes: B batch, K distinct captions in it, N tokens, L caption tokens, d head width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,37 @@ def joined(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     if not all(map(is_plain, layers)):
         return tuple(layer(x) for layer in layers)
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias).chunk(len(layers), dim=-1)
+    return F.linear(x, _end_to_end([layer.weight for layer in layers]), bias).chunk(len(layers), dim=-1)
+
+
+def _end_to_end(weights: Sequence[Tensor]) -> Tensor:
+    """Weights (o, i) as one, (sum of o, i): a copy, or without gradients the memory itself if it lies so."""
+    first = weights[0]
+    if not torch.is_grad_enabled() and _follow(weights):
+        return first.as_strided((sum(map(len, weights)), *first.shape[1:]), first.stride())
+    return torch.cat(list(weights))
+
+
+def _follow(weights: Sequence[Tensor]) -> bool:
+    """Whether each lies behind the one before it, in the same memory."""
+    memory, at = weights[0].untyped_storage()._cdata, weights[0].storage_offset()
+    for weight in weights:
+        here = (weight.untyped_storage()._cdata, weight.storage_offset())
+        if here != (memory, at) or not weight.is_contiguous():
+            return False
+        at += weight.numel()
+    return True
+
+
+def lay_end_to_end(*layers: nn.Linear) -> None:
+    """Move the weights of layers whose products are joined into one piece of memory, for a model that only draws.
+
+    Copying them together at every step would take about as long as the norms and gates do.
+    """
+    if all(map(is_plain, layers)):
+        whole = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers]), strict=True):
+            layer.weight.data = part
 
 
 def pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)  # (B, D, H/p, W/p)
         height, width = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, N, D); all blocks would go on with its strides
         scale = self.config.interpolation_scale
         if scale is None:
             return x
@@ -347,6 +347,13 @@ class SanaTransformer(nn.Module):
             else:
                 block._compiled_call_impl = None
         self.is_compiled = compiled
+
+    def ready_to_draw(self) -> "SanaTransformer":
+        """Itself, with its memory laid out for drawing: it is not to be trained or saved."""
+        for block in self.transformer_blocks:
+            assert isinstance(block, SanaBlock)
+            kernels.lay_end_to_end(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        return self.requires_grad_(False).eval()
 
     def captions(
         self, states: Tensor, mask: Tensor | None = None, caption_index: Tensor | None = None

@@ -24,6 +24,36 @@ def test_joined_layers_are_each_layer(bias: bool) -> None:
         assert torch.allclose(found, layer(x), atol=1e-6)
 
 
+def test_weights_that_lie_end_to_end_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers, x = [nn.Linear(6, rows, bias=False) for rows in (4, 4, 2)], torch.randn(2, 5, 6)
+    apart = [layer.weight.clone() for layer in layers]
+    kernels.lay_end_to_end(*layers)
+    for layer, weight in zip(layers, apart, strict=True):
+        assert torch.equal(layer.weight, weight)
+
+    def no_copy(*_: object) -> None:
+        raise AssertionError("weights are copied")
+
+    with torch.no_grad(), monkeypatch.context() as patched:
+        patched.setattr(torch, "cat", no_copy)
+        together = kernels._end_to_end([layer.weight for layer in layers])
+    assert torch.equal(together, torch.cat(apart))
+    layers[1].weight.data = apart[1] + 1  # another tensor: they no longer lie so
+    with torch.no_grad():
+        assert torch.equal(
+            kernels._end_to_end([layer.weight for layer in layers]),
+            torch.cat([apart[0], apart[1] + 1, apart[2]]),
+        )
+        reverse = kernels._end_to_end([layers[2].weight, layers[0].weight])
+        assert torch.equal(reverse, torch.cat([apart[2], apart[0]]))
+    kernels.lay_end_to_end(*layers)
+    kernels.joined(x, *layers)[0].sum().backward()  # with gradients each keeps its own
+    grad = layers[0].weight.grad
+    assert grad is not None
+    assert torch.allclose(grad, x.sum((0, 1)).expand(4, 6), atol=1e-5)
+
+
 def test_a_pointwise_convolution_of_tokens_is_that_of_the_grid() -> None:
     torch.manual_seed(0)
     convolution, x = nn.Conv2d(6, 4, 1), torch.randn(2, 12, 6)

@@ -91,7 +91,8 @@ class Opened:
         """The transformer with its adapters, on the device."""
         dtype = torch.float32 if self.precision == "fp32" else None
         changes = [one.changes for one in self.applied]
-        return checkpoint.load_transformer(self.place, self.weights, self.device, dtype, changes)
+        model = checkpoint.load_transformer(self.place, self.weights, self.device, dtype, changes)
+        return model.ready_to_draw()
 
     def load_decoder(self, info: AutoencoderInfo) -> Autoencoder:
         """The autoencoder, on the device."""

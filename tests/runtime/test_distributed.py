@@ -195,7 +195,7 @@ def test_adapters_do_not_depend_on_the_number_of_processes(config: Config, kind:
         names = ("pytorch_lora_weights", "training/raw", "training/average", "training/optimizer")
         for name in names:
             one, two = (load_file(folder / f"{name}.safetensors") for folder in (last, alone.checkpoint))
-            assert error(one, two) < 2e-5, (parallel, name)
+            assert error(one, two) < 5e-5, (parallel, name)
         found, expected = metrics_lines(there.run.dir)[-1], metrics_lines(alone.run)[-1]
         assert found["adapter_movement"] == pytest.approx(expected["adapter_movement"], rel=1e-4)
         assert (there.run.dir / "samples" / "step-000004.png").is_file()
