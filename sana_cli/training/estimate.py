@@ -2,8 +2,9 @@
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,31 @@ from torch.utils._pytree import tree_leaves
 
 from sana_cli.adapters import attach, changes_from
 from sana_cli.config.keys import Architecture, Config, ObjectiveConfig, OptimConfig
+from sana_cli.dataset.match import open_held_out
+from sana_cli.dataset.reader import Dataset
 from sana_cli.dataset.trainset import Mixture
+from sana_cli.errors import SanaError
 from sana_cli.kernels import arithmetic_as_asked
 from sana_cli.model import SanaTransformer, build
-from sana_cli.runtime.device import autocast, has_native_bf16, resident_memory
+from sana_cli.runtime.device import MAX_KEPT_BLOCK, autocast, has_native_bf16, resident_memory
+from sana_cli.sampling.pictures import prompt_rows
 from sana_cli.sampling.sampler import MOST_IMAGES, SHARE_OF_FREE_MEMORY
+from sana_cli.training.initial import find_base_model
 from sana_cli.training.objective import LOSS, Draws, MicroBatch, RectifiedFlow, total
 from sana_cli.training.optim import Optimizer, optimizer_bytes
+from sana_cli.training.prompts import GRID_SHAPES
 from sana_cli.training.task import make_objective, what_moves
 from sana_cli.training.trainable import Trainable, WeightAverage
 from sana_cli.training.trainer import Placement
-from sana_cli.weights.checkpoint import adapter_parameters
+from sana_cli.weights.checkpoint import adapter_parameters, transformer_path
+
+# what is no tensor, measured on CPUs by benchmarks/memory.py
+MAPPED = 1 << 21  # bytes of a file that become resident where any are read: Linux maps up to a huge page
+KERNELS = 35 << 20  # bytes of what oneDNN compiles for bf16; `runtime.device` limits how many it keeps
+HOLES = {
+    "fp32": 0.25,
+    "bf16": 0.5,
+}  # of activations: holes in the heap, which small tensors and kernels split
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,8 @@ class Memory:
     optimizer: int
     activations: int  # of a micro-batch, and what its operations and the optimizer's need
     dataset: int
+    kernels: int = 0  # compiled for bf16 on a CPU
+    holes: int = 0  # memory that malloc holds between tensors on a CPU, and cannot give them
 
     @property
     def total(self) -> int:
@@ -52,7 +69,7 @@ class _Peak(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
+        self.live = self.peak = self.largest = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(
@@ -78,6 +95,8 @@ class _Peak(TorchDispatchMode):
         self._known.add(storage)
         self.live += size
         self.peak = max(self.peak, self.live)
+        if size <= MAX_KEPT_BLOCK:
+            self.largest = max(self.largest, size)  # of those that lie in the heap
         weakref.finalize(storage, self._gone, size)
 
     def _gone(self, size: int) -> None:
@@ -149,13 +168,15 @@ def training_memory(
         config: its `optim`, `adapter`, `train` and batch.
         train_set: what is read, which stays mapped.
         placement: device, precision and processes.
-        drawn: images of a sample grid, which are sampled at once where there is room.
+        drawn: images of a sample grid, at most, which are sampled at once where there is room.
         available: bytes that the device has for this process; None: as many as it takes.
         teacher: of a distillation.
     """
     train, optim, device = config.train, config.optim, placement.device
     datasets = [part.dataset for part in train_set.parts]
     (_, *side), (_, *sampled_side) = train_set.shapes[0], next(iter(datasets[0].shapes))  # the largest
+    cells = min(drawn, MOST_IMAGES, _grid_cells(config, datasets[0]))
+    cells = -(-cells // min(GRID_SHAPES, len(datasets[0].shapes)))  # images of one shape are drawn at once
     tokens = max(dataset.longest_caption() for dataset in datasets)
     in_step = train.batch_size * train.accumulate
     has_rounds = train.accumulate > 1 or (len(train_set.shapes) > 1 and in_step > 1)
@@ -185,10 +206,11 @@ def training_memory(
             plain = _batch(model, 2 * images, (sampled_side[0], sampled_side[1]), tokens)
             guidance = plain.sigma if model.guidance_embeds else None
             with _Peak() as sampling, torch.no_grad(), autocast(torch.device("cpu"), placement.precision):
-                fake(plain.x_0, plain.states, plain.sigma, guidance, plain.mask, plain.caption_index)
+                captions = fake.captions(plain.states, plain.mask, plain.caption_index)
+                fake(plain.x_0, captions, plain.sigma, guidance)
             return sampling.peak
 
-        of_one, of_all = sampled(1), sampled(min(drawn, MOST_IMAGES))
+        of_one, of_all = sampled(1), sampled(cells)
     shards = placement.world.size if train.parallel == "fsdp" else 1
     weights = _bytes(fake.parameters())
     of_teacher = 0 if taught is None else _bytes(taught.parameters())
@@ -199,7 +221,10 @@ def training_memory(
     copy = moved if placement.world.size > 1 and shards == 1 else 0  # DDP's buckets
     whole = weights if shards > 1 else 0  # rank 0 samples with all weights
     epochs = train.steps * in_step / train_set.images_per_epoch
-    read = sum(min(1.0, epochs * part.times) * part.dataset.bytes for part in train_set.parts)
+    read = sum(_mapped(part.dataset, epochs * float(part.images)) for part in train_set.parts)
+    held_out = None if device.type == "cuda" else open_held_out(config, datasets[0])
+    read += 0 if held_out is None else _mapped(held_out, config.log.held_out_images)
+    bf16 = device.type == "cpu" and placement.precision == "bf16" and has_native_bf16(device)
     held = Memory(
         program=program,
         weights=weights // shards,
@@ -208,11 +233,44 @@ def training_memory(
         average=average // shards,
         optimizer=optimizer_bytes(moving.items(), optim) // shards,
         activations=0,
-        dataset=0 if device.type == "cuda" else int(read),
+        dataset=0 if device.type == "cuda" else read,
+        kernels=KERNELS if bf16 else 0,
     )
     room = of_all if available is None else int(SHARE_OF_FREE_MEMORY * max(0, available - held.total))
     of_samples = max(of_one, min(of_all, room)) + in_use + whole - moved
-    return replace(held, activations=max(of_gradients, of_samples, of_step, 0))
+    of_files = 0 if device.type == "cuda" else _base_bytes(config)  # mapped while the models are made
+    of_loading = of_files - held.gradients - held.optimizer - held.kernels - held.dataset
+    of_training = max(of_gradients, of_samples, of_step, 0)
+    holes = 0
+    if device.type == "cpu":
+        holes = int(HOLES["bf16" if bf16 else "fp32"] * of_training)
+        if train.activation_checkpointing:  # the input of each block is kept, in a hole of the block before
+            holes += model.num_layers * peak.largest
+    return replace(held, activations=max(of_training, of_loading - holes), holes=holes)
+
+
+def _grid_cells(config: Config, dataset: Dataset) -> int:
+    """How many cells the sample grid has, at most; `prompts.encode_prompts` chooses them."""
+    if config.sample.prompts is None:
+        return max(1, dataset.index.counts.captions - 1)  # without the null caption
+    return sum(map(len, prompt_rows(config.sample.prompts, dataset.index.one_word_captions)))
+
+
+def _mapped(dataset: Dataset, images: float) -> int:
+    """Bytes of a dataset's files that are resident once so many images have been read, in any order."""
+    each = max(MAPPED, dataset.bytes / len(dataset))
+    return int(min(dataset.bytes, images * each))
+
+
+def _base_bytes(config: Config) -> int:
+    """Size of the files that a run begins with: a base, or a teacher; 0 if there are none."""
+    path = config.distill.teacher if config.distill.on else config.train.init_from
+    with suppress(SanaError, OSError):
+        if path is not None:
+            weights = transformer_path(find_base_model(Path(path)))
+            inside = [weights] if weights.is_file() else list(weights.glob("*.safetensors"))
+            return sum(file.stat().st_size for file in inside)
+    return 0
 
 
 def _model(

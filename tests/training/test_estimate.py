@@ -13,6 +13,7 @@ from sana_cli.config.keys import Config
 from sana_cli.dataset.match import resolve_architecture
 from sana_cli.dataset.reader import Dataset
 from sana_cli.model import build, is_matrix
+from sana_cli.runtime.device import cpu_has_bf16
 from sana_cli.training import estimate
 from sana_cli.training.optim import Optimizer
 from sana_cli.training.task import make_train_set
@@ -126,23 +127,54 @@ def test_further_datasets_are_counted(
     ones = found(config, small, also, "train.batch_size=1"), found(other, large, "train.batch_size=1")
     assert ones[0].activations == ones[1].activations, "but not of a single image"
     monkeypatch.setattr(estimate, "program_memory", lambda *_: 0)
+    monkeypatch.setattr(estimate, "MAPPED", 1)  # as if Linux mapped no more of a file than is read
     train_set = make_train_set(again(config, also), small)
     for steps, (once, half) in ((4, (16 / 60, 8 / 60)), (1000, (1, 1))):  # an epoch has 40 + 20 images
         read = estimate.training_memory(
             resolve_architecture(config, small), again(config, f"train.steps={steps}"),
             train_set, Placement(torch.device("cpu"), "fp32"), 1,
         )  # fmt: skip
-        assert read.dataset == pytest.approx(once * small.bytes + half * large.bytes, abs=1)
+        assert read.dataset == pytest.approx(once * small.bytes + half * large.bytes, abs=2)
 
 
+def test_files_count_as_they_become_resident(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: what is mapped around images that are read, of held-out images too, and the base meanwhile."""
+    monkeypatch.setattr(estimate, "program_memory", lambda *_: 0)
+    dataset = Dataset(config.data.dir)
+
+    def found(*overrides: str) -> estimate.Memory:
+        settings = again(config, *overrides)
+        model, train_set = resolve_architecture(settings, dataset), make_train_set(settings, dataset)
+        return estimate.training_memory(model, settings, train_set, Placement(torch.device("cpu"), "fp32"), 1)
+
+    plain = found("train.steps=2")
+    assert plain.dataset == dataset.bytes
+    monkeypatch.setattr(estimate, "open_held_out", lambda *_: dataset)
+    assert found("train.steps=2").dataset == 2 * dataset.bytes
+    assert (plain.kernels, plain.holes) == (0, int(estimate.HOLES["fp32"] * plain.activations))
+    assert found("train.steps=2", "train.activation_checkpointing=true").holes > plain.holes / 2
+    base = config.data.dir.parent / "base.safetensors"
+    with base.open("wb") as file:
+        file.truncate(10**9)
+    monkeypatch.setattr(estimate, "find_base_model", lambda path: path)
+    assert found("train.steps=2", f"train.init_from={base}").total > 10**9 > 10 * plain.total
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "fp32",
+        pytest.param("bf16", marks=pytest.mark.skipif(not cpu_has_bf16(), reason="no bf16 arithmetic here")),
+    ],
+)
 def test_the_estimated_memory_is_what_is_then_measured(
-    sana: Sana, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sana: Sana, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    """Within 25 %, in its own process, for a model whose tensors are most of the memory."""
+    """Within 15 %, in its own process, for a model whose tensors are most of the memory."""
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(
         "data: {held_out_split: null}\nmodel: {num_layers: 8, num_attention_heads: 14}\ntext: {}\n"
-        "optim: {warmup_steps: 1}\ntrain: {steps: 2, batch_size: 48, precision: fp32}\n"
+        f"optim: {{warmup_steps: 1}}\ntrain: {{steps: 2, batch_size: 48, precision: {precision}}}\n"
         "sample: {steps: 2}\nrun: {device: cpu}\n"
     )
     embedded(load_config("c.yaml", ()), limit=100)
@@ -152,4 +184,4 @@ def test_the_estimated_memory_is_what_is_then_measured(
     assert tensors > estimated["total"] / 2
     measured = json.loads(sana("train", "--config", "c.yaml", "--json").stdout)["peak_memory"]
     print(f"estimated {estimated['total']:,}, measured {measured:,}: {estimated['total'] / measured:.3f}")
-    assert estimated["total"] == pytest.approx(measured, rel=0.25)
+    assert estimated["total"] == pytest.approx(measured, rel=0.15)
