@@ -5,8 +5,9 @@ INSTALL := pip install --quiet --disable-pip-version-check
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 TORCH = "$$(grep '^torch==' constraints.txt)"
 PYTEST := pytest -m "not quality" -n 2 --dist worksteal
+FOR ?= 3.12
 
-.PHONY: demo test quality bench docs package lowest newest audit pictures fix clean help
+.PHONY: demo test quality bench gpu pack docs package lowest newest audit pictures fix clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -28,6 +29,12 @@ quality: .venv/dev  ## train the quickstart in full and judge its samples
 
 bench: .venv/dev  ## compare every stage with what a user would run instead; a quarter of an hour
 	$(BIN)/python benchmarks/bench.py
+
+gpu:  ## measure on a GPU, in eight minutes; needs Python with PyTorch and CUDA, what `make pack` made, no network
+	$(PYTHON) benchmarks/gpu.py
+
+pack: .venv/dev  ## download the libraries that `make gpu` needs beside PyTorch, for Python 3.12 or FOR=3.x
+	$(BIN)/python benchmarks/gpu.py --pack dist/gpu --python $(FOR)
 
 docs: .venv/dev  ## write docs/configs.md and docs/cli.md from the code
 	$(BIN)/python docs/generate.py
