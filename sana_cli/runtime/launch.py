@@ -24,6 +24,7 @@ class Launch:
     size: int = 1
     local_rank: int = 0
     by_torchrun: bool = False
+    says_local_rank: bool = True  # whether the launcher said which process of its machine this is
 
     @property
     def first(self) -> bool:
@@ -51,7 +52,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     if size < 1 or rank >= size:
         what = f"RANK is {rank} and WORLD_SIZE {size} in the environment"
         raise SanaError(what, "unset both, or start with torchrun")
-    return Launch(rank, size, numbers["LOCAL_RANK"], by_torchrun)
+    return Launch(rank, size, numbers["LOCAL_RANK"], by_torchrun, "LOCAL_RANK" in environment)
 
 
 def launch() -> Launch:

@@ -151,8 +151,17 @@ class StepBatches:
     """The micro-batches of a run's steps in one process. A thread makes the next during training."""
 
     def __init__(
-        self, train_set: TrainSet, objective: Objective, seed: int, images: int, batch_size: int, world: World
+        self,
+        train_set: TrainSet,
+        objective: Objective,
+        seed: int,
+        images: int,
+        batch_size: int,
+        world: World,
+        pins: bool = False,
     ) -> None:
+        """`images` of a step, over all processes; `pins`: batches are made in pinned memory, for a GPU."""
+        self.pins = pins
         self.train_set, self.objective, self.seed, self.images = train_set, objective, seed, images
         self.batch_size, self.world = batch_size, world
         self.waited = 0.0  # seconds in which training waited for a batch
@@ -192,7 +201,8 @@ class StepBatches:
     def make(self, step: int, part: Slice) -> MicroBatch:
         """A micro-batch of the step after `step` steps."""
         numbers = step * self.images + part.numbers
-        return training_batch(self.train_set, self.objective, self.seed, numbers, step)
+        batch = training_batch(self.train_set, self.objective, self.seed, numbers, step)
+        return batch.pinned() if self.pins else batch
 
     def names(self, step: int, numbers: np.ndarray) -> list[str]:
         """What the source calls images of the step after `step` steps, by their numbers in it."""

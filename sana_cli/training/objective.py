@@ -7,7 +7,7 @@ Shapes: B images of a micro-batch, K distinct captions among theirs, C H W of a 
 D caption width, n further noises, u uniform and v normal numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -53,9 +53,16 @@ class MicroBatch:
     null_index: Tensor | None = None  # (1,) int64
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device."""
+        """The same on a device. A copy from pinned memory is made while the device still computes."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pinned(self) -> Self:
+        """The same in pinned memory, from which a GPU copies by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         tensors: dict[str, Any] = {
-            key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)
+            key: change(value) for key, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
 

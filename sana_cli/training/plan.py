@@ -97,6 +97,11 @@ def choose_device(config: Config) -> torch.device:
             f"run.device: {device} is one GPU, and torchrun started {launch().size} processes",
             "use run.device=cuda",
         )
+    if not launch().says_local_rank and torch.cuda.device_count() > 1:
+        raise SanaError(
+            "LOCAL_RANK is not in the environment, so all processes of this machine would share one GPU",
+            "start with torchrun, or let the launcher set it to the number of the process on its machine",
+        )
     return resolve_device(f"cuda:{launch().local_rank}")
 
 
@@ -126,7 +131,9 @@ def make_plan(
     precision, native = resolve_precision(train.precision, device), has_native_bf16(device)
     _check_bf16(config, device, precision)
     if train.compile is True and (missing := missing_compiler(device)) is not None:
-        raise SanaError(f"train.compile: this machine lacks {missing}", "install it, or use train.compile=auto")
+        raise SanaError(
+            f"train.compile: this machine lacks {missing}", "install it, or use train.compile=auto"
+        )
     reason = (
         f"{device.type} {'has' if native else 'lacks'} native bf16"
         if train.precision == "auto"

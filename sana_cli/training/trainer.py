@@ -170,7 +170,7 @@ class Trainer:
         rates = {name: task.objective.rate(name.removeprefix(OBJECTIVE)) for name in named}
         self.optimizer = Optimizer(named, config.optim, device, train.seed, rates)
         self.batches = StepBatches(
-            task.train_set, task.objective, train.seed, images, train.batch_size, world
+            task.train_set, task.objective, train.seed, images, train.batch_size, world, device.type == "cuda"
         )
 
     def resume(self, optimizer: Mapping[str, Tensor], objective: Mapping[str, Tensor], step: int) -> None:

@@ -120,6 +120,51 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(
         assert str(plan.choose_device(own)) == found
 
 
+@pytest.mark.parametrize(("gpus", "refused"), [(1, False), (2, True)])
+def test_a_launcher_that_does_not_say_which_gpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch, config: Config, gpus: int, refused: bool
+) -> None:
+    """With one GPU in each machine there is no choice."""
+    machine(monkeypatch, gpus)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SanaError, match="LOCAL_RANK") if refused else nullcontext():
+        assert str(plan.choose_device(again(config, "run.device=cuda"))) == "cuda:0"
+
+
+def test_batches_for_a_gpu_are_made_in_pinned_memory(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor of them, and its copy to the device does not wait; others are copied as before."""
+    pinned: set[int] = set()
+    waits: list[bool] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        pinned.add(id(copy))
+        return copy
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        assert non_blocking == (id(tensor) in pinned)
+        waits.append(not non_blocking)
+        return tensor
+
+    made = make_trainer(config, 4)
+    part = made.batches.cut(0)[0]
+    plain = made.batches.make(0, part)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    made.batches.pins = True
+    batch = made.batches.make(0, part)
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) >= 6
+    assert all(id(tensor) in pinned for tensor in tensors)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: id(tensor) in pinned)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch.to(torch.device("cuda"))
+    plain.to(torch.device("cuda"))
+    assert waits == [False] * len(tensors) + [True] * len(tensors)
+    made.close()
+
+
 def test_a_process_without_a_gpu_of_its_own_is_refused(
     monkeypatch: pytest.MonkeyPatch, config: Config
 ) -> None:
