@@ -124,6 +124,7 @@ class WordTokenizer:
         return 1 + sum(1 for _ in words_of(text))
 
     @staticmethod
+    @lru_cache(maxsize=65536)
     def _id(word: str) -> int:
         digest = hashlib.sha256(word.encode("utf-8", errors="surrogatepass")).digest()
         return max(2, int.from_bytes(digest[:8], "little") >> 1)
@@ -266,21 +267,25 @@ class CaptionEncoder:
         order = sorted(tokens, key=lambda caption: len(tokens[caption][0]))
         for batch in _batches(order, [len(tokens[caption][0]) for caption in order]):
             ids = [tokens[caption][0] for caption in batch]
-            rows = [torch.tensor(row) for row in ids]
-            padded = nn.utils.rnn.pad_sequence(rows, True, self.tokenizer.pad_id)  # (B, T), on the right
-            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True)
+            longest = max(map(len, ids))
+            pad = self.tokenizer.pad_id
+            padded = torch.tensor([row + [pad] * (longest - len(row)) for row in ids])  # (B, T), on the right
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
             encoded = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device))
             states = encoded.last_hidden_state.to("cpu", dtype)  # (B, T, D)
-            for caption, row, all_states in zip(batch, ids, states, strict=True):
+            whole = bool(states.isfinite().all())  # with padding and instruction; if not, each is looked at
+            for caption, row, all_states in zip(batch, ids, states.unbind(), strict=True):
                 dropped = tokens[caption][1]
-                kept = torch.cat([all_states[:1], all_states[1 + dropped : len(row)]])
-                if not kept.isfinite().all():
+                kept = all_states[: len(row)].clone()
+                if dropped:
+                    kept = torch.cat([kept[:1], kept[1 + dropped :]])
+                if not whole and not kept.isfinite().all():
                     name = self.fingerprint["encoder"]
                     raise SanaError(
                         f"the encoder {name} gave a state that is not finite for caption {caption!r:.200}",
                         "use text.dtype: fp32, or another encoder",
                     )
-                yield caption, kept.clone()
+                yield caption, kept
 
 
 def _batches(items: Sequence[str], lengths: Sequence[int]) -> Iterator[list[str]]:

@@ -256,10 +256,19 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
     }
     pixels = int(np.prod(config.data.size)) * (3 if autoencoder is not None else config.model.in_channels)
     most = writer.WINDOW_BYTES * (1 if config.data.buckets is None else writer.MANY_SHAPES)
-    size = max(IMAGES_AT_ONCE, min(writer.WINDOW, most // pixels))
-    plan = {"source": fingerprint, "image": image, "encoder": encoder.fingerprint, "window": size}
+    part, size = (
+        max(IMAGES_AT_ONCE, min(writer.WINDOW, most // bytes_each))
+        for bytes_each in (pixels, _sample_bytes(config, config.data.size))
+    )
+    plan = {
+        "source": fingerprint,
+        "image": image,
+        "encoder": encoder.fingerprint,
+        "window": size,
+        "part": part,
+    }
     entries = source if count is None else itertools.islice(iter(source), count)
-    reader = WindowReader(config, entries, size, few=count is not None and count < FEW)
+    reader = WindowReader(config, entries, size, part, few=count is not None and count < FEW)
     with _writing(directory) as held:
         with here.together():
             if (
@@ -270,13 +279,12 @@ def _embed(options: EmbedOptions, here: World) -> Iterator[EmbedStep | EmbedSumm
         embedder = Embedder(encoder, autoencoder, writer.DatasetWriter(partial, plan), options.strict)
         for _ in embedder.windows(reader, here):
             if here.first:
-                yield EmbedStep(reader.taken, count, len(embedder.caption_ids), config.data.split)
+                yield EmbedStep(reader.taken, count, len(embedder.captions), config.data.split)
         here.wait()
         if here.first:
             if not any(record.images for record in map(embedder.into.done, range(reader.windows)) if record):
                 raise SanaError(f"{config.data.source}: no entry can be used", *embedder.reasons())
-            facts["attributes"] = {name: list(values) for name, values in embedder.attributes.items()}
-            embedder.into.finish(reader.windows, embedder.caption_ids, facts)
+            embedder.into.finish(reader.windows, facts | embedder.facts())
             files.put_in_place(partial, directory)
             done = _summary(
                 Dataset(directory), start, peak_memory(device), was_there=False, resumed=embedder.resumed

@@ -466,7 +466,7 @@ def _dataset(path: Path, verify: bool) -> Description:
         "bytes": dataset.bytes,
         "encoder": index.encoder.in_words,
         "source": " ".join(f"{key}={str(value)[:12]}" for key, value in index.source.items()),
-        "examples": [text for text in dataset.texts()[:21] if text],
+        "examples": [text for text in dataset.texts(21) if text],
         "sha256": index.sha256,
     }
     if verify:

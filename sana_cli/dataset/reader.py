@@ -4,8 +4,10 @@ Shapes: B rows asked for, C H W of an image, D width of a caption state.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,30 +29,52 @@ from sana_cli.errors import SanaError
 from sana_cli.runtime import files, records
 
 S = TypeVar("S", bound=records.Shard)
+Tensors = dict[str, Tensor]  # of a shard, by name
 MOST_OPEN = 1024  # shards of a kind in a dataset; Linux lets a process map 65,530 files
 
 
 class _Shards:
-    """The tensors of shards of one kind, by number. The MOST_OPEN that were read last stay mapped."""
+    """The tensors of shards of one kind, by number, checked when they are read.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._read = lru_cache(MOST_OPEN)(files.read_tensors)  # threads may share it
+    The MOST_OPEN that were read last stay mapped. Threads may share it.
+    """
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        return self._read(self._paths[number])
+    def __init__(self, directory: Path, entries: Sequence[S], fit: Callable[[Tensors, S], bool]) -> None:
+        self.entries = entries
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return map(self._read, self._paths)
+        @lru_cache(MOST_OPEN)
+        def read(number: int) -> Tensors:
+            path = directory / entries[number].file
+            tensors = files.read_tensors(path)
+            try:
+                whole = fit(tensors, entries[number])
+            except (KeyError, IndexError, RuntimeError):  # a tensor is missing or empty
+                whole = False
+            if not whole:
+                raise _damaged(path, directory)
+            return tensors
+
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, number: int) -> Tensors:
+        return self._read(number)
+
+    def __iter__(self) -> Iterator[Tensors]:
+        return map(self._read, range(len(self.entries)))
 
 
 class Dataset:
     """A finished dataset, memory-mapped: memory holds what is asked for, not the dataset.
 
-    Every file is checked when the dataset is opened. Of thousands, some are opened again when they are read.
+    That every file is there in its full size is checked at once, and its tensors when it is first read. Of
+    MOST_OPEN shards or fewer, all are read at once.
 
     Raises:
         SanaError: there is none, it is of another version, or a file is missing, truncated or damaged.
+            So does reading a shard that is found to be damaged then.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -74,8 +98,13 @@ class Dataset:
         ):
             if sum(shard.count for shard in shards) != count:
                 raise SanaError(f"{directory / INDEX}: {kind}: its shards do not have as many as it says")
-        self._captions = self._open(self.index.captions, self._captions_fit)
-        self._images = self._open(self.index.images, self._images_fit)
+        for entry in self.index.shards:
+            files.check_size(directory / entry.file, entry.bytes)
+        self._captions = _Shards(directory, self.index.captions, partial(_captions_fit, self.index))
+        self._images = _Shards(directory, self.index.images, partial(_images_fit, self.index))
+        for opened in (self._captions, self._images):
+            if len(opened) <= MOST_OPEN:
+                deque(opened, maxlen=0)
         self.shapes = self.index.shapes  # with the number of images of each, largest shape first
         numbers = {shape: number for number, shape in enumerate(self.shapes)}
         channels = self.index.image.channels
@@ -83,59 +112,6 @@ class Dataset:
         self._shape_numbers = np.array(of_shards, dtype=np.int64)
         self._caption_starts = np.cumsum([0, *(shard.count for shard in self.index.captions)])
         self._image_starts = np.cumsum([0, *(shard.count for shard in self.index.images)])
-
-    def _open(self, shards: Sequence[S], fit: Callable[[dict[str, Tensor], S], bool]) -> _Shards:
-        """Check every shard."""
-        paths = [self.directory / shard.file for shard in shards]
-        opened = _Shards(paths)
-        for path, shard in zip(paths, shards, strict=True):
-            files.check_size(path, shard.bytes)
-        for path, tensors, shard in zip(paths, opened, shards, strict=True):
-            try:
-                whole = fit(tensors, shard)
-            except (KeyError, IndexError, RuntimeError):  # a tensor is missing or empty
-                whole = False
-            if not whole:
-                raise self._damaged(path)
-        return opened
-
-    def _damaged(self, path: Path) -> SanaError:
-        return SanaError(
-            f"{path} is damaged: its tensors are not those of a dataset",
-            f"sana inspect --verify {self.directory} looks at every byte; sana embed --overwrite makes it anew",
-        )
-
-    def _captions_fit(self, tensors: dict[str, Tensor], shard: records.Shard) -> bool:
-        count = shard.count
-        states, offsets, ends = tensors["states"], tensors["offsets"], tensors["text_offsets"]
-        return (
-            (states.dtype, states.shape[1:]) == (torch.bfloat16, (self.index.caption_dim,))
-            and all((t.dtype, t.shape) == (torch.int64, (count + 1,)) for t in (offsets, ends))
-            and bool(offsets[0] == 0 and offsets[-1] == len(states) and (offsets.diff() > 0).all())
-            and bool(ends[0] == 0 and (ends.diff() >= 0).all())
-            and (tensors["text"].dtype, tensors["text"].ndim) == (torch.uint8, 1)
-        )
-
-    def _images_fit(self, tensors: dict[str, Tensor], shard: records.ImageShard) -> bool:
-        shape = shard.count, self.index.image.channels, shard.height, shard.width
-        kind, dtype = (
-            ("images", torch.uint8) if self.index.image.kind == "pixels" else ("latents", torch.bfloat16)
-        )
-        samples, ids, ends = tensors[kind], tensors["caption_ids"], tensors["sample_id_offsets"]
-        count, sizes = shard.count, tensors["original_sizes"]
-        weights, shown = tensors.get("caption_weights"), tensors.get("attributes")
-        says, values = tensors.get("caption_attributes"), list(self.index.attributes.values())
-        return (
-            (samples.dtype, samples.shape) == (dtype, shape)
-            and (sizes.dtype, sizes.shape) == (torch.int32, (count, 2))
-            and bool((sizes > 0).all())
-            and (ids.dtype, ids.ndim, len(ids)) == (torch.int32, 2, count)
-            and (ends.dtype, ends.shape) == (torch.int64, (count + 1,))
-            and (tensors["sample_ids"].dtype, tensors["sample_ids"].ndim) == (torch.uint8, 1)
-            and (weights is None or (weights.dtype, weights.shape) == (torch.float32, ids.shape))
-            and (shown is None or _known(shown, count, values))
-            and (says is None or (shown is not None and _named(says, ids, shown)))
-        )
 
     def __len__(self) -> int:
         return self.index.counts.images
@@ -151,15 +127,17 @@ class Dataset:
         return sum(shard.bytes for shard in self.index.shards)
 
     def verify(self) -> Iterator[str]:
-        """Compare every file with the index, byte for byte; yields the name of each whole file.
+        """Compare every file with the index, byte for byte, and check its tensors; yields the name of each.
 
         Raises:
             SanaError: naming the damaged file.
         """
         yield INDEX  # its own hash was checked when it was read
-        for shard in self.index.shards:
-            files.check_hash(self.directory / shard.file, shard.sha256)
-            yield shard.file
+        for opened in (self._captions, self._images):
+            for number, entry in enumerate(opened.entries):
+                files.check_hash(self.directory / entry.file, entry.sha256)
+                opened[number]  # its tensors are checked
+                yield entry.file
         if self.index.counts.skipped:
             files.check_hash(self.directory / SKIPPED, self.index.skipped_sha256 or "")
             yield SKIPPED
@@ -179,7 +157,7 @@ class Dataset:
         """
         found, wanted = [], list(caption_ids)
         if any(not 0 <= number < self._caption_starts[-1] for number in wanted):
-            raise self._damaged(self.directory)
+            raise _damaged(self.directory, self.directory)
         for shard, row in _locate(self._captions, self._caption_starts, wanted):
             start, end = shard["offsets"][row : row + 2].tolist()
             found.append(shard["states"][start:end])
@@ -193,17 +171,18 @@ class Dataset:
 
     def longest_caption(self) -> int:
         """Tokens of the longest caption."""
+        if self.index.counts.longest is not None:
+            return self.index.counts.longest
         return max(
             int(shard["offsets"].diff().max()) for shard in self._captions if len(shard["offsets"]) > 1
         )
 
-    def texts(self) -> list[str]:
-        """All captions, by id."""
-        return [
-            text for shard in self._captions for text in unpack_texts(shard["text"], shard["text_offsets"])
-        ]
+    def texts(self, most: int | None = None) -> list[str]:
+        """All captions by id, or the first `most` of them."""
+        every = (unpack_texts(shard["text"], shard["text_offsets"]) for shard in self._captions)
+        return list(islice(chain.from_iterable(every), most))
 
-    def _rows(self, rows: np.ndarray) -> Iterator[tuple[dict[str, Tensor], int]]:
+    def _rows(self, rows: np.ndarray) -> Iterator[tuple[Tensors, int]]:
         return _locate(self._images, self._image_starts, rows)
 
     def images(self, rows: np.ndarray) -> Tensor:
@@ -253,7 +232,7 @@ class Dataset:
         """The ids of each image's captions, at least one."""
         found = [[i for i in shard["caption_ids"][row].tolist() if i >= 0] for shard, row in self._rows(rows)]
         if not all(found) or any(max(ids) >= self._caption_starts[-1] for ids in found):
-            raise self._damaged(self.directory)
+            raise _damaged(self.directory, self.directory)
         return found
 
     def caption_weights(self, rows: np.ndarray) -> list[list[float] | None]:
@@ -313,6 +292,47 @@ class Dataset:
         return names
 
 
+def _damaged(path: Path, directory: Path) -> SanaError:
+    return SanaError(
+        f"{path} is damaged: its tensors are not those of a dataset",
+        f"sana inspect --verify {directory} looks at every byte; sana embed --overwrite makes it anew",
+    )
+
+
+def _captions_fit(index: records.Index, tensors: Tensors, shard: records.Shard) -> bool:
+    """Whether these are the tensors of a shard of captions."""
+    count = shard.count
+    states, offsets, ends = tensors["states"], tensors["offsets"], tensors["text_offsets"]
+    return (
+        (states.dtype, states.shape[1:]) == (torch.bfloat16, (index.caption_dim,))
+        and all((t.dtype, t.shape) == (torch.int64, (count + 1,)) for t in (offsets, ends))
+        and bool(offsets[0] == 0 and offsets[-1] == len(states) and (offsets.diff() > 0).all())
+        and bool(ends[0] == 0 and (ends.diff() >= 0).all())
+        and (tensors["text"].dtype, tensors["text"].ndim) == (torch.uint8, 1)
+    )
+
+
+def _images_fit(index: records.Index, tensors: Tensors, shard: records.ImageShard) -> bool:
+    """Whether these are the tensors of a shard of images."""
+    shape = shard.count, index.image.channels, shard.height, shard.width
+    kind, dtype = ("images", torch.uint8) if index.image.kind == "pixels" else ("latents", torch.bfloat16)
+    samples, ids, ends = tensors[kind], tensors["caption_ids"], tensors["sample_id_offsets"]
+    count, sizes = shard.count, tensors["original_sizes"]
+    weights, shown = tensors.get("caption_weights"), tensors.get("attributes")
+    says, values = tensors.get("caption_attributes"), list(index.attributes.values())
+    return (
+        (samples.dtype, samples.shape) == (dtype, shape)
+        and (sizes.dtype, sizes.shape) == (torch.int32, (count, 2))
+        and bool((sizes > 0).all())
+        and (ids.dtype, ids.ndim, len(ids)) == (torch.int32, 2, count)
+        and (ends.dtype, ends.shape) == (torch.int64, (count + 1,))
+        and (tensors["sample_ids"].dtype, tensors["sample_ids"].ndim) == (torch.uint8, 1)
+        and (weights is None or (weights.dtype, weights.shape) == (torch.float32, ids.shape))
+        and (shown is None or _known(shown, count, values))
+        and (says is None or (shown is not None and _named(says, ids, shown)))
+    )
+
+
 def _known(shown: Tensor, count: int, values: Sequence[Sequence[str]]) -> bool:
     """Whether attributes (n, a) are numbers of the values that the index lists."""
     if (shown.dtype, shown.ndim, len(shown)) != (torch.int32, 2, count) or shown.shape[1] > len(values):
@@ -330,7 +350,7 @@ def _named(says: Tensor, ids: Tensor, shown: Tensor) -> bool:
 
 def _locate(
     shards: _Shards, starts: np.ndarray, rows: Sequence[int] | np.ndarray
-) -> Iterator[tuple[dict[str, Tensor], int]]:
+) -> Iterator[tuple[Tensors, int]]:
     """The shard of each row, and the row inside it; `starts` are the first rows of shards."""
     numbers = np.searchsorted(starts, rows, side="right") - 1
     for number, row in zip(numbers, rows, strict=True):

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -86,7 +86,8 @@ class DatasetWriter:
         joined = torch.cat(list(states.values()))
         tensors = {"states": joined, "offsets": offsets, "text": text, "text_offsets": text_offsets}
         shard = self._write(_name("captions", window, number), len(states), tensors)
-        return CaptionShard(**vars(shard), tokens=int(offsets[-1]))
+        longest = int(offsets.diff().max())
+        return CaptionShard(**vars(shard), tokens=int(offsets[-1]), longest=longest)
 
     def write(
         self,
@@ -99,8 +100,8 @@ class DatasetWriter:
     ) -> None:
         """Write a window's images, a shard for each shape, and its record.
 
-        Its caption shards are written already. `cut` is how many of its captions were longer than
-        the encoder takes.
+        Its caption shards are written already. `caption_ids` has its captions, others or not. `cut` is how
+        many of its new captions were longer than the encoder takes.
         """
         shards = []
         for number, part in enumerate(images):
@@ -116,19 +117,16 @@ class DatasetWriter:
         files.write_tensors(path, tensors)
         return Shard(file=path.name, count=count, bytes=path.stat().st_size, sha256=files.sha256_file(path))
 
-    def finish(self, windows: int, captions: Iterable[str], facts: Mapping[str, Any]) -> None:
+    def finish(self, windows: int, facts: Mapping[str, Any]) -> None:
         """Write the index, which makes this a dataset, and remove what else is there.
 
         Args:
-            windows: how many there are; all are written.
-            captions: all distinct ones, the null caption first.
-            facts: what else the index says: image, encoder, source, caption_dim, attributes. Height and
-                width of `image` are those of the most common shape.
+            windows: how many there are; all are written. The null caption is the first of the first.
+            facts: what else the index says: image, encoder, source, caption_dim, attributes,
+                one_word_captions, words. Height and width of `image` are those of the most common shape.
         """
         if not (self.folder / INDEX).is_file():
-            whole = [record for record in map(self.done, range(windows)) if record is not None]
-            assert len(whole) == windows, "a window is missing"
-            self._write_index(whole, list(captions), facts)
+            self._write_index(windows, facts)
         index = records.checked(Index, files.read_sealed_json(self.folder / INDEX), self.folder / INDEX)
         keep = {INDEX, SKIPPED, PLAN, *(shard.file for shard in index.shards)}
         for path in self.folder.iterdir():  # records of windows, and half-written files of killed processes
@@ -136,32 +134,42 @@ class DatasetWriter:
                 path.unlink()
         (self.folder / PLAN).unlink(missing_ok=True)
 
-    def _write_index(self, windows: Sequence[Window], captions: list[str], facts: Mapping[str, Any]) -> None:
-        skipped = [entry.as_json() for window in windows for entry in window.skipped]
-        if skipped:
-            files.write_text(self.folder / SKIPPED, "".join(as_json(entry) + "\n" for entry in skipped))
-        images = [shard for window in windows for shard in window.images]
-        texts = [shard for window in windows for shard in window.captions]
-        counts = Counter[tuple[int, int]]()
-        for shard in images:
-            counts[shard.height, shard.width] += shard.count
-        height, width = max(counts, key=lambda shape: (counts[shape], shape[0] * shape[1], -shape[0]))
+    def _write_index(self, windows: int, facts: Mapping[str, Any]) -> None:
+        """Take one record after the other: entries that were left out may be many."""
+        images, texts = list[dict[str, Any]](), list[dict[str, Any]]()
+        shapes, counts, longest = Counter[tuple[int, int]](), Counter[str](), 0
+        with (self.folder / SKIPPED).open("w", encoding="utf-8") as left_out:
+            for record in map(self.done, range(windows)):
+                assert record is not None, "a window is missing"
+                for image in record.images:
+                    shapes[image.height, image.width] += image.count
+                    images.append(image.as_json())
+                for shard in record.captions:
+                    counts["captions"] += shard.count
+                    counts["tokens"] += shard.tokens
+                    longest = max(longest, shard.longest)
+                    texts.append(shard.model_dump(mode="json", exclude={"tokens", "longest"}))
+                left_out.writelines(as_json(entry.as_json()) + "\n" for entry in record.skipped)
+                counts["skipped"] += len(record.skipped)
+                counts["cut"] += record.cut
+        if counts["skipped"]:
+            files.sync(self.folder / SKIPPED)
+        else:
+            (self.folder / SKIPPED).unlink()
+        height, width = max(shapes, key=lambda shape: (shapes[shape], shape[0] * shape[1], -shape[0]))
         index = {
             "format_version": FORMAT_VERSION,
             "counts": {
-                "images": sum(shard.count for shard in images),
-                "captions": len(captions),
-                "tokens": sum(shard.tokens for shard in texts),
-                "skipped": len(skipped),
-                "cut": sum(window.cut for window in windows),
+                "images": shapes.total(),
+                **{name: counts[name] for name in ("captions", "tokens", "skipped", "cut")},
+                "longest": longest,
             },
             **facts,
             "image": {**facts["image"], "height": height, "width": width},
-            "one_word_captions": all(len(caption.split()) == 1 for caption in captions if caption),
-            "null_caption": captions.index(""),
-            "skipped_sha256": files.sha256_file(self.folder / SKIPPED) if skipped else None,
-            "captions": [shard.model_dump(mode="json", exclude={"tokens"}) for shard in texts],
-            "images": [shard.as_json() for shard in images],
+            "null_caption": 0,
+            "skipped_sha256": files.sha256_file(self.folder / SKIPPED) if counts["skipped"] else None,
+            "captions": texts,
+            "images": images,
         }
         files.write_sealed_json(self.folder / INDEX, index)
 

@@ -118,6 +118,7 @@ class CaptionShard(Shard):
     """A file of captions, as a window's record has it."""
 
     tokens: Count
+    longest: Count  # tokens of its longest caption
 
 
 class ImageShard(Shard):
@@ -151,6 +152,7 @@ class Counts(Record):
     tokens: Count
     skipped: Count = 0
     cut: Count = 0  # captions longer than text.max_length
+    longest: Count | None = None  # tokens of the longest caption; None: not on record
 
 
 class Index(Record):
@@ -164,6 +166,7 @@ class Index(Record):
     source: dict[str, Any]
     one_word_captions: bool
     null_caption: Count
+    words: list[str] | None = None  # of all captions, in lower case; None: too many, or not on record
     attributes: dict[str, list[str]]  # names, and the values of each
     skipped_sha256: str | None = None
     captions: list[Shard]

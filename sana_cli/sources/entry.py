@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from sana_cli.runtime.files import sha256_file
 
 LABEL = "label"  # the attribute that the class of an image is
 UNSEEN = "unseen"  # the attribute of a held-out image that says what of it training lacks
+HASHED_AT_ONCE = 4096  # files that are handed out to threads together
 
 
 class BadImage(Exception):  # noqa: N818 (it is an image)
@@ -76,8 +78,10 @@ def hash_files(paths: Iterable[Path]) -> Iterator[str]:
         except OSError:
             return ""
 
+    remaining = iter(paths)
     with ThreadPoolExecutor(8) as pool:
-        yield from pool.map(digest, paths)
+        while some := list(islice(remaining, HASHED_AT_ONCE)):  # the pool would take all of them at once
+            yield from pool.map(digest, some)
 
 
 def need_folder(path: Path | None) -> Path:

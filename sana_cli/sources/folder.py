@@ -107,13 +107,14 @@ class Folder:
 
     def _sidecars(self) -> Iterator[tuple[Path, str]]:
         """Files that seem to caption single images, and what to do about each."""
+        found = [name for name in self.tree.files if suffix(name) in (".txt", ".caption", ".json")]
+        if not found:
+            return
         images = {**{stem(name): name for name in self.images}, **{name: name for name in self.images}}
         elsewhere = {stem(basename(name)): name for name in self.images}
         peeked = 0
-        for name in self.tree.files:
+        for name in found:
             path, kind, of = self.root / name, suffix(name), stem(name)
-            if kind not in (".txt", ".caption", ".json"):
-                continue
             image = images.get(of)
             if image is not None and kind != ".json":
                 yield path, f"rename it {basename(stem(image))}.txt, as all of its kind"
@@ -257,8 +258,9 @@ class Folder:
     def _left_out(self, taken: Collection[str]) -> list[Skipped]:
         """Files that look like images or captions and are not in `taken`, sorted by name."""
         used = {*taken, *self.texts.values(), *(one.name for one in self.metadata)}
-        with_sidecars = {stem(name) for name in self.images} | set(self.images)
-        found = {name: self._why(name, with_sidecars) for name in self.tree.files if name not in used}
+        unused = [name for name in self.tree.files if name not in used]
+        with_sidecars = {stem(name) for name in self.images} | set(self.images) if unused else set[str]()
+        found = {name: self._why(name, with_sidecars) for name in unused}
         for name, reason in self.tree.left_out.items():
             if name not in used and not (self.metadata and reason in (NOWHERE, CIRCLE)):
                 found[name] = reason
@@ -307,15 +309,14 @@ class Folder:
 
         Files that are not read do not count: adding a .zip does not make it another dataset.
         """
-        digest, images = hashlib.sha256(), list[Path]()
+        digest, images = hashlib.sha256(), list[str]()
         for entry in self._of_rows(set()) if self.metadata else self._of_images(set()):
             if isinstance(entry, Skipped):
                 digest.update(json.dumps([entry.name, entry.reason]).encode())
                 continue
-            assert isinstance(entry.image, Path)
-            images.append(entry.image)
+            images.append(entry.id)
             digest.update(json.dumps([entry.id, entry.captions, entry.weights, *_shown(entry)]).encode())
-        for content in hash_files(images):
+        for content in hash_files(self.root / name for name in images):
             digest.update(content.encode())
         return {"source": "folder", "split": self.data.split, "sha256": digest.hexdigest()}
 

@@ -37,10 +37,7 @@ from sana_cli.weights.checkpoint import adapter_parameters, transformer_path
 # what is no tensor, measured on CPUs by benchmarks/memory.py
 MAPPED = 1 << 21  # bytes of a file that become resident where any are read: Linux maps up to a huge page
 KERNELS = 35 << 20  # bytes of what oneDNN compiles for bf16; `runtime.device` limits how many it keeps
-HOLES = {
-    "fp32": 0.25,
-    "bf16": 0.5,
-}  # of activations: holes in the heap, which small tensors and kernels split
+HOLES = {"fp32": 0.25, "bf16": 0.5}  # of activations: holes in the heap, split by small tensors
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,9 @@ class Memory:
     optimizer: int
     activations: int  # of a micro-batch, and what its operations and the optimizer's need
     dataset: int
-    kernels: int = 0  # compiled for bf16 on a CPU
-    holes: int = 0  # memory that malloc holds between tensors on a CPU, and cannot give them
+    overhead: int = (
+        0  # on a CPU: what malloc holds between tensors and cannot give them, and kernels for bf16
+    )
 
     @property
     def total(self) -> int:
@@ -234,19 +232,20 @@ def training_memory(
         optimizer=optimizer_bytes(moving.items(), optim) // shards,
         activations=0,
         dataset=0 if device.type == "cuda" else read,
-        kernels=KERNELS if bf16 else 0,
+        overhead=KERNELS if bf16 else 0,
     )
     room = of_all if available is None else int(SHARE_OF_FREE_MEMORY * max(0, available - held.total))
     of_samples = max(of_one, min(of_all, room)) + in_use + whole - moved
     of_files = 0 if device.type == "cuda" else _base_bytes(config)  # mapped while the models are made
-    of_loading = of_files - held.gradients - held.optimizer - held.kernels - held.dataset
+    of_loading = of_files - held.gradients - held.optimizer - held.overhead - held.dataset
     of_training = max(of_gradients, of_samples, of_step, 0)
     holes = 0
     if device.type == "cpu":
         holes = int(HOLES["bf16" if bf16 else "fp32"] * of_training)
         if train.activation_checkpointing:  # the input of each block is kept, in a hole of the block before
             holes += model.num_layers * peak.largest
-    return replace(held, activations=max(of_training, of_loading - holes), holes=holes)
+    activations = max(of_training, of_loading - holes)
+    return replace(held, activations=activations, overhead=held.overhead + holes)
 
 
 def _grid_cells(config: Config, dataset: Dataset) -> int:

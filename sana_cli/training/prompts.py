@@ -1,6 +1,6 @@
 """The prompts of a run's sample grids, encoded once at the start, and what checkpoints remember of captions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sana_cli.config.keys import Config
+from sana_cli.dataset.embedding import MOST_WORDS
 from sana_cli.dataset.match import open_also
 from sana_cli.dataset.reader import Dataset
 from sana_cli.dataset.trainset import Shape
@@ -15,13 +16,13 @@ from sana_cli.runtime.device import release_memory
 from sana_cli.runtime.records import Encoder
 from sana_cli.sampling.pictures import Cell, grid_cells, prompt_rows
 from sana_cli.sources.entry import LABEL
-from sana_cli.text import check_same_encoder, load_encoder, unseen_words, words_of
+from sana_cli.text import check_same_encoder, load_encoder, unseen_words
 from sana_cli.units import natural
 from sana_cli.weights.checkpoint import MOST_EXAMPLES
 
 GRID_CAPTIONS = 20  # captions of the dataset in a sample grid
 GRID_SHAPES = 4  # of images in it: the most common ones take turns
-MOST_WORDS = 20_000  # of all captions, that a checkpoint remembers; of more, it remembers none
+MOST_SEARCHED = 100_000  # captions of a dataset that prompts are looked for among: the first
 ROWS_ASKED = 1000  # for the class that belongs to a caption
 
 
@@ -42,14 +43,13 @@ class GridPrompts:
 
 def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> GridPrompts:
     """The prompts of `sample.prompts`, or captions of the dataset. Only unknown prompts need an encoder."""
-    texts = {text: caption_id for caption_id, text in enumerate(dataset.texts())}
+    texts = {text: caption_id for caption_id, text in enumerate(dataset.texts(MOST_SEARCHED))}
     index, notes = dataset.index, []
     fingerprint = index.encoder.as_json()
     also = [other for other, _ in open_also(config, dataset)]
     one_word = all(one.index.one_word_captions for one in (dataset, *also))
-    further = [text for other in also for text in other.texts()]
     cells = grid_cells(_rows(config, dataset, texts, one_word), 1, config.sample.seed)
-    words = {word for text in (*texts, *further) for word in words_of(text)}
+    words = _words((dataset, *also))
     prompts = [cell.prompt for row in cells for cell in row]
     states = {prompt: dataset.states([texts[prompt]])[0] for prompt in prompts if prompt in texts}
     unknown = [prompt for prompt in prompts if prompt not in texts]
@@ -74,9 +74,16 @@ def encode_prompts(config: Config, dataset: Dataset, device: torch.device) -> Gr
         encoder=Encoder.model_validate(fingerprint),
         examples=[text for text in list(texts)[: MOST_EXAMPLES + 1] if text],
         one_word=one_word,
-        words=sorted(words) if len(words) <= MOST_WORDS else None,
+        words=words,
         notes=tuple(notes),
     )
+
+
+def _words(datasets: Sequence[Dataset]) -> list[str] | None:
+    """The words of all captions, sorted; None: too many, or not on record."""
+    each = [dataset.index.words for dataset in datasets]
+    words = {word for known in each for word in known or ()}
+    return None if None in each or len(words) > MOST_WORDS else sorted(words)
 
 
 def _shapes(dataset: Dataset, count: int) -> list[Shape]:

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import again, embedded
+from helpers import again, embedded, trained
 
 from sana_cli import sources as data
 from sana_cli.config.keys import Config
-from sana_cli.dataset import reader
+from sana_cli.dataset import embedding, reader
 from sana_cli.dataset.reader import Dataset
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files
+from sana_cli.text import words_of
 
 
 def test_what_is_stored_comes_back(config: Config) -> None:
@@ -126,12 +127,20 @@ def test_a_shard_without_attributes_has_none(config: Config) -> None:
     assert dataset.caption_attributes(np.arange(2)) == [[[], []]] * 2
 
 
-def test_more_shards_than_stay_open_are_read_alike(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file is checked, and few are mapped afterwards."""
+@pytest.fixture
+def eight(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The config of a dataset of eight shards of images, of which three stay open."""
     monkeypatch.setattr("sana_cli.commands.embed.IMAGES_AT_ONCE", 5)
     monkeypatch.setattr("sana_cli.commands.embed.writer.WINDOW", 5)
-    few = again(config, f"data.dir={config.data.dir}-few")
-    embedded(few)
+    made = again(config, f"data.dir={config.data.dir}-eight")
+    embedded(made)
+    assert len(list(made.data.dir.glob("images-*"))) == 8
+    monkeypatch.setattr(reader, "MOST_OPEN", 3)
+    return made
+
+
+def test_more_shards_than_stay_open_are_read_alike(eight: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is read when the dataset is opened, and few are mapped afterwards."""
     rows = np.random.default_rng(0).permutation(40)
 
     def content(dataset: Dataset) -> list[object]:
@@ -144,24 +153,94 @@ def test_more_shards_than_stay_open_are_read_alike(config: Config, monkeypatch: 
         ]  # fmt: skip
 
     def mapped() -> int:
-        return Path("/proc/self/maps").read_text().count(str(few.data.dir))
+        return Path("/proc/self/maps").read_text().count(str(eight.data.dir))
 
-    expected = content(Dataset(few.data.dir))
-    assert len(list(few.data.dir.glob("images-*"))) == 8
-    monkeypatch.setattr(reader, "MOST_OPEN", 3)
-    dataset = Dataset(few.data.dir)
+    with monkeypatch.context() as patched:
+        patched.setattr(reader, "MOST_OPEN", 1024)
+        expected = content(Dataset(eight.data.dir))
+    read = list[str]()
+    read_tensors = files.read_tensors
+
+    def noting(path: Path) -> Tensors:
+        read.append(path.name)
+        return read_tensors(path)
+
+    monkeypatch.setattr(files, "read_tensors", noting)
+    dataset = Dataset(eight.data.dir)
+    assert not [name for name in read if name.startswith("images-")]
+    dataset.images(np.array([12]))
+    assert [name for name in read if name.startswith("images-")] == ["images-00002.safetensors"]
     assert content(dataset) == expected
     if Path("/proc/self/maps").exists():
         assert 0 < mapped() <= 6
         sizes = dataset.original_sizes(), dataset.attribute_ids()
         del dataset
         assert mapped() == 0, sizes
-    shard = few.data.dir / "images-00001.safetensors"
-    files.write_tensors(shard, files.read_tensors(few.data.dir / "images-00000.safetensors"))
-    with shard.open("r+b") as file:
-        file.write(b"\0")
-    with pytest.raises(SanaError, match=r"images-00001\.safetensors is damaged"):
-        Dataset(few.data.dir)
+
+
+def overwritten(shard: Path) -> bytes:
+    """Damage a shard at its beginning, and leave its size."""
+    whole = shard.read_bytes()
+    shard.write_bytes(b"\xff" * 64 + whole[64:])
+    return whole
+
+
+def test_a_shard_that_is_read_later_is_checked_then(eight: Config) -> None:
+    dataset, shard = Dataset(eight.data.dir), eight.data.dir / "images-00003.safetensors"
+    whole = overwritten(shard)
+    again_opened = Dataset(eight.data.dir)
+    for opened in (dataset, again_opened):
+        assert opened.images(np.array([0, 39])).shape == (2, 1, 16, 16)
+        for look in (
+            lambda one: one.images(np.array([0, 17])),
+            Dataset.original_sizes,
+            lambda one: list(one.verify()),
+        ):
+            with pytest.raises(SanaError, match=r"images-00003\.safetensors is damaged"):
+                look(opened)
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(SanaError, match=r"images-00003\.safetensors is damaged: expected .* bytes"):
+        Dataset(eight.data.dir)
+    shard.unlink()
+    with pytest.raises(SanaError, match=r"images-00003\.safetensors is missing"):
+        Dataset(eight.data.dir)
+    with pytest.raises(SanaError, match=r"images-00003\.safetensors is damaged or missing"):
+        again_opened.images(np.array([17]))
+
+
+def test_wrong_tensors_are_found_when_they_are_read_or_verified(eight: Config) -> None:
+    changed_shard(eight, changed("attributes", torch.Tensor.long))
+    dataset = Dataset(eight.data.dir)
+    for look in (lambda: dataset.caption_ids(np.array([0])), lambda: list(dataset.verify())):
+        with pytest.raises(
+            SanaError, match=r"images-00000\.safetensors is damaged: its tensors are not those"
+        ):
+            look()
+
+
+def test_training_names_the_shard_that_is_damaged(eight: Config) -> None:
+    """The batches of a run are made in a thread. What it has saved before stays."""
+    for shard in eight.data.dir.glob("images-*"):
+        overwritten(shard)
+    with pytest.raises(SanaError, match=r"images-0000\d\.safetensors is damaged"):
+        trained(eight)
+
+
+def test_the_index_knows_the_words_and_the_longest_of_all_captions(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset(config.data.dir)
+    texts = dataset.texts()
+    assert dataset.index.words == sorted({word for text in texts for word in words_of(text)})
+    assert dataset.longest_caption() == max(map(len, dataset.states(range(len(texts)))))
+    assert dataset.texts(3) == texts[:3]
+    older = dataset.index.model_copy(update={"counts": dataset.index.counts.but(longest=None)})
+    dataset.index = older
+    assert dataset.longest_caption() == max(map(len, dataset.states(range(len(texts)))))
+    monkeypatch.setattr(embedding, "MOST_WORDS", len(set(texts)) - 2)
+    other = again(config, f"data.dir={config.data.dir}-other")
+    embedded(other)
+    assert Dataset(other.data.dir).index.words is None
 
 
 @pytest.mark.parametrize(

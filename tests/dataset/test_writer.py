@@ -74,7 +74,8 @@ def test_any_dataset_comes_back(
     encoder = {"encoder": "drawn", "architecture": "none", "weights": "", "dtype": "fp32"}
     attributes = {name: ["0", "1", "2"] for name in NAMES}
     facts = {"image": image, "encoder": encoder, "source": {}, "caption_dim": 4, "attributes": attributes}
-    writer.DatasetWriter(folder, plan).finish(windows_count, ids, facts)
+    facts |= {"one_word_captions": False}
+    writer.DatasetWriter(folder, plan).finish(windows_count, facts)
     dataset = Dataset(folder)
     assert dataset.attributes == attributes
     every = [row for window in shown for row in window]
