@@ -54,7 +54,7 @@ from sana_cli.sources.critters import (
 from sana_cli.text import pad_states
 from sana_cli.weights import checkpoint
 
-VERSION = 2  # of how a run is carried out and judged
+VERSION = 3  # of how a run is carried out and judged
 CPU = torch.device("cpu")
 TINY = "tiny"
 
