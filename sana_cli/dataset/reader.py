@@ -60,7 +60,7 @@ class _Shards:
         return len(self.entries)
 
     def __getitem__(self, number: int) -> Tensors:
-        return self._read(number)
+        return self._read(int(number))  # the cache takes a NumPy integer for another key
 
     def __iter__(self) -> Iterator[Tensors]:
         return map(self._read, range(len(self.entries)))

@@ -102,7 +102,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(
             assert error(found, expected) < 1e-6, (processes, size, kind, rank)
 
 
-def assert_near(one: Path, two: Path, tolerance: float = 2e-5) -> None:
+def assert_near(one: Path, two: Path, tolerance: float = 5e-5) -> None:
     names = (
         "transformer/diffusion_pytorch_model.safetensors",
         "training/raw.safetensors",
@@ -195,7 +195,7 @@ def test_adapters_do_not_depend_on_the_number_of_processes(config: Config, kind:
         names = ("pytorch_lora_weights", "training/raw", "training/average", "training/optimizer")
         for name in names:
             one, two = (load_file(folder / f"{name}.safetensors") for folder in (last, alone.checkpoint))
-            assert error(one, two) < 5e-5, (parallel, name)
+            assert error(one, two) < 2e-5, (parallel, name)
         found, expected = metrics_lines(there.run.dir)[-1], metrics_lines(alone.run)[-1]
         assert found["adapter_movement"] == pytest.approx(expected["adapter_movement"], rel=1e-4)
         assert (there.run.dir / "samples" / "step-000004.png").is_file()
