@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,8 +179,33 @@ class CaptionEncoder:
     model: nn.Module
     tokenizer: WordTokenizer | HuggingFaceTokenizer
     text: TextConfig
-    fingerprint: dict[str, Any]
     device: torch.device
+    vocabulary: str  # of the tokenizer, whatever tells it from others
+    dtype: str  # fp32 or bf16
+
+    @property
+    def name(self) -> str:
+        """What people and files call the encoder."""
+        return hub.model_name(self.text.encoder)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What states depend on. The weights are hashed when it is first asked for, which takes seconds."""
+        tiny = self.text.encoder == "tiny"
+        return {
+            "version": FINGERPRINT_VERSION,
+            "encoder": self.name,
+            "revision": self.text.revision,
+            "architecture": type(self.model).__name__,
+            "weights": f"tiny {TINY_VERSION}" if tiny else hub.hash_weights(self.model),
+            "tokenizer": hashlib.sha256(self.vocabulary.encode()).hexdigest(),
+            "dtype": self.dtype,
+            "max_length": self.text.max_length,
+            "instruction": self.text.instruction,
+            "template": self.text.template,
+            "lowercase": self.text.lowercase,
+            **_layer(self.text),
+        }
 
     @property
     def dim(self) -> int:
@@ -238,7 +263,7 @@ class CaptionEncoder:
         if not torch.equal(one, other):
             return ()
         return (
-            f"{self.fingerprint['encoder']} reads from left to right, and its tokenizer puts no token before a caption: "
+            f"{self.name} reads from left to right, and its tokenizer puts no token before a caption: "
             "its first state then says little of a caption's first word. To keep that word, put something before it: "
             "text.instruction, such as 'Picture: '",
         )
@@ -280,9 +305,8 @@ class CaptionEncoder:
                 if dropped:
                     kept = torch.cat([kept[:1], kept[1 + dropped :]])
                 if not whole and not kept.isfinite().all():
-                    name = self.fingerprint["encoder"]
                     raise SanaError(
-                        f"the encoder {name} gave a state that is not finite for caption {caption!r:.200}",
+                        f"the encoder {self.name} gave a state that is not finite for caption {caption!r:.200}",
                         "use text.dtype: fp32, or another encoder",
                     )
                 yield caption, kept
@@ -330,22 +354,8 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
             _keep_layers(model, text.layer, text.encoder)
         tokenizer = HuggingFaceTokenizer(hf_tokenizer, text.template)
         vocabulary = json.dumps([type(hf_tokenizer).__name__, sorted(hf_tokenizer.get_vocab().items())])
-    fingerprint = {
-        "version": FINGERPRINT_VERSION,
-        "encoder": hub.model_name(text.encoder),
-        "revision": text.revision,
-        "architecture": type(model).__name__,
-        "weights": f"tiny {TINY_VERSION}" if text.encoder == "tiny" else hub.hash_weights(model),
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "dtype": name,
-        "max_length": text.max_length,
-        "instruction": text.instruction,
-        "template": text.template,
-        "lowercase": text.lowercase,
-        **_layer(text),
-    }
     model.requires_grad_(False).eval().to(device)
-    return CaptionEncoder(model, tokenizer, text, fingerprint, device)
+    return CaptionEncoder(model, tokenizer, text, device, vocabulary, name)
 
 
 class WordVectors(nn.Module):

@@ -25,6 +25,7 @@ from sana_cli.sampling.conditioning import load_pipeline_encoder, prompt_notes, 
 from sana_cli.sampling.opened import NO_ROOM, Opened, open_checkpoint
 from sana_cli.sampling.pipeline import Pipeline
 from sana_cli.sampling.tables import Table, check_single_words, parse_table
+from sana_cli.text import CaptionEncoder
 from sana_cli.weights import checkpoint
 
 
@@ -279,7 +280,11 @@ def _outputs(options: SampleOptions, opened: Opened, cells: Sequence[pictures.Ce
 def _encode(job: _Job) -> tuple[list[Tensor], list[Tensor], tuple[str, ...]]:
     """Caption states of each image, those of its null branch, and notes on the prompts."""
     pipeline = job.opened.pipeline
-    with job.stage.hold("encoder", lambda: load_pipeline_encoder(pipeline, job.opened.device)) as encoder:
+
+    def load() -> CaptionEncoder:
+        return load_pipeline_encoder(pipeline, job.opened.device, job.opened.precision)
+
+    with job.stage.hold("encoder", load) as encoder:
         captions, nulls = prompt_states(pipeline, encoder, job.prompts, job.options.negative_prompt)
         notes = prompt_notes(pipeline, encoder, job.prompts, job.options.negative_prompt)
         del encoder

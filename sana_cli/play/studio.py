@@ -97,7 +97,7 @@ class Studio:
             f"there is no room on {opened.device} for encoder, transformer and autoencoder together",
             "draw with sana sample, which loads one at a time, or elsewhere (`device` cpu)",
         ):
-            self._encoder = load_pipeline_encoder(opened.pipeline, opened.device)
+            self._encoder = load_pipeline_encoder(opened.pipeline, opened.device, opened.precision)
             if self._pipeline.null_caption is None and not self._pipeline.model.guidance_embeds:
                 _, (null,) = prompt_states(self._pipeline, self._encoder, [""], None)
                 if not self._pipeline.null_follows_prompt:  # else each prompt has its own

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sana_cli.errors import SanaError
+from sana_cli.runtime.device import has_native_bf16
 from sana_cli.sampling.pipeline import Pipeline
 from sana_cli.text import (
     CaptionEncoder,
@@ -15,8 +16,12 @@ from sana_cli.text import (
 MOST_WORDS = 8  # that a note names
 
 
-def load_pipeline_encoder(pipeline: Pipeline, device: torch.device) -> CaptionEncoder:
+def load_pipeline_encoder(
+    pipeline: Pipeline, device: torch.device, precision: str = "fp32"
+) -> CaptionEncoder:
     """The caption encoder that a pipeline's transformer was trained with.
+
+    One that is not on record is loaded in bf16 where the transformer is and the device computes in it, as on a GPU.
 
     Raises:
         SanaError: it is not on record, cannot be loaded, or is another one.
@@ -27,8 +32,16 @@ def load_pipeline_encoder(pipeline: Pipeline, device: torch.device) -> CaptionEn
             "and whose they are is not on record",
             "say which encoder made them with `encoder` PATH (or tiny, or a Hugging Face id)",
         )
+    text = pipeline.text
+    if (
+        pipeline.fingerprint is None
+        and text.dtype == "auto"
+        and precision == "bf16"
+        and has_native_bf16(device)
+    ):
+        text = text.model_copy(update={"dtype": "bf16"})
     try:
-        encoder = load_encoder(pipeline.text, device)
+        encoder = load_encoder(text, device)
     except SanaError as error:
         way = "was trained with" if pipeline.kind == "checkpoint" else "takes"
         raise SanaError(

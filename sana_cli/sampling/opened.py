@@ -18,7 +18,7 @@ from sana_cli.config.keys import SampleConfig
 from sana_cli.errors import SanaError
 from sana_cli.model import SanaTransformer
 from sana_cli.runtime import hub
-from sana_cli.runtime.device import resolve_device, resolve_precision
+from sana_cli.runtime.device import has_native_bf16, resolve_device, resolve_precision
 from sana_cli.sampling import sampler
 from sana_cli.sampling.pipeline import Pipeline, check_few_step, given_settings, open_pipeline
 from sana_cli.weights import checkpoint
@@ -95,9 +95,9 @@ class Opened:
         return model.ready_to_draw()
 
     def load_decoder(self, info: AutoencoderInfo) -> Autoencoder:
-        """The autoencoder, on the device."""
-        dtype = None if self.precision == "bf16" else torch.float32
-        return Autoencoder(info.source, self.device, dtype)
+        """The autoencoder, on the device: in bf16 where the transformer is and the device computes in it."""
+        half = self.precision == "bf16" and has_native_bf16(self.device)
+        return Autoencoder(info.source, self.device, torch.bfloat16 if half else torch.float32)
 
     def check_finite(self, samples: Tensor) -> None:
         """Refuse samples that overflowed.

@@ -176,6 +176,8 @@ def test_several_prompts_and_bf16_weights(pipelines: dict[str, Path], tmp_path: 
     }
     exact = 255 * pipeline(prompts, height=32, width=32, generator=generators, **settings)[0]
     pipeline.transformer = half
+    pipeline.text_encoder.to(torch.bfloat16)  # as ours
+    pipeline.vae.to(torch.bfloat16)
     generators = [torch.Generator().manual_seed(seed) for seed in (4, 5, 6)]
     rounded = 255 * pipeline(prompts, height=32, width=32, generator=generators, **settings)[0]
 
