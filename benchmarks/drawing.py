@@ -50,9 +50,8 @@ print(json.dumps({"load": times[0] - begin, "captions": times[1] - each - times[
 def drawn(model: torch.nn.Module) -> torch.nn.Module:
     """A model of the meta device with small random weights in bf16."""
     model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data.uniform_(-0.02, 0.02)
+    for parameter in model.parameters():  # buffers are made anew when it is loaded
+        parameter.data.uniform_(-0.02, 0.02)
     return model.eval()
 
 
@@ -93,19 +92,11 @@ def make_pipeline(folder: Path, small: bool) -> None:
     )
     diffusers.SanaPipeline(
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
-        text_encoder=Gemma2Model(gemma.config).to(torch.bfloat16).eval() if small else _own_buffers(gemma),
+        text_encoder=drawn(gemma),
         vae=diffusers.AutoencoderDC(**vae, upsample_block_type="interpolate").to(torch.bfloat16).eval(),
         transformer=drawn(transformer),
         scheduler=flow,
     ).save_pretrained(folder)
-
-
-def _own_buffers(gemma: Any) -> Any:
-    """Gemma with small random weights. Its rotary frequencies are buffers, made anew when it is loaded."""
-    gemma = gemma.to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in gemma.parameters():
-        parameter.data.uniform_(-0.02, 0.02)
-    return gemma.eval()
 
 
 def ours(folder: Path, options: argparse.Namespace, out: Path) -> dict[str, float]:

@@ -357,22 +357,6 @@ def precision_of(config: Config) -> str:
     return config.train.precision
 
 
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Let products and convolutions of float32 round their factors to TF32, or not."""
-    import torch
-
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = allowed
-        yield
-    finally:
-        for backend, was in zip(backends, before, strict=True):
-            backend.allow_tf32 = was
-
-
 def apart(one: Tensor, other: Tensor) -> float:
     """The largest difference of two tensors, over the largest number of the second."""
     wide = other.detach().float()
@@ -386,7 +370,7 @@ def facts(job: Job) -> None:
     """What the device is, and how fast it multiplies."""
     import torch
 
-    from sana_cli.runtime.device import free_memory, has_native_bf16
+    from sana_cli.runtime.device import free_memory, has_native_bf16, tf32
 
     device, known = job.device, dict[str, Any]()
     known |= {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
@@ -442,7 +426,7 @@ def parity(job: Job) -> None:
 def _parity(job: Job, name: str, model: Architecture) -> None:
     import torch
 
-    from sana_cli.runtime.device import autocast
+    from sana_cli.runtime.device import autocast, tf32
 
     ours = drawn(model, job, spread=0.1).eval()
     theirs = of_diffusers(ours, job).eval()

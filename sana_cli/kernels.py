@@ -113,9 +113,7 @@ class _GatedSiLU(torch.autograd.Function):
 
 def gated_silu(both: Tensor) -> Tensor:
     """x silu(gate) of the two halves (..., h) of one tensor (..., 2h)."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # which breaks at a function with a forward derivative, and joins these itself
+    if torch.compiler.is_compiling():  # it cannot trace a forward derivative, and joins these by itself
         x, gate = both.chunk(2, dim=-1)
         return x * F.silu(gate)
     return _GatedSiLU.apply(both)  # type: ignore[no-untyped-call]

@@ -302,6 +302,8 @@ def _compile(run: _Run) -> Iterator[str]:
     steps_left = train.steps - run.first_step
     if train.compile is False or (train.compile == "auto" and run.was_compiled is False) or not steps_left:
         return
+    if train.compile == "auto" and run.was_compiled is None and not _may_compile(run):
+        return
     missing = compiling.missing_compiler(device)
     if train.compile is True or run.was_compiled:
         if missing is None:
@@ -309,8 +311,9 @@ def _compile(run: _Run) -> Iterator[str]:
         else:
             yield f"blocks are no longer compiled: this machine lacks {missing}"
         return
-    if missing is not None or not _may_compile(run):
-        if missing is not None and steps_left * run.plan.micro_batches >= compiling.FEWEST:
+    left = steps_left * run.plan.micro_batches
+    if missing is not None:
+        if left >= compiling.FEWEST:
             yield f"blocks are not compiled: this machine lacks {missing}"
         return
     facts = {
@@ -321,7 +324,6 @@ def _compile(run: _Run) -> Iterator[str]:
         "train": [train.batch_size, train.weights, train.activation_checkpointing, run.world.size],
     }
     kind = compiling.kind_of_micro_batch(device, facts)
-    left = steps_left * run.plan.micro_batches
     for found in compiling.decide(kind, left, trainer.seconds_of_micro_batch, trainer.compile):
         if isinstance(found, str):
             yield found

@@ -124,18 +124,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
+def exact_float32() -> AbstractContextManager[None]:
     """Float32 products without TF32, which cuDNN uses for convolutions by default."""
+    return tf32(allowed=False)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let products and convolutions of float32 round their factors to TF32, or not."""
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:
-            backend.allow_tf32 = False
+            backend.allow_tf32 = allowed
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        for backend, was in zip(backends, before, strict=True):
+            backend.allow_tf32 = was
 
 
 def resident_memory() -> int:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,7 +59,10 @@ def use_cache() -> Path:
     PyTorch chooses one under /tmp as soon as it imports its compiler, so this comes first.
     """
     if CACHE not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        try:
+            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # a user without a home, as in some containers
+            home = Path(tempfile.gettempdir())
         os.environ[CACHE] = str(home / "sana" / "compiled")
     return Path(os.environ[CACHE])
 

@@ -1,5 +1,6 @@
 """When `torch.compile` pays, and that a compiled run is the same run."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def test_the_cache_outlives_a_restart_unless_the_user_has_one(
     monkeypatch.delenv(compiling.CACHE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert compiling.use_cache() == Path("/somewhere/sana/compiled")
+
+
+def test_a_user_without_a_home_has_a_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(compiling.CACHE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert compiling.use_cache() == Path(tempfile.gettempdir()) / "sana" / "compiled"
 
 
 def test_what_lacks_a_compiler_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
