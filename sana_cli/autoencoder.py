@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files, hub
+from sana_cli.runtime.device import frozen_dtype
 
 PIXELS_AT_ONCE = 1024 * 1024  # per batch: activations take far more memory than the weights
 TILED = 2048  # a longer side is decoded in tiles, as for the published 4K models
@@ -83,13 +84,13 @@ class Autoencoder:
     """A DC-AE on a device."""
 
     def __init__(self, source: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Load an autoencoder in `dtype`; None: float32 on a CPU, bf16 elsewhere.
+        """Load an autoencoder in `dtype`; None: `frozen_dtype`.
 
         Raises:
             SanaError: diffusers is not installed, or the autoencoder cannot be loaded.
         """
         loader, folder = _diffusers(), _folder(source)
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        dtype = dtype or frozen_dtype(device)
         self.source = source
 
         def load(local_files_only: bool) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sana_cli.config.keys import TextConfig
 from sana_cli.errors import SanaError
 from sana_cli.runtime import hub
+from sana_cli.runtime.device import frozen_dtype
 
 FINGERPRINT_VERSION = 1
 TINY_DIM = 128  # width of the built-in encoder's states
@@ -337,8 +338,9 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
     Raises:
         SanaError: it is gated, missing, offline or no text encoder; says what to do.
     """
-    name = text.dtype if text.dtype != "auto" else ("fp32" if device.type == "cpu" else "bf16")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = named.get(text.dtype) or frozen_dtype(device)
+    name = next(name for name, known in named.items() if known == dtype)
     model: nn.Module
     tokenizer: WordTokenizer | HuggingFaceTokenizer
     if text.encoder == "tiny":

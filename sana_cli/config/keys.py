@@ -237,7 +237,7 @@ class TextConfig(Section):
     )
     revision: str | None = free(None, "branch, tag or commit of a Hugging Face id")
     dtype: Annotated[Precision, BeforeValidator(_is_precision)] = free(
-        "auto", "auto: fp32 on a CPU, bf16 elsewhere"
+        "auto", "auto: fp32 on a CPU and on a GPU without bf16 arithmetic, bf16 elsewhere"
     )
     max_length: Annotated[int, Field(ge=2)] = free(300, "tokens kept of a caption")
     instruction: Annotated[str, BeforeValidator(_named_instruction)] | None = free(

@@ -91,6 +91,12 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return ("bf16" if has_native_bf16(device) else "fp32") if name == "auto" else name
 
 
+def frozen_dtype(device: torch.device) -> torch.dtype:
+    """The type of encoders where nothing else is asked: float32 on a CPU, and on a GPU that only emulates bf16."""
+    emulated = device.type == "cuda" and not has_native_bf16(device)
+    return torch.float32 if device.type == "cpu" or emulated else torch.bfloat16
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """bf16 autocast, or none for fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
@@ -132,15 +138,18 @@ def exact_float32() -> AbstractContextManager[None]:
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Let products and convolutions of float32 round their factors to TF32, or not."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = allowed
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    with contextlib.ExitStack() as undo:
+        for backend, operations in ((cudnn, cudnn.conv), (matmul, matmul)):
+            # PyTorch has two switches, and raises if the older is read after the newer was set otherwise
+            try:
+                undo.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
+                backend.allow_tf32 = allowed
+            except RuntimeError:
+                undo.callback(setattr, operations, "fp32_precision", operations.fp32_precision)
+                operations.fp32_precision = "tf32" if allowed else "ieee"
         yield
-    finally:
-        for backend, was in zip(backends, before, strict=True):
-            backend.allow_tf32 = was
 
 
 def resident_memory() -> int:

@@ -206,6 +206,8 @@ def test_whether_a_gpu_multiplies_in_bf16_is_asked_of_that_gpu(
     monkeypatch.setattr(device, "cpu_has_bf16", lambda: not native)
     assert device.has_native_bf16(CPU) == (not native)
     assert not device.has_native_bf16(MPS)
+    types = [device.frozen_dtype(where) for where in (there, CPU, MPS)]
+    assert types == [torch.bfloat16 if native else torch.float32, torch.float32, torch.bfloat16]
     machine(monkeypatch, 0)
     assert not device.has_native_bf16(CUDA)
 
@@ -278,6 +280,28 @@ def test_exact_float32_is_without_tf32_and_leaves_it_as_it_was(before: tuple[boo
     finally:
         for backend, was in zip(backends, default, strict=True):
             backend.allow_tf32 = was
+
+
+def test_tf32_is_switched_whichever_way_a_program_chose_before() -> None:
+    """PyTorch refuses to read its older switch once the newer one says something else."""
+    cudnn: Any = torch.backends.cudnn
+    newer: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul)
+
+    def precisions() -> list[str]:
+        return [operations.fp32_precision for operations in newer]
+
+    default = precisions()
+    try:
+        for chosen in ("ieee", "tf32"):
+            for operations in newer:
+                operations.fp32_precision = chosen
+            for allowed in (False, True):
+                with device.tf32(allowed):
+                    assert all((found == "tf32") == allowed for found in precisions())
+                assert precisions() == [chosen, chosen]
+    finally:
+        for operations, was in zip(newer, default, strict=True):
+            operations.fp32_precision = was
 
 
 def test_autocast_is_that_of_the_device(autocasts: list[tuple[str, bool]]) -> None:
@@ -379,6 +403,7 @@ def test_an_encoder_has_the_type_that_suits_the_device(
         raise Reached
 
     monkeypatch.setattr(text, "_from_hugging_face", load)
+    monkeypatch.setattr(device, "has_native_bf16", lambda where: where.type == "cuda")
     with pytest.raises(Reached):
         text.load_encoder(TextConfig.model_validate({"encoder": "some", "dtype": asked}), torch.device(kind))
     assert given == [dtype]
@@ -409,6 +434,7 @@ def test_an_autoencoder_has_the_type_that_suits_the_device(
         given.append(torch_dtype)
         return Model(), {}
 
+    monkeypatch.setattr(device, "has_native_bf16", lambda where: where.type == "cuda")
     monkeypatch.setattr(autoencoder, "_diffusers", lambda: SimpleNamespace(from_pretrained=load))
     monkeypatch.setattr(autoencoder, "_folder", lambda _: Path())
     monkeypatch.setattr("sana_cli.runtime.hub.check_complete", lambda *_: None)
