@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli import kernels
 from sana_cli.config.keys import AdapterConfig
 from sana_cli.errors import SanaError, listed
 
@@ -134,7 +135,7 @@ class Adapter(nn.Module):
             assert self.lora_A is not None
             assert self.lora_B is not None
             low = product(_as(dropped, self.lora_A), self.lora_A)
-            change = F.linear(low, self.lora_B) * self.scale
+            change = kernels.linear(low, self.lora_B) * self.scale
         if self.lora_magnitude_vector is None:
             return out + change.to(out.dtype)
         gain = self.lora_magnitude_vector / self._norms(layer.weight)
@@ -167,9 +168,9 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) to (..., o)."""
-        out = super().forward(x)
+        out = kernels.linear(x, self.weight, self.bias)
         for adapter in self.adapters:
-            out = adapter(self, x, out, F.linear)
+            out = adapter(self, x, out, kernels.linear)
         return out
 
 
@@ -204,9 +205,9 @@ class AdaptedConv2d(nn.Conv2d):
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """A 1x1 convolution of tokens (B, N, C), computed as the linear layer that it is."""
-        out = F.linear(x, self.weight.flatten(1), self.bias)
+        out = kernels.linear(x, self.weight.flatten(1), self.bias)
         for adapter in self.adapters:
-            out = adapter(self, x, out, F.linear)
+            out = adapter(self, x, out, kernels.linear)
         return out
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana_cli import kernels
 from sana_cli.errors import SanaError
 from sana_cli.runtime import files, hub
 from sana_cli.runtime.device import frozen_dtype
@@ -106,7 +107,7 @@ class Autoencoder:
             return model
 
         self.model = hub.load("autoencoder", source, load, is_local=folder is not None)
-        self.model.requires_grad_(False).eval().to(device)
+        kernels.quick_products(self.model.requires_grad_(False).eval().to(device))
         self.device, self.dtype = device, dtype
         self.scale = float(self.model.config.scaling_factor)
         self.factor = int(self.model.spatial_compression_ratio)

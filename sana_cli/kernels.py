@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_cli.runtime.device import has_native_bf16
+from sana_cli.runtime.device import has_native_bf16, mkl_keeps_to_avx2
 
+LEAST = 1 << 23  # multiplications: for smaller products it does not matter who makes them
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -24,6 +25,76 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is its weights and nothing else, so that its product may be joined with others."""
     untouched = "forward" not in vars(layer) and not any(getattr(layer, hooks) for hooks in _HOOKS)
     return type(layer) in (nn.Linear, nn.Conv2d) and untouched
+
+
+class _Product(torch.autograd.Function):
+    """a b^T + bias for a (m, k), b (n, k), by oneDNN. Both gradients are such products, of transposed views."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Any, of_a: Tensor | None, of_b: Tensor | None, of_bias: Tensor | None) -> Tensor:
+        a, b = ctx.saved_tensors
+        parts = [None if of_a is None else of_a @ b.t(), None if of_b is None else a @ of_b.t(), of_bias]
+        made = [part for part in parts if part is not None]
+        return sum(made[1:], start=made[0]).expand(len(a), len(b))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (a, b), (needs_a, needs_b, needs_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        of_a = _Product.apply(grad, b.t(), None) if needs_a else None  # type: ignore[no-untyped-call]
+        of_b = _Product.apply(grad.t(), a.t(), None) if needs_b else None  # type: ignore[no-untyped-call]
+        return of_a, of_b, grad.sum(0) if needs_bias else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for x (..., i) and W (o, i), as `F.linear`.
+
+    PyTorch multiplies float32 by MKL, which leaves half of the arithmetic of some processors unused.
+    """
+    if _by_onednn(x, weight):
+        flat = _Product.apply(x.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
+        return flat.unflatten(0, x.shape[:-1])
+    return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN makes a product of float32 faster, and it is large enough to show it."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.ndim > 1
+        and x.numel() * len(weight) >= LEAST
+        and mkl_keeps_to_avx2()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # Inductor chooses for itself
+    )
+
+
+def applied(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer, or one that stands for it, makes of x (..., i)."""
+    if isinstance(layer, nn.Linear) and is_plain(layer):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def quick_products(model: nn.Module) -> None:
+    """Let the linear layers of a model of another library multiply as ours do. It stays what it is in all else."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and is_plain(layer):
+            layer.__class__ = _Linear
 
 
 def joined(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
@@ -34,7 +105,7 @@ def joined(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     if not all(map(is_plain, layers)):
         return tuple(layer(x) for layer in layers)
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return F.linear(x, _end_to_end([layer.weight for layer in layers]), bias).chunk(len(layers), dim=-1)
+    return linear(x, _end_to_end([layer.weight for layer in layers]), bias).chunk(len(layers), dim=-1)
 
 
 def _end_to_end(weights: Sequence[Tensor]) -> Tensor:
@@ -70,7 +141,7 @@ def lay_end_to_end(*layers: nn.Linear) -> None:
 def pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1x1 convolution of tokens (B, N, C), computed as the linear layer that it is."""
     if is_plain(convolution):
-        return F.linear(x, convolution.weight.flatten(1), convolution.bias)
+        return linear(x, convolution.weight.flatten(1), convolution.bias)
     if (of_tokens := getattr(convolution, "of_tokens", None)) is not None:  # one with adapters
         return of_tokens(x)
     return convolution(x.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)  # (B, C, N, 1) inside

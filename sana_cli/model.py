@@ -102,7 +102,7 @@ class TwoLayer(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(x)))
+        return kernels.applied(self.linear_2, self.activation(kernels.applied(self.linear_1, x)))
 
 
 def sinusoid(timestep: Tensor, channels: int = TIMESTEP_CHANNELS) -> Tensor:
@@ -184,7 +184,7 @@ class LinearAttention(nn.Module):
                 out = q @ (k.transpose(-1, -2) @ v)  # (B, heads, N, d + 1)
                 out = out[..., :-1] / (out[..., -1:] + 1e-15)
         out = rearrange(out, "b heads n d -> b n (heads d)").to(x.dtype)
-        return self.to_out[1](self.to_out[0](out))
+        return self.to_out[1](kernels.applied(self.to_out[0], out))
 
 
 class CrossAttention(nn.Module):
@@ -208,11 +208,13 @@ class CrossAttention(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-        q = rearrange(self.norm_q(self.to_q(x)), "b n (heads d) -> b heads n d", heads=self.heads)
+        q = rearrange(
+            self.norm_q(kernels.applied(self.to_q, x)), "b n (heads d) -> b heads n d", heads=self.heads
+        )
         k, v = keys_values  # (B, heads, L, d) each
         out = kernels.attention(q, k, v, bias)
         out = rearrange(out, "b heads n d -> b n (heads d)")
-        return self.to_out[1](self.to_out[0](out))
+        return self.to_out[1](kernels.applied(self.to_out[0], out))
 
 
 class GLUMBConv(nn.Module):

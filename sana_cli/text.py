@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli import kernels
 from sana_cli.config.keys import TextConfig
 from sana_cli.errors import SanaError
 from sana_cli.runtime import hub
@@ -356,7 +357,7 @@ def load_encoder(text: TextConfig, device: torch.device) -> CaptionEncoder:
             _keep_layers(model, text.layer, text.encoder)
         tokenizer = HuggingFaceTokenizer(hf_tokenizer, text.template)
         vocabulary = json.dumps([type(hf_tokenizer).__name__, sorted(hf_tokenizer.get_vocab().items())])
-    model.requires_grad_(False).eval().to(device)
+    kernels.quick_products(model.requires_grad_(False).eval().to(device))
     return CaptionEncoder(model, tokenizer, text, device, vocabulary, name)
 
 

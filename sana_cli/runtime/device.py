@@ -5,6 +5,7 @@ It knows no model.
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import os
@@ -78,6 +79,17 @@ def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies in bf16: AVX-512 or AMX on x86-64, or bf16 on ARM."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+@functools.cache
+def mkl_keeps_to_avx2() -> bool:
+    """Whether MKL, by which PyTorch multiplies float32 on a CPU, leaves its AVX-512 units unused.
+
+    It does on AMD's. oneDNN uses them: its products were 2.3 times as fast on a Zen 5.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    here = capabilities.get("avx512_f") and "AMD" in capabilities.get("cpu_name", "")
+    return bool(here) and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

@@ -5,6 +5,7 @@ A single process needs no environment variables. This module knows no model, dat
 
 import json
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ WAIT = timedelta(days=7)  # for another process to embed its share, or write a c
 # Old process groups are never freed. Freeing one waits for gloo's threads with the GIL held,
 # while such a thread may need the GIL to free its last tensor: one run in a hundred would hang.
 _old_groups: list[Any] = []
+
+# A thread of gloo frees its reference to a tensor some time after the call. If that is the last one and Python is
+# about to end, that thread is ended in the midst of it and the process aborts: one in five did after such a call.
+_recent: deque[Tensor] = deque(maxlen=256)
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,12 @@ class World:
         """
         if self.size > 1:
             with _connection_errors():
-                # not `barrier`, which would wait on the GPUs, where a wait of hours means a fault
-                torch.distributed.all_reduce(torch.zeros(1))
+                torch.distributed.barrier()  # through gloo: a GPU that waits for hours would look like a fault
 
     def total(self, values: Tensor) -> Tensor:
         """Sum a CPU tensor over all ranks, in place."""
         if self.size > 1:
+            _recent.append(values)
             with _connection_errors():
                 torch.distributed.all_reduce(values)
         return values
@@ -59,6 +64,7 @@ class World:
         if self.size == 1:
             return value
         values = torch.tensor([value])
+        _recent.append(values)
         with _connection_errors():
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
         return int(values)
@@ -71,6 +77,7 @@ class World:
         padded = torch.zeros(self.largest(len(text)), dtype=torch.uint8)
         padded[: len(text)] = text
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        _recent.extend((padded, *gathered))
         with _connection_errors():
             torch.distributed.all_gather(gathered, padded)
         return [json.loads(bytes(one.tolist()).rstrip(b"\0")) for one in gathered]
