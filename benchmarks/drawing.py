@@ -1,8 +1,9 @@
-"""Time a picture of 512 x 512 by the published 0.6B, as a command: `sana sample`, and diffusers' `SanaPipeline`.
+"""Time a picture of 512 x 512 by the published 0.6B: what `sana sample` runs, and diffusers' `SanaPipeline`.
 
 Both load the same folder, of the published shapes with random weights in bf16: Gemma 2 2B, the 0.6B transformer
-and the DC-AE, 7 GB. Both draw twenty guided steps of the same prompt, each in a process of its own, and loading
-counts. The parts of diffusers' time are those that its pipeline spends before, in and after its steps.
+and the DC-AE, 7 GB. Both draw twenty guided steps of the same prompt, each in a process of its own, by default one
+model after another in memory here, and all three there. The parts are captions, steps, decoding with writing the
+file, and what is left: imports, reading and freeing models.
 
     python benchmarks/drawing.py [--folder DIR] [--rounds 2] [--dtype bf16] [--steps 20] [--small]
 """
@@ -44,6 +45,35 @@ end = time.perf_counter()
 each = (times[-1] - times[1]) / (len(times) - 2)
 print(json.dumps({"load": times[0] - begin, "captions": times[1] - each - times[0], "steps": each * int(steps),
                   "decode": end - times[-1]}))
+"""
+
+
+OURS = """
+import json, os, sys, time
+begin = time.perf_counter()
+from pathlib import Path
+from sana_cli.runtime import openmp
+openmp.ask_for_short_waits(os.environ)  # as the command does
+from sana_cli.commands.sample import SampleOptions, SampleStep, sample
+folder, prompt, precision, steps, side, out = sys.argv[1:]
+parts = {"load": 0.0, "encode": 0.0, "draw": 0.0, "decode": 0.0}
+def part(name):
+    global begin
+    now = time.perf_counter()
+    parts[name] += now - begin
+    begin = now
+stage = "load"
+def report(what, model):
+    part("load" if what == "load" else stage)
+options = SampleOptions((prompt,), checkpoint=Path(folder), precision=precision, steps=int(steps), height=int(side),
+                        width=int(side), out=Path(out), report=report)
+for event in sample(options):
+    if isinstance(event, SampleStep):
+        part("load" if event.done == 0 else event.stage)
+        stage = "load" if event.done == event.total else event.stage
+part("decode")
+print(json.dumps({"load": parts["load"], "captions": parts["encode"], "steps": parts["draw"],
+                  "decode": parts["decode"]}))
 """
 
 
@@ -99,25 +129,20 @@ def make_pipeline(folder: Path, small: bool) -> None:
     ).save_pretrained(folder)
 
 
-def ours(folder: Path, options: argparse.Namespace, out: Path) -> dict[str, float]:
-    """`sana sample`: seconds of the process."""
-    command = [
-        sys.executable, "-m", "sana_cli", "sample", PROMPT, "--checkpoint", str(folder), "--steps", str(options.steps),
-        "--height", str(options.side), "--width", str(options.side), "--precision", options.dtype, "--out", str(out),
-    ]  # fmt: skip
-    begin = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    return {"all": time.perf_counter() - begin}
-
-
-def theirs(folder: Path, options: argparse.Namespace, out: Path) -> dict[str, float]:
-    """diffusers: seconds of the process and of its parts."""
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[options.dtype]
+def timed(code: str, dtype: str, folder: Path, options: argparse.Namespace, out: Path) -> dict[str, float]:
+    """Seconds of a process, of its parts, and of all of them but loading."""
     given = [str(folder), PROMPT, dtype, str(options.steps), str(options.side), str(out)]
     begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", THEIRS, *given], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     parts: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return {"all": time.perf_counter() - begin} | parts
+    drawing = sum(parts[name] for name in ("captions", "steps", "decode"))
+    return {"all": time.perf_counter() - begin, "without loading": drawing} | parts
 
 
 def main() -> None:
@@ -141,14 +166,18 @@ def main() -> None:
         )
         found: dict[str, list[dict[str, float]]] = {"sana": [], "diffusers": []}
         for number in range(options.rounds):
-            for name, way in (("sana", ours), ("diffusers", theirs)):
-                found[name].append(way(folder, options, Path(there) / f"{name}-{number}.png"))
+            for name, code, dtype in (
+                ("sana", OURS, options.dtype),
+                ("diffusers", THEIRS, {"bf16": "bfloat16", "fp32": "float32"}[options.dtype]),
+            ):
+                out = Path(there) / f"{name}-{number}.png"
+                found[name].append(timed(code, dtype, folder, options, out))
                 shown = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in found[name][-1].items())
                 print(f"{name:9} {shown}", flush=True)
-        ratios = [b["all"] / a["all"] for a, b in zip(*found.values(), strict=True)]
-        print(
-            f"diffusers takes {statistics.median(ratios):.2f} times as long (rounds: {min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        for part in ("all", "without loading", "steps"):
+            ratios = [b[part] / a[part] for a, b in zip(*found.values(), strict=True)]
+            spread = f"rounds: {min(ratios):.2f} to {max(ratios):.2f}"
+            print(f"diffusers takes {statistics.median(ratios):.2f} times as long ({spread}): {part}")
 
 
 if __name__ == "__main__":
