@@ -311,8 +311,8 @@ def shapes(reports: Sequence["ShapeReport"], fit: str) -> None:
             one.images,
             one.mean_share,
             one.worst_share,
-            len(one.enlarged),
-            human_factor(one.enlarged[0].times) if one.enlarged else "",
+            one.enlarged,
+            human_factor(one.most_enlarged[0].times) if one.enlarged else "",
         )
         for one in reports
     ]

@@ -213,7 +213,7 @@ SESSION: dict[str, Callable[[str], str]] = {  # in this order, with what to igno
     "sana train --dry-run": measured("memory", "disk"),
     "sana train": figures_aside,
     'sana sample "4 two 4 six"': figures_aside,
-    "sana inspect runs/quickstart/sample-step-003000.png": of_its_step,
+    "sana inspect runs/quickstart/sample-step-002000.png": of_its_step,
     "sana train --config mine.yaml": str,
 }
 
@@ -235,7 +235,7 @@ def test_the_session_of_the_pages_prints_what_they_show(
     ]
     assert {line for line, _ in blocks} == {*SESSION}, "each shown command is in SESSION"
     for line, put_aside in SESSION.items():
-        (command,) = words(line.replace("step-003000", "step-000002"))
+        (command,) = words(line.replace("step-002000", "step-000002"))
         few = ("--set", "train.steps=2") if line == "sana train" else ()
         env = {"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
         printed = CliRunner().invoke(app, [*command, *few], prog_name="sana", env=env).output

@@ -129,7 +129,7 @@ def _print_notes(summary: "EmbedSummary") -> None:
         )
     for line in summary.first_skipped:
         console.note(f"left out: {line}")
-    enlarged = sum(len(shape.enlarged) for shape in summary.shapes)
+    enlarged = sum(shape.enlarged for shape in summary.shapes)
     if enlarged:
         console.note(
             f"note: {enlarged:,} of {summary.images:,} images are smaller than their shape and were enlarged, "

@@ -223,10 +223,10 @@ class Dataset:
         rows: np.ndarray = self._image_starts[shards + 1][which] - (ends[which] - places)
         return rows
 
-    def original_sizes(self) -> np.ndarray:
-        """Height and width of every image before it was fitted, (n, 2)."""
-        # copies: what is read of a shard keeps its file mapped
-        return torch.cat([shard["original_sizes"].clone() for shard in self._images]).numpy()
+    def original_sizes(self) -> Iterator[tuple[int, np.ndarray]]:
+        """For each shard its first row, and height and width of its images before they were fitted, (n, 2)."""
+        for first, shard in zip(self._image_starts, self._images, strict=False):
+            yield int(first), shard["original_sizes"].clone().numpy()  # else its file would stay mapped
 
     def caption_ids(self, rows: np.ndarray) -> list[list[int]]:
         """The ids of each image's captions, at least one."""

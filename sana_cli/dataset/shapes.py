@@ -1,11 +1,14 @@
 """What became of images of many shapes: how much was cut off, which were enlarged. It reads no pixels."""
 
-from dataclasses import dataclass
+import heapq
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from sana_cli.dataset.reader import Dataset
 from sana_cli.units import human_factor
+
+NAMED = 1_000  # images of each shape that are named: of many millions, all could be enlarged
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,29 @@ class ShapeReport:
     images: int
     mean_share: float  # of an image cut off; with data.fit pad, of the result that is white
     worst_share: float
-    enlarged: tuple[Enlarged, ...]  # the most first
+    enlarged: int  # images that were smaller
+    most_enlarged: tuple[Enlarged, ...]  # NAMED of them, the most first
+
+
+@dataclass
+class _Tally:
+    """What is known of a shape, shard by shard."""
+
+    images: int = 0
+    shares: float = 0.0  # added up
+    worst: float = 0.0
+    enlarged: int = 0
+    most: list[tuple[float, int]] = field(default_factory=list)  # -times and row
+
+    def add(self, first: int, scale: np.ndarray, shares: np.ndarray) -> None:
+        """Count images from row `first` on."""
+        self.images += len(scale)
+        self.shares += float(shares.sum())
+        self.worst = max(self.worst, float(shares.max(initial=0)))
+        self.enlarged += int((scale > 1).sum())
+        order = np.argsort(-scale, kind="stable")[:NAMED]
+        here = [(-float(scale[row]), first + int(row)) for row in order if scale[row] > 1]
+        self.most = heapq.nsmallest(NAMED, self.most + here)
 
 
 def report(dataset: Dataset) -> tuple[ShapeReport, ...]:
@@ -33,33 +58,39 @@ def report(dataset: Dataset) -> tuple[ShapeReport, ...]:
     image = dataset.index.image
     if image.buckets is None:
         return ()
-    originals, numbers = dataset.original_sizes(), dataset.shape_numbers(np.arange(len(dataset)))
-    found = []
-    for number, (_, height, width) in enumerate(dataset.shapes):
-        rows = np.flatnonzero(numbers == number)
-        shape = np.array([height, width]) * image.factor
-        ratios = shape / originals[rows]
+    shapes = [np.array([height, width]) * image.factor for _, height, width in dataset.shapes]
+    tallies = [_Tally() for _ in shapes]
+    for first, originals in dataset.original_sizes():
+        (number,) = dataset.shape_numbers(np.array([first]))
+        ratios = shapes[number] / originals
         scale = ratios.max(1) if image.fit == "crop" else ratios.min(1)
-        filled = scale**2 * originals[rows].prod(1) / shape.prod()  # of the shape, by the whole image
+        filled = scale**2 * originals.prod(1) / shapes[number].prod()  # of the shape, by the whole image
         shares = np.clip(1 - (1 / filled if image.fit == "crop" else filled), 0, 1)
-        order = np.argsort(-scale, kind="stable")[: int((scale > 1).sum())]
-        names = dataset.sample_ids(rows[order])
-        found.append(
-            ShapeReport(
-                height=int(shape[0]),
-                width=int(shape[1]),
-                images=len(rows),
-                mean_share=float(shares.mean()),
-                worst_share=float(shares.max()),
-                enlarged=tuple(map(Enlarged, names, scale[order].tolist())),
-            )
+        tallies[number].add(first, scale, shares)
+    return tuple(
+        ShapeReport(
+            height=int(shape[0]),
+            width=int(shape[1]),
+            images=tally.images,
+            mean_share=tally.shares / tally.images,
+            worst_share=tally.worst,
+            enlarged=tally.enlarged,
+            most_enlarged=tuple(
+                Enlarged(name, -times)
+                for name, (times, _) in zip(
+                    dataset.sample_ids(np.array([row for _, row in tally.most], dtype=np.int64)),
+                    tally.most,
+                    strict=True,
+                )
+            ),
         )
-    return tuple(found)
+        for shape, tally in zip(shapes, tallies, strict=True)
+    )
 
 
 def most_enlarged(reports: tuple[ShapeReport, ...], count: int) -> tuple[str, ...]:
     """The names of the most enlarged images of all shapes, with how much."""
-    found = [image for one in reports for image in one.enlarged]
+    found = [image for one in reports for image in one.most_enlarged]
     return tuple(
         f"{one.name} {human_factor(one.times)}" for one in sorted(found, key=lambda e: -e.times)[:count]
     )

@@ -113,7 +113,8 @@ def test_quickstart_is_the_default() -> None:
     own = {  # every other key has its default
         "objective": {"prediction_type": "sample"},
         "optim": {"schedule": "linear"},
-        "sample": {"guidance_scale": 2.7, "guidance_interval": (0.7, 1.0)},
+        "train": {"steps": 2000},
+        "sample": {"guidance_scale": 3.3, "guidance_interval": (0.7, 1.0)},
     }
     assert load_config("quickstart") == Config.model_validate(own)
 

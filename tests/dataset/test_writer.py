@@ -95,7 +95,7 @@ def test_any_dataset_comes_back(
     assert [[dataset.texts()[i] for i in ids] for ids in dataset.caption_ids(backwards)] == (
         captions * windows_count
     )[::-1]
-    assert dataset.original_sizes().tolist() == [
+    assert [size for _, sizes in dataset.original_sizes() for size in sizes.tolist()] == [
         [number + 1, 7] for number in range(windows_count) for _ in captions
     ]
     assert dataset.shapes == {(channels, 2, 3): len(dataset)}

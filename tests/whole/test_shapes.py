@@ -31,7 +31,7 @@ from torch import Tensor
 from sana_cli import buckets
 from sana_cli.commands.train import TrainOptions, plan
 from sana_cli.config.keys import Config
-from sana_cli.dataset import layout, writer
+from sana_cli.dataset import layout, shapes, writer
 from sana_cli.dataset.match import resolve_architecture
 from sana_cli.dataset.reader import Dataset
 from sana_cli.dataset.trainset import Mixture
@@ -147,23 +147,28 @@ def test_pixels_of_the_right_size_are_untouched(tmp_path: Path) -> None:
         assert np.array_equal(dataset.pixels(np.array([row]))[0].numpy().transpose(1, 2, 0), drawn[name])
 
 
-def test_embed_and_inspect_report_each_shape(many: Config) -> None:
+def test_embed_and_inspect_report_each_shape(many: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = embedded(many, None)
     assert summary.was_there
     assert sum(shape.images for shape in summary.shapes) == IMAGES
     enlarged: dict[str, float] = {}
+    of_shape: dict[tuple[int, int], list[float]] = {}
     for number in range(IMAGES):
         height, width = size(number)
         shape = buckets.choose(SIZES, height, width)
         times = max(shape[0] / height, shape[1] / width)
-        enlarged |= {f"{number:03d}.png": times} if times > 1 else {}
+        if times > 1:
+            enlarged[f"{number:03d}.png"] = times
+            of_shape.setdefault(shape, []).append(times)
         (row,) = (one for one in summary.shapes if (one.height, one.width) == shape)
         cut = 1 - shape[0] * shape[1] / times**2 / (height * width)
         assert row.worst_share >= cut - 1e-9
         assert times <= 1 or shape in buckets.shapes(min(SIZES)), "only the smallest size enlarges"
-    listed = {one.name: one.times for shape in summary.shapes for one in shape.enlarged}
-    assert listed == pytest.approx(enlarged)
-    assert len(enlarged) > 10
+    for row in summary.shapes:
+        expected = sorted(of_shape.get((row.height, row.width), []), reverse=True)
+        assert row.enlarged == len(expected)
+        assert [one.times for one in row.most_enlarged] == pytest.approx(expected)
+        assert all(enlarged[one.name] == pytest.approx(one.times) for one in row.most_enlarged)
     assert summary.most_enlarged[0].endswith(f" x{max(enlarged.values()):.2g}")
     (many.run.dir.parent / "config.yaml").write_text(many.to_yaml())
     shown = invoke("embed", "--config", str(many.run.dir.parent / "config.yaml"))
@@ -174,8 +179,14 @@ def test_embed_and_inspect_report_each_shape(many: Config) -> None:
     )
     assert table in invoke("inspect", str(many.data.dir)).stdout
     document = json.loads(invoke("inspect", str(many.data.dir), "--json").stdout)
-    listed = {one["name"]: one["times"] for shape in document["shapes"] for one in shape["enlarged"]}
+    assert sum(shape["enlarged"] for shape in document["shapes"]) == len(enlarged)
+    listed = {one["name"]: one["times"] for shape in document["shapes"] for one in shape["most_enlarged"]}
     assert listed == pytest.approx(enlarged)
+    monkeypatch.setattr(shapes, "NAMED", 2)
+    few = shapes.report(Dataset(many.data.dir))
+    assert [row.enlarged for row in few] == [row.enlarged for row in summary.shapes]
+    assert [row.most_enlarged for row in few] == [row.most_enlarged[:2] for row in summary.shapes]
+    assert max(map(len, of_shape.values())) > 2
 
 
 # --- embedding --------------------------------------------------------------------------------
