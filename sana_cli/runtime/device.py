@@ -90,7 +90,9 @@ def mkl_keeps_to_avx2() -> bool:
     capabilities = torch.cpu.get_capabilities()
     here = capabilities.get("avx512_f") and "AMD" in capabilities.get("cpu_name", "")
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return bool(here and both and hasattr(torch.ops.mkldnn, "_linear_pointwise"))  # which is not a public name
+    return bool(
+        here and both and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )  # which is not a public name
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

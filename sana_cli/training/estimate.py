@@ -22,7 +22,13 @@ from sana_cli.dataset.trainset import Mixture
 from sana_cli.errors import SanaError
 from sana_cli.kernels import arithmetic_as_asked
 from sana_cli.model import SanaTransformer, build
-from sana_cli.runtime.device import MAX_KEPT_BLOCK, autocast, has_native_bf16, resident_memory
+from sana_cli.runtime.device import (
+    MAX_KEPT_BLOCK,
+    autocast,
+    has_native_bf16,
+    mkl_keeps_to_avx2,
+    resident_memory,
+)
 from sana_cli.sampling.pictures import prompt_rows
 from sana_cli.sampling.sampler import MOST_IMAGES, SHARE_OF_FREE_MEMORY
 from sana_cli.training.initial import find_base_model
@@ -36,7 +42,9 @@ from sana_cli.weights.checkpoint import adapter_parameters, transformer_path
 
 # what is no tensor, measured on CPUs by benchmarks/memory.py
 MAPPED = 1 << 21  # bytes of a file that become resident where any are read: Linux maps up to a huge page
-KERNELS = 35 << 20  # bytes of what oneDNN compiles for bf16; `runtime.device` limits how many it keeps
+KERNELS = (
+    35 << 20
+)  # bytes of what oneDNN compiles, where it multiplies; `runtime.device` limits how many it keeps
 HOLES = {"fp32": 0.25, "bf16": 0.5}  # of activations: holes in the heap, split by small tensors
 
 
@@ -53,7 +61,7 @@ class Memory:
     activations: int  # of a micro-batch, and what its operations and the optimizer's need
     dataset: int
     overhead: int = (
-        0  # on a CPU: what malloc holds between tensors and cannot give them, and kernels for bf16
+        0  # on a CPU: what malloc holds between tensors and cannot give them, and oneDNN's kernels
     )
 
     @property
@@ -232,7 +240,7 @@ def training_memory(
         optimizer=optimizer_bytes(moving.items(), optim) // shards,
         activations=0,
         dataset=0 if device.type == "cuda" else read,
-        overhead=KERNELS if bf16 else 0,
+        overhead=KERNELS if bf16 or (device.type == "cpu" and mkl_keeps_to_avx2()) else 0,
     )
     room = of_all if available is None else int(SHARE_OF_FREE_MEMORY * max(0, available - held.total))
     of_samples = max(of_one, min(of_all, room)) + in_use + whole - moved

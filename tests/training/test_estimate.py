@@ -140,6 +140,7 @@ def test_further_datasets_are_counted(
 def test_files_count_as_they_become_resident(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU: what is mapped around images that are read, of held-out images too, and the base meanwhile."""
     monkeypatch.setattr(estimate, "program_memory", lambda *_: 0)
+    monkeypatch.setattr(estimate, "mkl_keeps_to_avx2", lambda: False)
     dataset = Dataset(config.data.dir)
 
     def found(*overrides: str) -> estimate.Memory:
@@ -153,6 +154,9 @@ def test_files_count_as_they_become_resident(config: Config, monkeypatch: pytest
     assert found("train.steps=2").dataset == 2 * dataset.bytes
     assert plain.overhead == int(estimate.HOLES["fp32"] * plain.activations)
     assert found("train.steps=2", "train.activation_checkpointing=true").overhead > plain.overhead / 2
+    with monkeypatch.context() as patched:
+        patched.setattr(estimate, "mkl_keeps_to_avx2", lambda: True)
+        assert found("train.steps=2").overhead == plain.overhead + estimate.KERNELS
     base = config.data.dir.parent / "base.safetensors"
     with base.open("wb") as file:
         file.truncate(10**9)
