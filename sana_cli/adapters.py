@@ -168,10 +168,7 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) to (..., o)."""
-        out = kernels.linear(x, self.weight, self.bias)
-        for adapter in self.adapters:
-            out = adapter(self, x, out, kernels.linear)
-        return out
+        return _of_tokens(self, x)
 
 
 class AdaptedConv2d(nn.Conv2d):
@@ -205,13 +202,18 @@ class AdaptedConv2d(nn.Conv2d):
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """A 1x1 convolution of tokens (B, N, C), computed as the linear layer that it is."""
-        out = kernels.linear(x, self.weight.flatten(1), self.bias)
-        for adapter in self.adapters:
-            out = adapter(self, x, out, kernels.linear)
-        return out
+        return _of_tokens(self, x)
 
 
 Adapted = AdaptedLinear | AdaptedConv2d
+
+
+def _of_tokens(layer: Adapted, x: Tensor) -> Tensor:
+    """What a layer whose weights are a matrix makes of x (..., i), with its side branches: (..., o)."""
+    out = kernels.linear(x, layer.weight.flatten(1), layer.bias)
+    for adapter in layer.adapters:
+        out = adapter(layer, x, out, kernels.linear)
+    return out
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -42,9 +42,7 @@ from sana_cli.weights.checkpoint import adapter_parameters, transformer_path
 
 # what is no tensor, measured on CPUs by benchmarks/memory.py
 MAPPED = 1 << 21  # bytes of a file that become resident where any are read: Linux maps up to a huge page
-KERNELS = (
-    35 << 20
-)  # bytes of what oneDNN compiles, where it multiplies; `runtime.device` limits how many it keeps
+KERNELS = 35 << 20  # bytes of what oneDNN compiles where it multiplies; `runtime.device` limits how many
 HOLES = {"fp32": 0.25, "bf16": 0.5}  # of activations: holes in the heap, split by small tensors
 
 

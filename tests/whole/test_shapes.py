@@ -169,6 +169,7 @@ def test_embed_and_inspect_report_each_shape(many: Config, monkeypatch: pytest.M
         assert row.enlarged == len(expected)
         assert [one.times for one in row.most_enlarged] == pytest.approx(expected)
         assert all(enlarged[one.name] == pytest.approx(one.times) for one in row.most_enlarged)
+    assert len(enlarged) > 10
     assert summary.most_enlarged[0].endswith(f" x{max(enlarged.values()):.2g}")
     (many.run.dir.parent / "config.yaml").write_text(many.to_yaml())
     shown = invoke("embed", "--config", str(many.run.dir.parent / "config.yaml"))
